@@ -1,0 +1,1 @@
+"""Everything around the process: configuration, the DeepSpeed engine, checkpoints, monitoring and the `lfm` command."""

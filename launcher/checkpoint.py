@@ -1,0 +1,179 @@
+"""Checkpoints that are whole or not there: written beside, listed in a manifest with hashes, then renamed.
+
+A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
+file's size and sha256, the train state and the fingerprint of the data. `latest` names the newest one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+from launcher.run_folder import RunFolder, replace_text, sync_folder
+from model.loss import RunningMeans
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class TrainState:
+    """All that a step depends on beside the weights and the optimizer.
+
+    `step`: steps attempted; `position`: rows of the endless stream consumed; `tokens`: non-padding tokens seen;
+    `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around.
+    """
+
+    step: int
+    position: int
+    tokens: int
+    mean_routing: list[list[float]]
+    mean_retained_ratio: float
+
+    @classmethod
+    def initial(cls, layers: int, experts: int, target_ratio: float) -> TrainState:
+        state = cls(0, 0, 0, [], 0.0)
+        state.running_means = RunningMeans.initial(layers, experts, target_ratio)
+        return state
+
+    @property
+    def running_means(self) -> RunningMeans:
+        return RunningMeans(torch.tensor(self.mean_routing), torch.tensor(self.mean_retained_ratio))
+
+    @running_means.setter
+    def running_means(self, means: RunningMeans) -> None:
+        # fp32 values as Python floats and back are exact, in JSON too.
+        self.mean_routing = means.routing.tolist()
+        self.mean_retained_ratio = means.retained_ratio.item()
+
+
+def save_checkpoint(
+    engine: deepspeed.DeepSpeedEngine,
+    run: RunFolder,
+    state: TrainState,
+    environment: Environment,
+    data_fingerprint: str,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of `state.step`, called by all ranks; keeps the newest `keep`. Returns its folder."""
+    tag = f"step-{state.step:08d}"
+    folder, partial = run.checkpoints / tag, run.checkpoints / f"{tag}.partial"
+    if environment.is_main and partial.exists():
+        shutil.rmtree(partial)  # of an attempt that died while saving
+    dist.barrier()
+    engine.save_checkpoint(str(run.checkpoints), tag=partial.name, save_latest=False)
+    dist.barrier()
+    if environment.is_main:
+        manifest = {
+            "format": 1,
+            "train_state": asdict(state),
+            "data_fingerprint": data_fingerprint,
+            "world_size": environment.world_size,
+            "files": {name: _describe(partial / name) for name in _files(partial)},
+        }
+        replace_text(partial / MANIFEST, json.dumps(manifest))
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(partial, folder)
+        sync_folder(run.checkpoints)
+        replace_text(run.latest, tag + "\n")
+        for old in _complete(run)[keep:]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]]:
+    """What to resume from, and which newer checkpoints were passed over, and why.
+
+    `auto` takes the newest whose files are what its manifest says, `never` none, anything else is a checkpoint's tag or
+    path. Raises `ConfigurationError` where `never` meets a run that has checkpoints or a named one is not whole.
+    """
+    complete = _complete(run)
+    if resume == "never":
+        if complete:
+            raise ConfigurationError(
+                f"resume=never, but {run.path} has checkpoints up to {complete[0].name}; "
+                "set another output, or delete the folder"
+            )
+        return None, []
+    if resume != "auto":
+        folder = Path(resume) if Path(resume).is_dir() else run.checkpoints / resume
+        if fault := _fault(folder):
+            raise ConfigurationError(f"cannot resume from {resume}: {fault}; resume=auto takes the newest whole one")
+        return folder, []
+    passed_over = []
+    for folder in complete:
+        fault = _fault(folder)
+        if fault is None:
+            return folder, passed_over
+        passed_over.append(f"checkpoint {folder.name} is passed over: {fault}")
+    return None, passed_over
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def load_checkpoint(
+    engine: deepspeed.DeepSpeedEngine, folder: Path, environment: Environment, data_fingerprint: str
+) -> TrainState:
+    """Put a checkpoint's weights and optimizer into the engine and return its train state.
+
+    Raises `ConfigurationError` for another corpus (naming both fingerprints) or another number of processes.
+    """
+    manifest = read_manifest(folder)
+    if manifest["data_fingerprint"] != data_fingerprint:
+        raise ConfigurationError(
+            f"{folder} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
+            f"but `data` has {data_fingerprint[:16]}; point data at the former, or set another output"
+        )
+    if manifest["world_size"] != environment.world_size:
+        raise ConfigurationError(
+            f"{folder} was written by {manifest['world_size']} processes and this run has {environment.world_size}; "
+            "start as many as before"
+        )
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    return TrainState(**manifest["train_state"])
+
+
+def _complete(run: RunFolder) -> list[Path]:
+    """Checkpoints that have a manifest, newest first."""
+    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial"]
+    return sorted(folders, reverse=True)
+
+
+def _fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, or None."""
+    if not (folder / MANIFEST).is_file():
+        return f"{folder} has no {MANIFEST}"
+    for name, expected in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _describe(path) != expected:
+            return f"the sha256 of {name} is not the manifest's"
+    return None
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _describe(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": digest}

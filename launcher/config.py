@@ -1,0 +1,172 @@
+"""The run configuration: a YAML file plus `key=value` overrides, typed, strict, with errors that name the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from launcher.errors import ConfigurationError
+from model.loss import LossWeights
+
+CONFIG_FOLDER = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
+
+
+@dataclass
+class Preparation:
+    """How to make the shard folder `data` where it is missing: the arguments of `lfm prepare`."""
+
+    source: str = "sample"
+    tokenizer: str = "train"
+    seq_len: int = 256
+
+
+@dataclass
+class Schedule:
+    """Cosine annealing with warm restarts after the warm-up (Loshchilov & Hutter 2017)."""
+
+    cycles: int = 1
+    multiplier: float = 1.0
+    minimum_ratio: float = 0.1
+    steps: int | None = None
+
+
+@dataclass
+class Precision:
+    """`force` keeps the JSON's fp16 on a CPU, where it is slow and may be unsupported."""
+
+    force: bool = False
+
+
+@dataclass
+class RunConfig:
+    """All that a run depends on beside the DeepSpeed JSON; the README has a line on each key."""
+
+    data: str = "data/sample"
+    output: str = "runs/sample"
+    model: str = "tiny"
+    seed: int = 1234
+    max_steps: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    resume: str = "auto"
+    init_from: str | None = None
+    global_batch_rows: int = 16
+    micro_batch_rows: int = 16
+    loss_on: str = "all"
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    gradient_clipping: float = 1.0
+    expert_parallel_size: int = 1
+    activation_checkpointing: bool = True
+    loss: LossWeights = field(default_factory=LossWeights)
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = field(default_factory=Precision)
+    prepare: Preparation | None = None
+    # The keys that a file or an override set, as opposed to these defaults: only such a key can contradict the JSON.
+    explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "checkpoint_every", "keep_checkpoints", "global_batch_rows", "micro_batch_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "gradient_clipping"):
+            if getattr(self, name) <= 0:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.loss_on not in ("all", "answer"):
+            raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
+        if self.schedule.cycles < 1 or self.schedule.multiplier < 1:
+            raise ConfigurationError("schedule.cycles and schedule.multiplier must be at least 1")
+
+
+def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `key=value` overrides (`loss.focal=0.2` reaches into a section).
+
+    Raises `ConfigurationError` for a missing or unreadable file, an unknown key (naming the nearest one) or a value of
+    the wrong type.
+    """
+    fields = read_yaml(path)
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ConfigurationError(f"{override!r} is not an override; write it as key=value, for example max_steps=100")
+        section = fields
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigurationError(f"{key!r} reaches into {parent!r}, which is not a section")
+        section[last] = _parse_value(key, value)
+    config = _build(RunConfig, fields, "", str(path))
+    config.explicit = frozenset(fields)
+    return config
+
+
+def read_yaml(path: str | Path) -> dict:
+    """The mapping in a YAML file; `ConfigurationError` where it is missing or not a mapping."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.yaml")))
+        raise ConfigurationError(
+            f"cannot read the run configuration {path}: {error.strerror}; {CONFIG_FOLDER.name}/ in the launcher has {known}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must be a mapping of keys to values, not a {type(content).__name__}")
+    return content
+
+
+def as_dict(config: RunConfig) -> dict:
+    """The configuration as plain values, ready for YAML."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name != "explicit"}
+
+
+def _parse_value(key: str, value: str):
+    try:
+        return yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"the value of {key} is not valid YAML: {value!r}; put quotes around it") from error
+
+
+def _build(cls: type, fields: dict, prefix: str, where: str):
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in fields.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            raise ConfigurationError(f"unknown key {prefix}{name} in {where}; did you mean {prefix}{nearest[0]}?")
+        values[name] = _convert(hints[name], value, f"{prefix}{name}", where)
+    return cls(**values)
+
+
+def _convert(hint, value, key: str, where: str):
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{key} in {where} is a section of keys, not the value {value!r}")
+        return _build(hint, value, f"{key}.", where)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            value = str(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigurationError(f"{key} in {where} is {value!r}; it must be of type {hint.__name__}")
+    return value

@@ -1,0 +1,132 @@
+"""The DeepSpeed JSON with every `"auto"` resolved: from the run configuration, the world and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from launcher.config import RunConfig
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+
+# Where a number in the JSON and a key of the run configuration say the same thing.
+SHARED_NUMBERS = {
+    "train_batch_size": "global_batch_rows",
+    "train_micro_batch_size_per_gpu": "micro_batch_rows",
+    "gradient_clipping": "gradient_clipping",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "expert_parallel.autoep_size": "expert_parallel_size",
+    "activation_checkpointing.enabled": "activation_checkpointing",
+}
+
+
+def resolve_deepspeed_config(
+    path: str | Path, config: RunConfig, environment: Environment, num_experts: int
+) -> tuple[dict, RunConfig, list[str]]:
+    """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and what a user should be told.
+
+    A number in the JSON wins over a default of the run configuration. Raises `ConfigurationError` for a missing or
+    broken file, for different numbers in both places, and for a batch that does not divide.
+    """
+    resolved = read_json(path)
+    config = _agree(resolved, config, str(path))
+    notes = []
+    _resolve_precision(resolved, config, environment, notes)
+    _resolve_batch(resolved, config, environment)
+    _resolve_experts(resolved, config, environment, num_experts, notes)
+    return resolved, config, notes
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file, or a `ConfigurationError` that says what is wrong with it."""
+    try:
+        content = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read the DeepSpeed configuration {path}: {error.strerror}; ds_configs/zero3.json is the usual one"
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object")
+    return content
+
+
+def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
+    """Fill every `"auto"` from the run configuration; let the JSON's own numbers win where that is unambiguous."""
+    from_json = {}
+    for location, key in SHARED_NUMBERS.items():
+        *parents, last = location.split(".")
+        section = resolved
+        for parent in parents:
+            section = section.get(parent, {})
+        wanted = getattr(config, key)
+        if section.get(last, "auto") == "auto":
+            if last in section:
+                section[last] = wanted
+        elif section[last] != wanted and key in config.explicit:
+            raise ConfigurationError(
+                f"{location} is {section[last]} in {path} but {key} is {wanted} in the run configuration; "
+                'make them equal, or write "auto" in the JSON'
+            )
+        else:
+            from_json[key] = section[last]
+    return dataclasses.replace(config, **from_json)
+
+
+def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
+    fp16 = resolved.get("fp16", {})
+    if environment.device.type != "cpu" or not fp16.get("enabled") or config.precision.force:
+        return
+    del resolved["fp16"]
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        resolved["bf16"] = {"enabled": True}
+        used = "bf16, which this CPU computes natively"
+    else:
+        used = "fp32"
+    notes.append(f"this is a CPU, where fp16 is slow: training in {used} (precision.force=true keeps fp16)")
+
+
+def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:
+    world, rows = environment.world_size, config.global_batch_rows
+    share, rest = divmod(rows, world)
+    if rest:
+        raise ConfigurationError(
+            f"global_batch_rows is {rows}, which does not divide over {world} processes; "
+            f"the nearest that do are {max(1, share) * world} and {(share + 1) * world}"
+        )
+    micro = max(size for size in range(1, min(share, config.micro_batch_rows) + 1) if share % size == 0)
+    accumulation = share // micro
+    if resolved.get("gradient_accumulation_steps", "auto") not in ("auto", accumulation):
+        raise ConfigurationError(
+            f"gradient_accumulation_steps is {resolved['gradient_accumulation_steps']} in the JSON, but {rows} rows over "
+            f'{world} processes in micro-batches of {micro} make {accumulation}; write "auto" there'
+        )
+    resolved.update(
+        train_batch_size=rows, train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation
+    )
+
+
+def _resolve_experts(
+    resolved: dict, config: RunConfig, environment: Environment, num_experts: int, notes: list[str]
+) -> None:
+    experts = resolved.get("expert_parallel")
+    if not experts:
+        return
+    wanted = experts["autoep_size"]
+    world = environment.world_size
+    fits = [size for size in range(1, wanted + 1) if world % size == 0 and num_experts % size == 0]
+    if not fits:
+        raise ConfigurationError(f"expert_parallel_size is {wanted}; it must be at least 1")
+    if fits[-1] != wanted:
+        notes.append(
+            f"expert_parallel_size {wanted} does not fit {world} process{'es' * (world > 1)} and {num_experts} experts: "
+            f"using {fits[-1]}"
+        )
+    experts["autoep_size"] = fits[-1]
+    if experts.get("use_grouped_mm") == "auto":
+        experts["use_grouped_mm"] = environment.device.type == "cuda"

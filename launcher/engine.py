@@ -1,0 +1,62 @@
+"""The one place that talks to DeepSpeed: from a model and a resolved JSON to an engine whose experts are parallel."""
+
+from __future__ import annotations
+
+import logging
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+from model import LiquidForCausalLM
+
+
+def start_process_group(environment: Environment) -> None:
+    """Join the other ranks: gloo between CPUs, NCCL between GPUs."""
+    deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    if environment.device.type == "cuda":
+        torch.cuda.set_device(environment.device)
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if environment.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpeedEngine:
+    """Hand the model to DeepSpeed as the resolved JSON says.
+
+    Raises `ConfigurationError` where the precision cannot run on this device, and `RuntimeError` where a mixture of
+    experts was not made expert-parallel: AutoEP only warns then, and every rank would train all the experts.
+    """
+    if resolved.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
+        raise ConfigurationError(
+            "the JSON asks for fp16, which DeepSpeed does not run on this device; "
+            "leave precision.force out, or train where fp16 is native"
+        )
+    checkpointing = resolved.pop("activation_checkpointing", {})
+    if checkpointing.pop("enabled", False):
+        deepspeed.checkpointing.configure(None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing})
+        model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
+    engine, *_ = deepspeed.initialize(model=model, config=resolved, model_parameters=list(model.parameters()))
+    engine.train()
+    if resolved.get("expert_parallel", {}).get("enabled"):
+        parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
+        if parallel != model.config.num_hidden_layers:
+            raise RuntimeError(
+                f"{parallel} of {model.config.num_hidden_layers} mixtures of experts became expert-parallel; "
+                "moe_layer_pattern in the JSON's expert_parallel section does not match the model's modules"
+            )
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Set the rate of the coming step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
+    """The fp16 loss scale, or None where the engine does not scale."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None

@@ -1,0 +1,106 @@
+"""A run's folder: what it was started with, how it stands, and a lock against a second live job."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from launcher.config import RunConfig, as_dict
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+from model import LiquidConfig
+
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
+
+
+class RunFolder:
+    """`run.yaml`, `status.json`, `model/` (configuration and tokenizer), `tensorboard/`, `checkpoints/`, `latest`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.model = self.path / "model"
+        self.latest = self.path / "latest"
+
+    def claim(self) -> None:
+        """Make the folder and hold its lock until the process ends; `ConfigurationError` where another job holds it."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
+        except OSError as error:
+            raise ConfigurationError(f"cannot write to the run folder {self.path}: {error.strerror}; set output") from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"another job is training in {self.path}; wait for it, or set another output"
+            ) from error
+
+    def describe(self, config: RunConfig, deepspeed_config: dict, environment: Environment) -> None:
+        """Write `run.yaml`: all that is needed to repeat the run."""
+        description = {
+            "config": as_dict(config),
+            "deepspeed": deepspeed_config,
+            "world_size": environment.world_size,
+            "command": sys.argv,
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "versions": {package: version(package) for package in PACKAGES},
+        }
+        replace_text(self.path / "run.yaml", yaml.safe_dump(description, sort_keys=False))
+
+    def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
+        """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
+        self.model.mkdir(exist_ok=True)
+        config.save_pretrained(self.model)
+        for file in tokenizer.iterdir():
+            shutil.copyfile(file, self.model / file.name)
+
+    def write_status(self, state: str, step: int, reason: str = "") -> None:
+        """Write `status.json`: `running`, `stopped`, `done` or `failed`, for scripts to read."""
+        status = {
+            "state": state,
+            "step": step,
+            "reason": reason,
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        }
+        replace_text(self.path / "status.json", json.dumps(status) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, finds the old content or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    if shutil.which("git") is None:
+        return None
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

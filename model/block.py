@@ -1,0 +1,42 @@
+"""One pre-norm layer: local attention, deformable convolution, (every few layers) memory, mixture of experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.attention import LocalAttention
+from model.configuration import LiquidConfig
+from model.convolution import DeformableConvolution
+from model.documents import Documents
+from model.memory import LSTMMemory
+from model.moe import MixtureOfExperts, router_logits
+
+
+class LiquidBlock(GradientCheckpointingLayer):
+    """Four residual branches, each on its own normalised input: `[B, T, D]` → hidden states and router logits."""
+
+    def __init__(self, config: LiquidConfig, layer_index: int):
+        super().__init__()
+
+        def norm() -> nn.RMSNorm:
+            return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+        self.attention_norm, self.attention = norm(), LocalAttention(config)
+        self.convolution_norm, self.convolution = norm(), DeformableConvolution(config)
+        self.has_memory = (layer_index + 1) % config.memory_every == 0
+        if self.has_memory:
+            self.memory_norm, self.memory = norm(), LSTMMemory(config)
+        self.moe_norm, self.moe = norm(), MixtureOfExperts(config)
+
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], documents: Documents
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, documents)
+        hidden = hidden + self.convolution(self.convolution_norm(hidden), documents)
+        if self.has_memory:
+            hidden = hidden + self.memory(self.memory_norm(hidden), documents)
+        normalised = self.moe_norm(hidden)
+        # The logits leave through the block's return value, so that they are counted once when it is recomputed.
+        return hidden + self.moe(normalised), router_logits(self.moe, normalised)

@@ -1,0 +1,150 @@
+"""The model's configuration: every size that shapes a parameter, validated where it is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+PRESET_FOLDER = Path(__file__).parent / "configs"
+VOCABULARY_MULTIPLE = 128
+
+
+@strict
+class LiquidConfig(PreTrainedConfig):
+    """Sizes of a Liquid Foundation Model.
+
+    The vocabulary is stored in two numbers: `used_vocab_size`, what the tokenizer knows, and `vocab_size`, that number
+    rounded up to a multiple of 128, which is what the table and the head hold. Ids from `used_vocab_size` upwards get
+    a logit of minus infinity. Raises `ValueError` with the fix for sizes that do not fit together.
+    """
+
+    model_type = "liquid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50304
+    used_vocab_size: int | None = None
+    hidden_size: int = 512
+    num_hidden_layers: int = 12
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = False
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+
+    # attention
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 2
+    sliding_window: int = 512
+    rope_theta: float = 10_000.0
+
+    # deformable convolution
+    deformable_taps: int = 4
+    deformable_range: int = 16
+    deformable_groups: int = 8
+
+    # mixture of experts
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 1024
+    shared_expert_intermediate_size: int = 512
+
+    # LSTM memory
+    memory_hidden_size: int = 256
+    memory_num_layers: int = 2
+    memory_stride: int = 8
+    memory_every: int = 4
+
+    # adaptively compressed embedding
+    embedding_kernel_size: int = 4
+    embedding_components: int = 512
+    embedding_minimum_ratio: float = 0.25
+    embedding_target_ratio: float = 0.75
+    embedding_temperature: float = 4.0
+
+    def __post_init__(self, **kwargs):
+        if self.used_vocab_size is None:
+            self.used_vocab_size = self.vocab_size
+        super().__post_init__(**kwargs)
+        self._validate()
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_preset(cls, name_or_path: str, **overrides) -> LiquidConfig:
+        """Read a preset (`tiny`, `base`) or a YAML file of fields; keyword arguments win over both.
+
+        Raises `ValueError` naming the presets there are, or the field that is not one.
+        """
+        path = Path(name_or_path)
+        if path.suffix not in (".yaml", ".yml"):
+            path = PRESET_FOLDER / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise ValueError(
+                f"model {name_or_path!r} is neither a preset ({', '.join(preset_names())}) nor an existing YAML file; "
+                "give one of these or the path of a file with model fields"
+            )
+        fields = {**(yaml.safe_load(path.read_text()) or {}), **overrides}
+        unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{path} sets {', '.join(unknown)}, which the model does not have; remove or rename it")
+        return cls(**fields)
+
+    def sized_for(self, used_vocab_size: int, **overrides) -> LiquidConfig:
+        """Return a copy whose table fits a tokenizer of `used_vocab_size` tokens (rounded up to 128)."""
+        padded = -(-used_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+        fields = {name: getattr(self, name) for name in own_fields()}
+        return type(self)(**{**fields, "vocab_size": padded, "used_vocab_size": used_vocab_size, **overrides})
+
+    def _validate(self) -> None:
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(message)
+
+        for divided, divisor in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+            ("hidden_size", "deformable_groups"),
+        ):
+            quotient, rest = divmod(getattr(self, divided), getattr(self, divisor))
+            require(
+                rest == 0 and quotient > 0,
+                f"{divided} ({getattr(self, divided)}) must be a multiple of {divisor} ({getattr(self, divisor)})",
+            )
+        require(self.head_dim % 2 == 0, f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need an even number")
+        require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})",
+        )
+        require(
+            0 < self.used_vocab_size <= self.vocab_size,
+            f"used_vocab_size ({self.used_vocab_size}) must lie between 1 and vocab_size ({self.vocab_size})",
+        )
+        require(
+            0.0 <= self.embedding_minimum_ratio < self.embedding_target_ratio < 1.0,
+            f"embedding_minimum_ratio ({self.embedding_minimum_ratio}) must be below embedding_target_ratio "
+            f"({self.embedding_target_ratio}), and both inside [0, 1)",
+        )
+        for name in (
+            "num_hidden_layers", "sliding_window", "deformable_taps", "deformable_range", "moe_intermediate_size",
+            "shared_expert_intermediate_size", "memory_hidden_size", "memory_num_layers", "memory_stride",
+            "memory_every", "embedding_kernel_size", "embedding_components",
+        ):  # fmt: skip
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def own_fields() -> list[str]:
+    """The names of the fields that this class adds or redefines, in order."""
+    return [name for name in LiquidConfig.__annotations__ if name in LiquidConfig.__dataclass_fields__]
+
+
+def preset_names() -> list[str]:
+    """The presets that `from_preset` knows."""
+    return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))

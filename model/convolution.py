@@ -1,0 +1,74 @@
+"""Gated deformable convolution: a few taps whose delays into a bounded past are learned and depend on the token.
+
+Legend: B rows, T tokens, D channels in G groups, K taps a group, R the range of delays, L tokens in a block.
+
+    d_tgk = (R - 1) σ(·),  α_tgk = softmax_k(·)               (from the token, in fp32)
+    w_tgr = Σ_k α_tgk max(0, 1 - |d_tgk - r|),  r = 0 … R-1   (linear interpolation as "hat" weights)
+    y_tg  = Σ_r w_tgr u_{t-r,g},   out = W_o(rms(y) * silu(z))
+
+After Dai et al. 2017 (deformable convolution), in one dimension and causal. The sum over r is a banded matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.configuration import LiquidConfig
+from model.documents import Documents
+from model.projection import ResidualProjection, TapProjection
+
+BLOCK = 32
+
+
+class DeformableConvolution(nn.Module):
+    """`[B, T, D]` → `[B, T, D]`; no tap reaches before its document's beginning."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__()
+        self.taps = config.deformable_taps
+        self.range = config.deformable_range
+        self.groups = config.deformable_groups
+        self.in_proj = nn.Linear(config.hidden_size, 2 * config.hidden_size, bias=False)
+        self.tap_proj = TapProjection(config.hidden_size, self.groups, self.taps, self.range)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
+        signal, gate = self.in_proj(hidden).chunk(2, dim=-1)
+        weights = self.tap_weights(hidden, documents)
+        mixed = banded_convolution(signal.unflatten(-1, (self.groups, -1)), weights)
+        return self.out_proj(self.norm(mixed.flatten(2)) * F.silu(gate))
+
+    def tap_weights(self, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """The weights w_tgr, `[B, T, G, R]` in the input's dtype, zero where they would leave the document."""
+        delay, strength = self.tap_proj(hidden).float().unflatten(-1, (2, self.groups, self.taps)).unbind(2)
+        delay = (self.range - 1) * torch.sigmoid(delay)
+        reach = torch.arange(self.range, device=hidden.device)
+        hats = (1 - (delay.unsqueeze(-1) - reach).abs()).clamp(min=0)
+        weights = (strength.softmax(-1).unsqueeze(-1) * hats).sum(3)
+        inside = documents.offset[..., None, None] >= reach
+        return torch.where(inside, weights, 0.0).to(hidden.dtype)
+
+
+def banded_convolution(signal: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """y_tg = Σ_r weights_tgr signal_{t-r,g} as one batched product with a banded matrix a block of tokens.
+
+    `signal` `[B, T, G, C]`, `weights` `[B, T, G, R]` → `[B, T, G, C]`. The first tokens' missing past counts as zero.
+    """
+    tokens, reach = signal.shape[1], weights.shape[-1]
+    block = min(BLOCK, tokens)
+    blocks = math.ceil(tokens / block)
+    surplus = blocks * block - tokens
+    # Row i of the band holds the weights at columns i … i+R-1: padding each row by L and cutting the rows one shorter
+    # shifts every row one further to the right than the row above.
+    band = F.pad(weights.flip(-1), (0, 0, 0, 0, 0, surplus)).unflatten(1, (blocks, block)).transpose(2, 3)
+    width = block + reach - 1
+    band = F.pad(band, (0, block)).flatten(-2)[..., : block * width].unflatten(-1, (block, width))
+    past = F.pad(signal, (0, 0, 0, 0, reach - 1, surplus))
+    window = past.unfold(1, width, block)  # [B, n, G, C, width]
+    mixed = torch.matmul(band, window.transpose(-1, -2))  # [B, n, G, L, C]
+    return mixed.transpose(2, 3).flatten(1, 2)[:, :tokens]

@@ -1,0 +1,56 @@
+"""Where the documents of a batch begin and end, worked out once a forward and read by every component.
+
+Legend: B rows, T tokens, N documents in the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The documents in a batch of packed or padded rows.
+
+    `positions` `[B, T]`: position of a token in its text (rotary positions, the embedding's length rule).
+    `offset` `[B, T]`: tokens of the same document before this one in the row (what a tap or a block may reach back to).
+    `number` `[B, T]`: which document of the batch a token belongs to, counted over all rows from 0.
+    `first_token` `[N]`: index of each document's first token in the flattened `[B * T]` batch.
+    `longest`: tokens in the longest document.
+    """
+
+    positions: torch.Tensor
+    offset: torch.Tensor
+    number: torch.Tensor
+    first_token: torch.Tensor
+    longest: int
+
+    @classmethod
+    def from_positions(cls, positions: torch.Tensor) -> Documents:
+        """A document begins wherever a position is 0, and at the beginning of every row."""
+        batch, tokens = positions.shape
+        index = torch.arange(tokens, device=positions.device).expand(batch, tokens)
+        begins = positions == 0
+        begins[:, 0] = True
+        first_in_row = torch.where(begins, index, 0).cummax(dim=1).values
+        offset = index - first_in_row
+        number = begins.flatten().cumsum(0).sub(1).view(batch, tokens)
+        first_token = begins.flatten().nonzero().squeeze(1)
+        return cls(positions, offset, number, first_token, int(offset.max()) + 1)
+
+
+def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Give every run of padding positions of its own from 0, so that it is a document of its own.
+
+    `attention_mask` `[B, T]` is 1 on text and 0 on padding; `position_ids` (or None) are the text's positions. Used
+    for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
+    """
+    text = attention_mask.bool()
+    if position_ids is None:
+        position_ids = (text.cumsum(1) - 1).clamp(min=0)
+    index = torch.arange(text.shape[1], device=text.device).expand_as(text)
+    before = torch.nn.functional.pad(text[:, :-1], (1, 0), value=True)
+    first_of_run = torch.where(~text & before, index, 0).cummax(dim=1).values
+    return torch.where(text, position_ids, index - first_of_run)

@@ -1,0 +1,90 @@
+"""The liquid embedding: a token table, causal convolutions and an adaptive bottleneck.
+
+With table rows e_t, convolved x_t, R ordered components and a document's tokens t = 0, 1, …:
+
+    x_t  = e_t + silu(g_t) * Σ_j K_j * e_{t-j}              (depthwise, taps never leave the document)
+    n_t  = 1 - cos(e_t, mean(e_0 … e_{t-1})), n_0 = 1        (novelty: scale-free, detached)
+    c_t  = mean(n_0 … n_t)                                   (complexity of the document so far)
+    ρ_t  = r_min + (1 - r_min) σ(a log1p(t) / log(max) + b c_t + d),   a, b > 0
+    m_tr = σ((R ρ_t - r) / τ),  r = ½, 1½, …, R - ½          (soft mask over the ordered components)
+    y_t  = U (m_t * V x_t)
+
+Short or simple beginnings keep few components, long or complex texts keep more. The reconstruction error
+‖rms(y_t) - rms(e_t)‖² / D against the detached table row keeps the bottleneck faithful.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.configuration import LiquidConfig
+from model.documents import Documents
+
+
+class LiquidEmbedding(nn.Module):
+    """Token embeddings `[B, T, D]` in, compressed embeddings out (equations above)."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__()
+        self.config = config
+        self.convolution = nn.Parameter(torch.empty(config.embedding_kernel_size, config.hidden_size))
+        self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.compress = nn.Parameter(torch.empty(config.embedding_components, config.hidden_size))
+        self.expand = nn.Parameter(torch.empty(config.hidden_size, config.embedding_components))
+        # a, b (through a softplus, so that both stay positive) and d of the rule for ρ
+        self.rule = nn.Parameter(torch.empty(3))
+
+    def forward(self, embedded: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the compressed embeddings `[B, T, D]`, the reconstruction error and the ratio ρ, both fp32 `[B, T]`."""
+        mixed = embedded + F.silu(self.gate(embedded)) * self._convolve(embedded, documents)
+        ratio = self._retained_ratio(embedded.detach().float(), documents)
+        components = self.config.embedding_components
+        order = torch.arange(components, device=embedded.device) + 0.5
+        mask = torch.sigmoid((components * ratio.unsqueeze(-1) - order) / self.config.embedding_temperature)
+        output = F.linear(F.linear(mixed, self.compress) * mask.to(mixed.dtype), self.expand)
+        error = (self._normalise(output.float()) - self._normalise(embedded.detach().float())).square().mean(-1)
+        return output, error, ratio
+
+    def _convolve(self, embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
+        tokens = embedded.shape[1]
+        total = embedded * self.convolution[0]
+        for tap in range(1, min(self.config.embedding_kernel_size, tokens)):
+            earlier = F.pad(embedded[:, : tokens - tap], (0, 0, tap, 0))
+            inside = (documents.offset >= tap).unsqueeze(-1)
+            total = total + torch.where(inside, earlier, 0.0) * self.convolution[tap]
+        return total
+
+    def _retained_ratio(self, embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
+        with torch.no_grad():
+            novelty = self._novelty(embedded, documents)
+            complexity = sum_in_document(novelty.double().unsqueeze(-1), documents).squeeze(-1).float()
+            complexity = complexity / (documents.offset + 1)
+            length = torch.log1p(documents.positions.float()) / math.log(self.config.max_position_embeddings)
+        rule = self.rule.float()
+        a, b = F.softplus(rule[0]), F.softplus(rule[1])
+        minimum = self.config.embedding_minimum_ratio
+        return minimum + (1 - minimum) * torch.sigmoid(a * length + b * complexity + rule[2])
+
+    @staticmethod
+    def _novelty(embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
+        # A sum has the direction of the mean, which is all that a cosine sees. In double, because a document's sum is
+        # a difference of row sums: in fp32 a token's novelty would depend on its row's other documents.
+        wide = embedded.double()
+        earlier = sum_in_document(wide, documents) - wide
+        cosine = F.cosine_similarity(wide, earlier, dim=-1)
+        return torch.where(documents.offset == 0, 1.0, 1.0 - cosine).float()
+
+    def _normalise(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors * torch.rsqrt(vectors.square().mean(-1, keepdim=True) + self.config.rms_norm_eps**2)
+
+
+def sum_in_document(values: torch.Tensor, documents: Documents) -> torch.Tensor:
+    """Running sum over each document of `[B, T, D]` values, the token itself included."""
+    total = values.cumsum(dim=1)
+    index = torch.arange(values.shape[1], device=values.device) - documents.offset
+    before = F.pad(total, (0, 0, 1, 0)).gather(1, index.unsqueeze(-1).expand_as(total))
+    return total - before

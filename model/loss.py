@@ -1,0 +1,110 @@
+"""What training minimises, as sums over tokens, so that no term depends on how a batch is cut over ranks.
+
+The terms, each divided by the global batch's supervised tokens N or non-padding tokens M by whoever trains:
+
+    cross_entropy   Σ -log p_t                                 / N
+    focal           Σ (1 - p_t)^γ · -log p_t  (Lin et al. 2017) / N
+    reconstruction  Σ ‖rms(y_t) - rms(e_t)‖² / D               / M   (model/embedding.py)
+    budget          Σ (r̂ - r*)² + 2 (r̂ - r*)(ρ_t - r̂)           / M
+    expert_usage    Σ Σ_e p_te log(E q_e)                      / M   (mean over layers)
+    z_loss          Σ logsumexp(router logits_t)²              / M   (mean over layers; Zoph et al. 2022)
+
+Budget and expert usage are functions of batch means, (mean ρ - r*)² and Σ_e p̄_e log(E p̄_e) (zero when every expert is
+used equally). A function of a mean is not a sum over tokens; its first-order expansion around the earlier steps' means
+r̂ and q is, and has the same gradient there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
+PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
+
+
+@dataclass
+class LossWeights:
+    """Weight of each term beside the cross entropy, which has weight 1, and the focal term's exponent γ."""
+
+    focal: float = 0.1
+    focal_gamma: float = 2.0
+    reconstruction: float = 0.1
+    budget: float = 0.1
+    expert_usage: float = 0.01
+    z_loss: float = 0.001
+
+    def of(self, term: str) -> float:
+        return 1.0 if term == "cross_entropy" else getattr(self, term)
+
+
+@dataclass
+class RunningMeans:
+    """Means over earlier steps around which two terms are expanded: routing `[L, E]` and the retained ratio `[]`."""
+
+    routing: torch.Tensor
+    retained_ratio: torch.Tensor
+
+    @classmethod
+    def initial(cls, layers: int, experts: int, target_ratio: float) -> RunningMeans:
+        """Uniform routing and the ratio on target: both terms then have no gradient."""
+        return cls(torch.full((layers, experts), 1.0 / experts), torch.tensor(target_ratio))
+
+    def updated(self, routing: torch.Tensor, retained_ratio: torch.Tensor, decay: float = 0.9) -> RunningMeans:
+        """The means after one more step with these global batch means."""
+        return RunningMeans(
+            decay * self.routing + (1 - decay) * routing, decay * self.retained_ratio + (1 - decay) * retained_ratio
+        )
+
+
+def language_loss_sums(logits: torch.Tensor, labels: torch.Tensor, focal_gamma: float) -> dict[str, torch.Tensor]:
+    """Cross entropy and focal loss summed over supervised tokens, in fp32.
+
+    `logits` `[B, T, V]`, `labels` `[B, T]` aligned with the inputs (position t is asked for label t + 1; -100 is not asked).
+    """
+    targets = labels[:, 1:].flatten()
+    asked = targets != -100
+    predicted = logits[:, :-1].flatten(0, 1)[asked].float()
+    negative_log_likelihood = F.cross_entropy(predicted, targets[asked], reduction="none")
+    # expm1 keeps (1 - p) exact where p is nearly 1.
+    missing = -torch.expm1(-negative_log_likelihood)
+    return {
+        "cross_entropy": negative_log_likelihood.sum(),
+        "focal": (missing**focal_gamma * negative_log_likelihood).sum(),
+    }
+
+
+def regularisation_sums(
+    router_logits: torch.Tensor,
+    reconstruction_error: torch.Tensor,
+    retained_ratio: torch.Tensor,
+    text: torch.Tensor,
+    means: RunningMeans,
+    target_ratio: float,
+) -> dict[str, torch.Tensor]:
+    """The terms over non-padding tokens, summed in fp32.
+
+    `router_logits` `[L, B, T, E]`, `reconstruction_error` and `retained_ratio` `[B, T]`, `text` bool `[B, T]`.
+    """
+    logits = router_logits[:, text].float()  # [L, M, E]
+    experts = logits.shape[-1]
+    surplus = torch.log(means.routing.to(logits) * experts).unsqueeze(1)
+    mean_ratio = means.retained_ratio.to(retained_ratio)
+    excess = mean_ratio - target_ratio
+    return {
+        "reconstruction": reconstruction_error[text].sum(),
+        "budget": (excess**2 + 2 * excess * (retained_ratio[text] - mean_ratio)).sum(),
+        "expert_usage": (logits.softmax(-1) * surplus).sum() / len(logits),
+        "z_loss": logits.logsumexp(-1).square().sum() / len(logits),
+    }
+
+
+def total_loss(
+    sums: dict[str, torch.Tensor], weights: LossWeights, supervised: torch.Tensor, tokens: torch.Tensor
+) -> torch.Tensor:
+    """Σ weight · sum / count, with N `supervised` and M non-padding `tokens` of the batch that the mean is over."""
+    language = sum(weights.of(term) * sums[term] for term in PER_SUPERVISED_TOKEN)
+    regularisation = sum(weights.of(term) * sums[term] for term in PER_TOKEN)
+    return language / supervised + regularisation / tokens

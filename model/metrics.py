@@ -1,0 +1,29 @@
+"""What is measured while training, as sums over tokens that ranks can add up."""
+
+from __future__ import annotations
+
+import torch
+
+
+@torch.no_grad()
+def routing_statistics(
+    router_logits: torch.Tensor, retained_ratio: torch.Tensor, text: torch.Tensor, top_k: int
+) -> dict[str, torch.Tensor]:
+    """Sums over the non-padding tokens of a batch, fp32.
+
+    `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]` →
+    `routing` `[L, E]` (sum of probabilities), `load` `[L, E]` (how often an expert was chosen), `retained_ratio` `[]`.
+    """
+    probabilities = router_logits[:, text].float().softmax(-1)  # [L, M, E]
+    chosen = probabilities.topk(top_k, dim=-1).indices.flatten(1)
+    load = torch.zeros_like(probabilities[:, 0]).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+    return {
+        "routing": probabilities.sum(1),
+        "load": load,
+        "retained_ratio": retained_ratio[text].sum(),
+    }
+
+
+def load_max_over_mean(load: torch.Tensor) -> torch.Tensor:
+    """How much more than its fair share the busiest expert of each layer gets: `[L, E]` counts → `[L]`, 1 = balanced."""
+    return load.amax(-1) / load.mean(-1).clamp(min=torch.finfo(load.dtype).tiny)

@@ -1,0 +1,193 @@
+"""`LiquidModel` and `LiquidForCausalLM`: the blocks put together as Hugging Face models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from model.attention import RotaryPositions
+from model.block import LiquidBlock
+from model.configuration import LiquidConfig
+from model.documents import Documents, positions_from_mask
+from model.embedding import LiquidEmbedding
+from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
+from model.metrics import routing_statistics
+from model.moe import Experts
+from model.projection import ResidualProjection, TapProjection
+
+
+@dataclass
+class LiquidModelOutput(ModelOutput):
+    """`last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's two figures `[B, T]`."""
+
+    last_hidden_state: torch.Tensor | None = None
+    router_logits: torch.Tensor | None = None
+    reconstruction_error: torch.Tensor | None = None
+    retained_ratio: torch.Tensor | None = None
+
+
+@dataclass
+class LiquidCausalLMOutput(ModelOutput):
+    """`loss` is the weighted mean over this batch; `loss_sums` and `statistics` are what a trainer needs instead.
+
+    `loss_sums`: one fp32 sum over tokens for each term of `model.loss`. `statistics`: `model.metrics.routing_statistics`.
+    `logits` `[B, T, V]` are left out while training with labels: nothing reads them there.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    loss_sums: dict[str, torch.Tensor] | None = None
+    statistics: dict[str, torch.Tensor] | None = None
+
+
+class LiquidPreTrainedModel(PreTrainedModel):
+    """Initialisation, and what Hugging Face needs to know."""
+
+    config_class = LiquidConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LiquidBlock"]
+    # A recurrent state cannot be rolled back: transformers then refuses assisted decoding.
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        deviation = self.config.initializer_range
+        # attention, convolution and experts of every layer write to the residual stream
+        residual_deviation = deviation * (3 * self.config.num_hidden_layers) ** -0.5
+        if isinstance(module, LiquidEmbedding):
+            init.normal_(module.convolution, std=deviation)
+            init.zeros_(module.rule)  # a = b = ln 2: the ratio begins between ¾ and 0.9 of the way to 1
+            # The bottleneck begins as a rotation and its inverse: nothing is lost but what the mask takes.
+            init.orthogonal_(module.compress)
+            init.copy_(module.expand, module.compress.T)
+        elif isinstance(module, TapProjection):
+            init.copy_(module.bias, module.initial_bias())
+        elif isinstance(module, ResidualProjection):
+            init.normal_(module.weight, std=residual_deviation)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, std=deviation)
+            init.normal_(module.down_proj, std=residual_deviation)
+        elif isinstance(module, nn.LSTM):
+            for name, bias in module.named_parameters():
+                if name.startswith("bias_ih"):  # a forget gate that begins open (Jozefowicz et al. 2015)
+                    forget = torch.zeros_like(bias)
+                    forget[module.hidden_size : 2 * module.hidden_size] = 1.0
+                    init.copy_(bias, forget)
+
+
+class LiquidModel(LiquidPreTrainedModel):
+    """Token ids to hidden states, causally, each document by itself."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.liquid_embedding = LiquidEmbedding(config)
+        self.rotary = RotaryPositions(config)
+        self.layers = nn.ModuleList(LiquidBlock(config, index) for index in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> LiquidModelOutput:
+        """`input_ids` `[B, T]` (or their `inputs_embeds` `[B, T, D]`) → `LiquidModelOutput`.
+
+        Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask` `[B, T]`.
+        Raises `ValueError` when both or neither of ids and embeddings are given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds, and not both")
+        embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens = embedded.shape[:2]
+        if attention_mask is not None:
+            position_ids = positions_from_mask(attention_mask, position_ids)
+        elif position_ids is None:
+            position_ids = torch.arange(tokens, device=embedded.device)
+        documents = Documents.from_positions(position_ids.expand(batch, tokens))
+
+        hidden, reconstruction_error, retained_ratio = self.liquid_embedding(embedded, documents)
+        rotation = self.rotary(documents.positions, hidden.dtype)
+        router_logits = []
+        for layer in self.layers:
+            hidden, logits = layer(hidden, rotation, documents)
+            router_logits.append(logits)
+        return LiquidModelOutput(self.norm(hidden), torch.stack(router_logits), reconstruction_error, retained_ratio)
+
+
+class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
+    """The model with a head tied to its token table."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__(config)
+        self.model = LiquidModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss_weights = LossWeights()
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        past_key_values: object | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        running_means: RunningMeans | None = None,
+        **kwargs,
+    ) -> LiquidCausalLMOutput:
+        """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
+
+        `running_means`: the state around which the usage and budget terms are expanded; without it they have no gradient.
+        """
+        if past_key_values is not None or use_cache:
+            raise ValueError("this model decodes without a cache: call it with use_cache=False")
+        output = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])[..., : self.config.used_vocab_size]
+        loss = sums = statistics = None
+        if labels is not None:
+            text = self._text(input_ids, attention_mask, labels)
+            means = running_means or RunningMeans.initial(
+                self.config.num_hidden_layers, self.config.num_experts, self.config.embedding_target_ratio
+            )
+            sums = language_loss_sums(logits, labels, self.loss_weights.focal_gamma) | regularisation_sums(
+                output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
+                self.config.embedding_target_ratio,
+            )  # fmt: skip
+            supervised = (labels[:, 1:] != -100).sum().clamp(min=1)
+            loss = total_loss(sums, self.loss_weights, supervised, text.sum().clamp(min=1))
+            statistics = routing_statistics(
+                output.router_logits, output.retained_ratio, text, self.config.num_experts_per_tok
+            )
+        if labels is None or not self.training:
+            unused = self.config.vocab_size - self.config.used_vocab_size
+            logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)
+        else:
+            logits = None
+        return LiquidCausalLMOutput(loss, logits, sums, statistics)
+
+    def _text(
+        self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Which tokens are not padding, bool `[B, T]`: padding takes no part in routing statistics or regularisation."""
+        if attention_mask is not None:
+            return attention_mask.bool()
+        if input_ids is None:
+            return torch.ones_like(labels, dtype=torch.bool)
+        return input_ids != self.config.pad_token_id

@@ -1,0 +1,28 @@
+"""Linear layers that begin differently from the others: `_init_weights` tells them by their class."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+
+class ResidualProjection(nn.Linear):
+    """Writes to the residual stream; begins scaled down by the number of such writers (Radford et al. 2019)."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class TapProjection(nn.Linear):
+    """From a token to its deformable taps: `2 G K` outputs, first the delays' logits, then the strengths'."""
+
+    def __init__(self, in_features: int, groups: int, taps: int, delay_range: int):
+        super().__init__(in_features, 2 * groups * taps)
+        self.groups, self.taps, self.delay_range = groups, taps, delay_range
+
+    def initial_bias(self) -> torch.Tensor:
+        """Begin with the K shortest delays (½, 1½, …), equally strong, in every group."""
+        delay = torch.arange(self.taps) + 0.5
+        share = (delay / max(self.delay_range - 1, 1)).clamp(max=0.95)
+        logit = torch.log(share / (1 - share)).repeat(self.groups)
+        return torch.cat((logit, torch.zeros_like(logit)))

@@ -1,0 +1,241 @@
+import hashlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import webdataset
+
+from data_pipeline.clean import clean_text
+from data_pipeline.errors import DataError
+from data_pipeline.prepare import prepare
+from data_pipeline.shards import ShardFolder, verify
+from data_pipeline.tokenization import decode_answer, load_tokenizer
+
+
+def contents(folder):
+    """Gives the sha256 of every file by its name."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def in_process(code, *arguments):
+    """Starts a Python process that has imported prepare; arguments are sys.argv[1:]."""
+    code = "import os, resource, signal, sys, json\nimport data_pipeline.shards\n" + code
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+RUN = """
+from data_pipeline.prepare import prepare
+from data_pipeline.errors import DataError
+try:
+    prepare(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+except DataError as error:
+    sys.exit(f"one sentence: {error}")
+"""
+
+
+def expected_rows(rows):
+    """Cleans the corpus by the string function, and drops empty rows and repetitions: input row → question, answer, source."""
+    kept, seen = {}, set()
+    for number, row in enumerate(rows):
+        pair = clean_text(row["question"] or ""), clean_text(row["answer"] or "")
+        if all(pair) and pair not in seen:
+            seen.add(pair)
+            kept[number] = (*pair, row["source"])
+    return kept
+
+
+def read_documents(packed_rows):
+    """Reassembles documents from (tokens, spans) pairs: input row → ids, answer start, source number."""
+    pieces = {}
+    for tokens, spans in packed_rows:
+        for start, answer_start, end, source, input_row, offset in spans.tolist():
+            answer = answer_start - start + offset if answer_start < end else None
+            pieces.setdefault(input_row, []).append((offset, tokens[start:end].tolist(), answer, source))
+    documents = {}
+    for input_row, found in pieces.items():
+        found.sort(key=lambda piece: piece[0])
+        ids = [token for _, piece, _, _ in found for token in piece]
+        assert [offset for offset, *_ in found] == np.cumsum([0] + [len(piece) for _, piece, _, _ in found])[:-1].tolist()
+        documents[input_row] = (ids, min(answer for _, _, answer, _ in found if answer is not None), found[0][3])
+    return documents
+
+
+def assert_texts(documents, folder, rows):
+    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    names = ShardFolder(folder).index["sources"]
+    texts = {
+        input_row: (decode_answer(tokenizer, ids[1 : start - 1]), decode_answer(tokenizer, ids[start:]), names[source])
+        for input_row, (ids, start, source) in documents.items()
+    }
+    assert texts == expected_rows(rows)
+    for ids, start, _ in documents.values():
+        assert (ids[0], ids[start - 1], ids[-1]) == (tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id)
+
+
+def test_shards_hold_every_cleaned_row_exactly_once(prepared, rows):
+    folder = ShardFolder(prepared)
+    documents = read_documents(folder.read(row) for row in range(folder.num_rows))
+    assert_texts(documents, prepared, rows)
+    assert any(len(ids) > folder.seq_len for ids, _, _ in documents.values())
+
+
+def test_webdataset_itself_reads_the_same(prepared, rows):
+    tars = sorted(str(path) for path in prepared.glob("*.tar"))
+    samples = list(webdataset.WebDataset(tars, shardshuffle=False))
+    assert len({sample["__key__"] for sample in samples}) == len(samples) == ShardFolder(prepared).num_rows
+    load = lambda data: np.load(io.BytesIO(data), allow_pickle=False)  # noqa: E731
+    assert_texts(read_documents((load(s["tokens.npy"]), load(s["spans.npy"])) for s in samples), prepared, rows)
+
+
+def test_rows_in_are_rows_packed_and_rows_dropped(prepared, rows):
+    counts = ShardFolder(prepared).index["counts"]
+    assert counts["rows_in"] == len(rows) == counts["documents"] + sum(counts["rows_dropped"].values())
+    assert counts["rows_dropped"] == {"empty": 3, "duplicate": 20}
+    verify(prepared)
+
+
+def test_the_index_names_no_path_of_this_machine(prepared, corpus):
+    text = (prepared / "index.json").read_text()
+    assert str(corpus.parent) not in text
+    assert str(prepared.parent) not in text
+
+
+def test_a_second_run_gives_the_same_bytes(prepared, corpus, settings, tmp_path):
+    prepare(str(corpus), tmp_path / "again", **settings)
+    assert contents(tmp_path / "again") == contents(prepared)
+
+
+def test_groups_bound_what_packing_mixes(corpus, rows, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.prepare.ROWS_PER_CHUNK", 50)
+    monkeypatch.setattr("data_pipeline.prepare.ROWS_PER_GROUP", 100)
+    prepare(str(corpus), tmp_path / "out", **settings)
+    folder = ShardFolder(tmp_path / "out")
+    packed = [folder.read(row) for row in range(folder.num_rows)]
+    assert all(len(set(spans[:, 4] // 100)) == 1 for _, spans in packed)
+    assert_texts(read_documents(packed), tmp_path / "out", rows)
+    assert {name.split("-")[1] for name in contents(tmp_path / "out") if name.endswith(".tar")} == {
+        f"{group:05d}" for group in range(5)
+    }
+
+
+def test_a_finished_folder_is_left_alone(prepared, corpus, settings):
+    before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
+    index = prepare(str(corpus), prepared, **settings)
+    assert index["counts"]["rows_in"] > 0
+    assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
+
+
+def test_a_folder_of_another_config_is_refused(prepared, corpus, settings):
+    with pytest.raises(DataError, match="was prepared with seq_len = 64 and now seq_len = 32 is asked for"):
+        prepare(str(corpus), prepared, **(settings | {"seq_len": 32}))
+    with pytest.raises(DataError, match="was prepared with source"):
+        prepare("sample", prepared, **settings)
+    with pytest.raises(DataError, match="was prepared with tokenizer"):
+        prepare(str(corpus), prepared, **settings, tokenizer=str(prepared / "tokenizer"))
+
+
+def test_a_foreign_folder_is_refused_and_not_touched(corpus, settings, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(DataError, match="holds thesis.txt, which `prepare` did not make"):
+        prepare(str(corpus), tmp_path, **settings)
+    with pytest.raises(DataError, match="is a file: name a folder"):
+        prepare(str(corpus), tmp_path / "thesis.txt", **settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_foreign_file_in_an_unfinished_folder_is_kept(prepared, corpus, settings, tmp_path):
+    out = tmp_path / "out"
+    prepare(str(corpus), out, **settings)
+    (out / "index.json").unlink()
+    (out / "tokenizer" / "notes.txt").write_text("mine")
+    names = contents(out)
+    with pytest.raises(DataError, match=r"holds tokenizer/notes.txt"):
+        prepare(str(corpus), out, **settings)
+    assert contents(out) == names
+    (out / "tokenizer" / "notes.txt").unlink()
+    prepare(str(corpus), out, **settings)
+    assert contents(out) == contents(prepared)
+
+
+@pytest.mark.parametrize("killed_at", [2, 6, 9])
+def test_a_run_after_a_kill_gives_the_same_bytes(prepared, corpus, settings, tmp_path, killed_at):
+    kill = f"""
+calls, fsync = [], os.fsync
+def kill_at_a_sync(descriptor):
+    calls.append(descriptor)
+    if len(calls) == {killed_at}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    fsync(descriptor)
+os.fsync = kill_at_a_sync
+"""
+    process = in_process(kill + RUN, corpus, tmp_path / "out", json.dumps(settings))
+    process.communicate(timeout=60)
+    assert process.returncode == -9
+    left = contents(tmp_path / "out")
+    assert any(name.endswith(".partial") for name in left)
+    assert "index.json" not in left
+    with pytest.raises(DataError, match="is unfinished"):
+        ShardFolder(tmp_path / "out")
+    prepare(str(corpus), tmp_path / "out", **settings)
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_two_processes_at_once_make_one_folder(prepared, corpus, settings, tmp_path):
+    processes = [in_process(RUN, corpus, tmp_path / "out", json.dumps(settings)) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert contents(tmp_path / "out") == contents(prepared)
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence(corpus, settings, tmp_path):
+    # A file size limit fails a write in the middle as a full disk does, and leaves room for the tokenizer.
+    limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+    process = in_process(limit + RUN, corpus, tmp_path / "out", json.dumps(settings | {"rows_per_shard": 1000}))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith(f"one sentence: {tmp_path / 'out'} cannot be written: make room")
+    assert not [name for name in contents(tmp_path / "out") if name == "index.json" or name.endswith(".tar")]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(corpus, settings):
+    with pytest.raises(DataError, match="/proc/shards cannot be written"):
+        prepare(str(corpus), "/proc/shards", **settings)
+
+
+def test_a_source_without_usable_rows_is_refused(settings, tmp_path):
+    (tmp_path / "empty.jsonl").write_text('{"question": "q", "answer": ""}\n' * 3)
+    with pytest.raises(DataError, match=r"empty.jsonl has no row with a question and an answer"):
+        prepare(str(tmp_path / "empty.jsonl"), tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("setting", [{"seq_len": 1}, {"rows_per_shard": 0}, {"vocab_size": 10}])
+def test_a_setting_that_cannot_work_is_refused(corpus, settings, tmp_path, setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(DataError, match=f"{name} {value} is too s"):
+        prepare(str(corpus), tmp_path / "out", **(settings | setting))
+
+
+def test_progress_is_shown_on_stderr_alone(corpus, settings, tmp_path, capsys):
+    prepare(str(corpus), tmp_path / "out", **(settings | {"progress": True}))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "fitting the tokenizer" in shown.err
+    assert "packing rows" in shown.err
+    assert "MB/s" in shown.err
+
+
+def test_the_led_tokenizer_is_used_as_it_is(led_tokenizer, corpus, rows, settings, tmp_path):
+    index = prepare(str(corpus), tmp_path / "out", **(settings | {"tokenizer": led_tokenizer}))
+    assert index["vocab_size"] == 50266
+    folder = ShardFolder(tmp_path / "out")
+    assert_texts(read_documents(folder.read(row) for row in range(folder.num_rows)), tmp_path / "out", rows)

@@ -1,0 +1,124 @@
+import pytest
+from transformers import AutoTokenizer, LEDTokenizer
+
+from data_pipeline.errors import DataError
+from data_pipeline.tokenization import (
+    decode_answer,
+    encode_documents,
+    encode_prompt,
+    fingerprint,
+    load_tokenizer,
+    train_tokenizer,
+)
+
+TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " leading and  double spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
+SPECIAL = "a <s> b</s><mask> <pad><unk> <sep>c"
+
+
+def train(**options):
+    return train_tokenizer(iter(TEXTS * 5), vocab_size=300, **options)
+
+
+@pytest.fixture(scope="module", params=["trained", "LED"])
+def tokenizer(request):
+    return train() if request.param == "trained" else load_tokenizer(request.getfixturevalue("led_tokenizer"))
+
+
+def test_a_document_is_question_and_answer_between_special_tokens(tokenizer):
+    (ids, answer_start), (_, other_start) = encode_documents(tokenizer, ["2 + 2?", ""], ["4", "x"])
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[answer_start - 1] == tokenizer.convert_tokens_to_ids("<sep>")
+    assert ids[-1] == tokenizer.eos_token_id
+    assert sum(ids == tokenizer.sep_token_id) == 1
+    assert other_start == 2
+    assert encode_prompt(tokenizer, "2 + 2?") == ids[:answer_start].tolist()
+
+
+def test_every_text_comes_back_exactly(tokenizer):
+    for text in [*TEXTS, SPECIAL]:
+        ((ids, answer_start),) = encode_documents(tokenizer, [text], [text])
+        assert decode_answer(tokenizer, ids[answer_start:].tolist()) == text
+        assert decode_answer(tokenizer, ids[1 : answer_start - 1]) == text
+
+
+def test_literal_special_tokens_stay_text(tokenizer):
+    ((ids, _),) = encode_documents(tokenizer, [SPECIAL], [SPECIAL])
+    specials = [token for token in ids.tolist() if token in tokenizer.all_special_ids]
+    assert specials == [tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
+    # and only there: elsewhere the tokenizer recognises them as before
+    assert tokenizer.eos_token_id in tokenizer("</s>").input_ids
+
+
+def test_an_answer_ends_at_the_first_end_token(tokenizer):
+    ((ids, answer_start),) = encode_documents(tokenizer, ["q"], ["yes"])
+    assert decode_answer(tokenizer, [*ids[answer_start:].tolist(), *ids.tolist()]) == "yes"
+
+
+def test_earlier_truncation_and_padding_leave_documents_whole(tokenizer):
+    expected = encode_documents(tokenizer, TEXTS, TEXTS)
+    identity = fingerprint(tokenizer)
+    tokenizer(TEXTS, truncation=True, max_length=3, padding="max_length")
+    for (ids, start), (expected_ids, expected_start) in zip(encode_documents(tokenizer, TEXTS, TEXTS), expected, strict=True):
+        assert ids.tolist() == expected_ids.tolist()
+        assert start == expected_start
+    assert fingerprint(tokenizer) == identity
+
+
+def test_a_saved_tokenizer_comes_back_whole_by_any_loader(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    conversation = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    ((document, _),) = encode_documents(tokenizer, ["why?"], ["so"])
+    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
+        assert fingerprint(loaded) == fingerprint(tokenizer)
+        assert len(loaded) == len(tokenizer)
+        assert loaded("why?").input_ids == document.tolist()[: len(loaded("why?").input_ids)]
+        assert loaded.padding_side == "left"
+        assert loaded.apply_chat_template(conversation)["input_ids"] == document.tolist()
+        prompt = loaded.apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]
+        assert prompt == encode_prompt(tokenizer, "why?")
+
+
+def test_the_post_processor_adds_only_the_beginning(tokenizer):
+    ids = tokenizer("why?").input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_a_trained_tokenizer_has_led_shape():
+    tokenizer = train()
+    assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
+    assert (tokenizer.mask_token_id, tokenizer.sep_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
+    assert len(tokenizer) <= 300
+
+
+def test_training_is_deterministic():
+    assert fingerprint(train()) == fingerprint(train())
+
+
+def test_digits_are_single_tokens_unless_told_otherwise():
+    texts = ["1234 1234 1234"] * 20
+    split = train_tokenizer(iter(texts), vocab_size=300)
+    assert len(split("1234", add_special_tokens=False).input_ids) == 4
+    joined = train_tokenizer(iter(texts), vocab_size=300, split_digits=False)
+    assert len(joined("1234", add_special_tokens=False).input_ids) == 1
+
+
+def test_the_led_vocabulary_keeps_its_ids(led_tokenizer):
+    original, prepared = LEDTokenizer.from_pretrained(led_tokenizer), load_tokenizer(led_tokenizer)
+    for text in TEXTS:
+        assert prepared(text).input_ids == original(text).input_ids[:-1]
+    assert prepared.sep_token_id == 50265
+
+
+def test_what_is_no_usable_tokenizer_is_one_sentence(tmp_path):
+    with pytest.raises(DataError, match="no tokenizer can be loaded from"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match="vocab_size 100 is too small"):
+        train_tokenizer(iter(TEXTS), vocab_size=100)
+    from tokenizers import normalizers
+
+    lossy = train()
+    lossy.backend_tokenizer.normalizer = normalizers.Lowercase()
+    lossy.save_pretrained(tmp_path)
+    with pytest.raises(DataError, match="does not give text back"):
+        load_tokenizer(str(tmp_path))
