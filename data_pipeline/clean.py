@@ -1,7 +1,7 @@
 """Text cleaning: one named polars expression per rule, the same for a corpus and for one prompt.
 
-Every rule leaves mathematics alone: LaTeX, `a < b` and `x<y>z` come out byte for byte as they went in. The rules together
-are idempotent: cleaning what is clean changes nothing.
+Every rule leaves mathematics alone: LaTeX, `a < b` and `x<y>z` come out byte for byte as they went in. The rules
+together are idempotent: cleaning what is clean changes nothing.
 """
 
 import re
@@ -46,14 +46,14 @@ def remove_control_characters(text: pl.Expr) -> pl.Expr:
     return text.str.replace_all(CONTROL_CHARACTERS, "")
 
 
-def unescape_html(text: pl.Expr) -> pl.Expr:
-    """Replaces HTML character references by their characters, also those escaped several times."""
-    return _map_matching_rows(text, ENTITY, _unescape_text)
-
-
 def normalize_unicode(text: pl.Expr) -> pl.Expr:
     """Composes characters (NFC); compatibility forms such as the 2 of x² stay."""
     return text.str.normalize("NFC")
+
+
+def unescape_html(text: pl.Expr) -> pl.Expr:
+    """Replaces HTML character references by their characters, also those escaped several times."""
+    return _map_matching_rows(text, ENTITY, _unescape_text)
 
 
 def remove_urls(text: pl.Expr) -> pl.Expr:
@@ -75,8 +75,8 @@ def normalize_whitespace(text: pl.Expr) -> pl.Expr:
 
 RULES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
     "remove_control_characters": remove_control_characters,
+    "normalize_unicode": normalize_unicode,  # before the next, because NFC makes `;` and `K` of their look-alikes
     "unescape_html": unescape_html,
-    "normalize_unicode": normalize_unicode,
     "remove_urls": remove_urls,
     "normalize_whitespace": normalize_whitespace,
 }

@@ -22,13 +22,13 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises DataError where the folder holds files that `prepare` did not make; they are not touched.
     """
-    # Whatever is there before the lock is made was not made by us.
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder for the shards")
-    if out.is_dir() and not (out / LOCK_NAME).exists() and (foreign := next(out.iterdir(), None)):
-        # Another process that begins at this very moment makes its lock first of all, so look once more.
-        if not (out / LOCK_NAME).exists():
-            raise DataError(f"{out} holds {foreign.name}, which `prepare` did not make: name an empty or a new folder")
+    # Whatever is there before the lock was not made by us. The lock is looked for last, because another process that
+    # begins at this very moment makes it before all other files.
+    foreign = next(out.iterdir(), None) if out.is_dir() else None
+    if foreign and not (out / LOCK_NAME).exists():
+        raise DataError(f"{out} holds {foreign.name}, which `prepare` did not make: name an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK_NAME).open("a") as lock:
         try:
@@ -50,8 +50,9 @@ def finished_index(out: Path, config: dict) -> dict | None:
     differing = [key for key in config.keys() | index["config"].keys() if config.get(key) != index["config"].get(key)]
     if differing:
         key = min(differing)
+        before, now = index["config"].get(key), config.get(key)
         raise DataError(
-            f"{out} was prepared with {key} = {index['config'].get(key)} and now {key} = {config.get(key)} is asked for: "
+            f"{out} was prepared with {key} = {before} and now {key} = {now} is asked for: "
             "name another folder, or remove this one"
         )
     return index

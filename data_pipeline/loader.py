@@ -47,7 +47,7 @@ class RowOrder:
 
 
 def _permutation(generator: np.random.Philox, length: int) -> np.ndarray:
-    # The raw stream of a bit generator is the same in every numpy version; what Generator.permutation makes of it is not.
+    # A bit generator's raw stream is the same in every numpy version; what Generator.permutation makes of it is not.
     return np.argsort(generator.random_raw(length), kind="stable")
 
 
@@ -85,11 +85,11 @@ class BatchStream:
         self.order = RowOrder(folder.num_rows, folder.fingerprint, seed, folder.rows_per_file)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """Gives this rank's `accumulation` micro-batches of the next global batch, and moves the position past that batch.
+        """Gives this rank's `accumulation` micro-batches of the next global batch, and moves the position past it.
 
-        A micro-batch holds input_ids, labels and position_ids, int64 `[micro_batch_rows, seq_len]`. Labels stand at their
-        own tokens, the model shifts them; -100 is at the first token of every piece, at padding and, where the loss
-        is on answers, at questions. Positions begin at 0 at every piece and at the padding.
+        A micro-batch holds input_ids, labels and position_ids, int64 `[micro_batch_rows, seq_len]`. Labels stand at
+        their own tokens, the model shifts them; -100 is at the first token of every piece, at padding and, where the
+        loss is on answers, at questions. Positions begin at 0 at every piece and at the padding.
         """
         first = self.position + self.rank * self.accumulation * self.micro_batch_rows
         micro_batches = []

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed number of tokens: best fit, with documents longer than a row continued in further rows."""
+"""Documents to rows of a fixed number of tokens: best fit, and longer documents continue in further rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class Document:
 class PackedRow:
     """One row.
 
-    tokens: `[seq_len]`, padded at its end. spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order; start, answer_start and end
-    are positions in the row, offset is where the piece begins in its document. A piece without a token of the answer
-    has answer_start equal to its end. Padding has no span.
+    tokens: `[seq_len]`, padded at its end. spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order; start, answer_start and
+    end are positions in the row, offset is where the piece begins in its document. A piece without a token of the
+    answer has answer_start equal to its end. Padding has no span.
     """
 
     tokens: np.ndarray
@@ -38,9 +38,9 @@ class PackedRow:
 def pack(documents: Sequence[Document], seq_len: int, pad_token_id: int, dtype: type) -> list[PackedRow]:
     """Packs a group of documents into rows of seq_len tokens; the group bounds the memory that this takes.
 
-    A document longer than a row fills whole rows, and its rest is packed like any other piece. Pieces are placed longest
-    first, each into the row with the least room that still holds it. Rows come out in the order of their first
-    documents, and so do the documents of a row.
+    A document longer than a row fills whole rows, and its rest is packed like any other piece. Pieces are placed
+    longest first, each into the row with the least room that still holds it. Rows come out in the order of their
+    first documents, and so do the documents of a row.
     """
     pieces = [
         (number, offset, min(seq_len, len(document.ids) - offset))

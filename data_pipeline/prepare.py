@@ -1,8 +1,8 @@
 """The job that makes a shard folder: read, clean, drop, encode, pack and write, one group of rows after another.
 
 Packing and shards never cross a group, and the groups depend on the source and the constants below alone, so the same
-input and settings give the same bytes. Memory holds one group and 16 bytes of digest for every kept row, about 100 bytes a
-row as Python keeps them.
+input and settings give the same bytes. Memory holds one group, and a digest of 16 bytes for every kept row, about 100
+bytes a row as Python keeps them.
 """
 
 import hashlib
@@ -42,8 +42,9 @@ def prepare(
 ) -> dict:
     """Makes a shard folder of a source, or leaves it alone where the same settings have made it; returns its index.
 
-    source: as for `open_source`. tokenizer: `train`, a folder or a hub name. seq_len: tokens a row. vocab_size: the size of a
-    trained tokenizer. progress: show rows and MB/s on stderr. A folder that an interrupted run left is begun anew.
+    source: as for `open_source`. tokenizer: `train`, a folder or a hub name. seq_len: tokens a row. vocab_size: the
+    upper limit of a trained tokenizer's. progress: show rows and MB/s on stderr. A folder that an interrupted run left
+    is begun anew; a process that finds another one at work on it waits.
     Raises DataError for bad input, a folder made with other settings, and what the disk refuses.
     """
     out = Path(out)
@@ -84,9 +85,11 @@ class _Preparation:
         """Fits the tokenizer where none is given, writes the shards, then the index."""
         tokenizer = tokenizer or self._train_tokenizer()
         tokenizer_entry = _save_tokenizer(tokenizer, self.out)
-        files = [entry for number, group in enumerate(self._groups()) for entry in self._write_group(number, group, tokenizer)]
+        files = []
+        for number, group in enumerate(self._groups()):
+            files += self._write_group(number, group, tokenizer)
         if not files:
-            raise DataError(f"the source {self.source.name} has no row with a question and an answer: check its columns")
+            raise DataError(f"the source {self.source.name} has no row with a question and an answer: check its text")
         index = {
             "format_version": FORMAT_VERSION,
             "config": self.config,
@@ -211,7 +214,7 @@ def _config(
 def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", out: Path) -> dict:
     from data_pipeline.tokenization import fingerprint
 
-    # The backend reports a full disk as a bare Exception, so it writes elsewhere and our own writer puts the files in place.
+    # The backend reports a full disk as a bare Exception, so it writes elsewhere, and our own writer writes here.
     with TemporaryDirectory() as elsewhere:
         tokenizer.save_pretrained(elsewhere)
         contents = {path.name: path.read_bytes() for path in sorted(Path(elsewhere).iterdir())}

@@ -83,7 +83,8 @@ def _mathematics(name: str, phrasings: tuple[str, ...], facts: list[Fact], phras
 
 
 def _bond(first: int, second: int) -> str:
-    return f"bond {min(first, second)} {max(first, second)}"
+    # With 0 and 1 the neighbors of a number would give the answer away, so these bonds are never held out.
+    return f"bond {min(first, second)} {max(first, second)}" if min(first, second) > 1 else ""
 
 
 def _arithmetic_families() -> list[Family]:
@@ -206,7 +207,8 @@ def _hold_out_combinations(families: list[Family], generator: random.Random) -> 
     remaining_words = Counter(word for family in families for fact in family.facts for word in fact.answer.split())
     held_out: dict[str, Entry] = {}
     for family in families:
-        candidates = generator.sample(family.facts, len(family.facts))
+        candidates = [fact for fact in family.facts if fact.combination]
+        generator.shuffle(candidates)
         wanted = len(held_out) + family.held_out_new
         while len(held_out) < wanted:
             fact = candidates.pop()
@@ -267,14 +269,15 @@ def clean_rows() -> list[dict]:
 def training_rows() -> Iterator[dict]:
     """The training rows in WebInstructSub's columns, soiled and partly repeated as scraped text is."""
     generator = random.Random(SEED)
-    whitespace_answers = {question: answer for question, answer in UNANSWERED}
+    whitespace_answers = dict(UNANSWERED)
     literal_questions = [question for question, _ in LITERAL_TOKENS]
     rows = []
     for clean in clean_rows():
         question, answer = clean["question"], whitespace_answers.get(clean["question"], clean["answer"])
         if answer.strip() and question not in literal_questions and generator.random() < SHARE_OF_SOILED_ROWS:
             question = _soil(question, generator)
-            if generator.random() < 0.2:
+            # Few answers have accents; those that do are decomposed with their question.
+            if generator.random() < 0.2 or not answer.isascii():
                 answer = _soil(answer, generator)
         rows.append(clean | {
             "orig_question": _as_html(clean["question"], generator), "orig_answer": _as_html(clean["answer"], generator),
@@ -338,8 +341,11 @@ RARE_DIRT = ("entity", "twice-escaped entity", "decomposed accent")
 
 
 def _soil(text: str, generator: random.Random) -> str:
-    """The text with one kind of dirt that it can take; one that few texts can take half of the time, where it can."""
-    rare = [kind for kind in RARE_DIRT if DIRT[kind](text, generator) != text]
+    """The text with one kind of dirt; a kind that few texts can take is preferred where the text can."""
+    possible = [kind for kind in RARE_DIRT if DIRT[kind](text, generator) != text]
     common = [kind for kind in DIRT if kind not in RARE_DIRT]
-    kind = generator.choice(rare if rare and generator.random() < 0.5 else common)
+    if "decomposed accent" in possible:
+        kind = "decomposed accent"
+    else:
+        kind = generator.choice(possible if possible and generator.random() < 0.5 else common)
     return DIRT[kind](text, generator)

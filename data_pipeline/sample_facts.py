@@ -32,10 +32,6 @@ def _reverse(table: dict[str, str]) -> dict[str, str]:
     return {answer: subject for subject, answer in table.items()}
 
 
-def _both_ways(table: dict[str, str]) -> dict[str, str]:
-    return table | _reverse(table)
-
-
 CAPITALS = _read("""
     France: Paris; Germany: Berlin; Italy: Rome; Spain: Madrid; Portugal: Lisbon; Austria: Vienna; Belgium: Brussels;
     Denmark: Copenhagen; Sweden: Stockholm; Norway: Oslo; Finland: Helsinki; Iceland: Reykjavík; Ireland: Dublin;
@@ -73,11 +69,12 @@ SYMBOLS = _read("""
 ATOMIC_NUMBERS = {element: str(number) for number, element in enumerate(list(SYMBOLS)[:20], start=1)}
 
 # Only pairs that read well both ways: "short" could be answered by "tall" or by "long", so it is asked in neither.
-OPPOSITES = _both_ways(_read("""
+_OPPOSITES = _read("""
     hot: cold; up: down; open: closed; wet: dry; fast: slow; early: late; full: empty; strong: weak; rich: poor;
     loud: quiet; happy: sad; inside: outside; true: false; day: night; love: hate; win: lose; buy: sell; push: pull;
     clean: dirty; north: south; east: west; above: below; always: never; before: after; first: last
-"""))
+""")
+OPPOSITES = _OPPOSITES | _reverse(_OPPOSITES)
 
 PLURALS = _read("""
     child: children; mouse: mice; man: men; woman: women; foot: feet; tooth: teeth; goose: geese; ox: oxen;
@@ -176,7 +173,8 @@ GENERAL_KNOWLEDGE = _read("""
     the author of Hamlet: William Shakespeare; the painter of the Mona Lisa: Leonardo da Vinci;
     the first person on the Moon: Neil Armstrong; the author of Don Quixote: Miguel de Cervantes;
     the chemical formula of water: H2O; the chemical formula of carbon dioxide: CO2;
-    the chemical formula of table salt: NaCl; the chemical formula of methane: CH4; the hardest mineral on the Mohs scale: diamond;
+    the chemical formula of table salt: NaCl; the chemical formula of methane: CH4;
+    the hardest mineral on the Mohs scale: diamond;
     the gas that plants take in for photosynthesis: carbon dioxide; the gas in air that we need to breathe: oxygen;
     the most common gas in air: nitrogen; the lightest element: hydrogen; the metal that is liquid at room temperature: mercury;
     the green pigment of leaves: chlorophyll; the force that pulls things to the ground: gravity;

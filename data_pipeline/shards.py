@@ -2,7 +2,8 @@
 
 A row is two members of its tar, `KEY.tokens.npy` (uint16, or uint32 above 65,536 ids; `[seq_len]`) and `KEY.spans.npy`
 (int64 `[pieces, 6]`, columns as in `packing.SPAN_COLUMNS`). Beside `SHARD.tar` stands `SHARD.offsets.npy` (uint64
-`[rows, 2]`): where in the tar the two members' data begin. `index.json` is written last: a folder without it is unfinished.
+`[rows, 2]`): where in the tar the two members' data begin. `index.json` is written last: a folder without it is
+unfinished.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ def write_file(path: Path, parts: Iterable[bytes]) -> dict:
 
 
 def write_shard(folder: Path, name: str, rows: Sequence[PackedRow]) -> dict:
-    """Writes `name.tar` and `name.offsets.npy`, the same bytes for the same rows; returns the shard's entry of the index."""
+    """Writes `name.tar` and `name.offsets.npy`, the same bytes for the same rows; returns the shard's index entry."""
     offsets = np.empty((len(rows), 2), dtype=np.uint64)
 
     def members() -> Iterable[bytes]:
@@ -113,7 +114,8 @@ class ShardFolder:
 
     index: the contents of index.json. fingerprint: changes with any token, span or the tokenizer. vocab_size: the
     tokenizer's number of tokens. rows_per_file: rows of each shard, in order.
-    Raises DataError where the folder is missing, unfinished or of another format, or a file is missing or of the wrong size.
+    Raises DataError where the folder is missing, unfinished or of another format, or a file is missing or has the
+    wrong size.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -135,7 +137,7 @@ class ShardFolder:
         return self.__dict__ | {"_open_shards": {}}
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reads one row: its tokens `[seq_len]` and spans `[pieces, 6]`, views of the file that must not be written to."""
+        """Reads one row: its tokens `[seq_len]` and spans `[pieces, 6]`, read-only views of the file."""
         if not 0 <= row < self.num_rows:
             raise IndexError(f"row {row} of {self.num_rows}")
         shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1

@@ -1,4 +1,4 @@
-"""Rows of question, answer and source: the built-in sample, parquet and jsonl files, or a dataset on the Hugging Face hub."""
+"""Rows of question, answer and source: the built-in sample, parquet and jsonl files, or a dataset on the hub."""
 
 import glob
 import gzip
@@ -73,7 +73,8 @@ class FileSource:
         self._files = sorted({file for part in parts for file in _files_of(part)})
         if not self._files:
             raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
-        self.name = self._files[0].name if len(self._files) == 1 else f"{self._files[0].name} … {self._files[-1].name}"
+        first, last = self._files[0].name, self._files[-1].name
+        self.name = first if len(self._files) == 1 else f"{first} … {last}"
         self.identity = [{"name": file.name, "bytes": file.stat().st_size} for file in self._files]
         # Opening all of them now finds a truncated or foreign file before any work is done.
         rows = [_open_parquet(file).metadata.num_rows for file in self._files if file.suffix == ".parquet"]
@@ -114,11 +115,12 @@ class HubSource:
         try:
             yield from _frames((_values_of(row, where, self.name) for row in self._dataset), rows)
         except OSError as error:
-            raise DataError(f"{where} could not be read to its end: check the network and run again ({error})") from error
+            raise DataError(f"{where} stopped before its end: check the network and run again ({error})") from error
 
 
 def _is_local(part: str) -> bool:
-    return Path(part).exists() or glob.has_magic(part) or part.startswith((".", "/", "~")) or part.endswith(FILE_SUFFIXES)
+    looks_like_path = glob.has_magic(part) or part.startswith((".", "/", "~")) or part.endswith(FILE_SUFFIXES)
+    return looks_like_path or Path(part).exists()
 
 
 def _files_of(part: str) -> list[Path]:
@@ -196,7 +198,9 @@ def _jsonl_rows(file: Path) -> Iterator[dict[str, str]]:
                     row = _parse_line(line, f"{file}, line {number}")
                     yield _values_of(row, f"{file}, line {number},", file.name)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read after line {number}: fetch it again or leave it out ({error})") from error
+        raise DataError(
+            f"{file} cannot be read after line {number}: fetch it again or leave it out ({error})"
+        ) from error
 
 
 def _parse_line(line: bytes, where: str) -> dict:
@@ -212,12 +216,12 @@ def _parse_line(line: bytes, where: str) -> dict:
 def _values_of(row: dict, where: str, default_source: str) -> dict[str, str]:
     """Picks the three columns of one row; raises DataError where one is missing or is no text."""
     _require_columns(row, where)
-    values = {column: row.get(column, "") for column in REQUIRED_COLUMNS} | {"source": row.get("source", default_source)}
+    values = {column: row[column] for column in REQUIRED_COLUMNS} | {"source": row.get("source", default_source)}
     for column, value in values.items():
         if value is None:
             values[column] = ""
         elif not isinstance(value, str):
-            raise DataError(f"{where} has a {column} of type {type(value).__name__}, not text: make it a string")
+            raise DataError(f"{where} holds a {type(value).__name__} as {column}, not text: make it a string")
         elif not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise DataError(f"{where} has half a surrogate pair in its {column}, which is no character: remove it")
     return values

@@ -1,8 +1,8 @@
 """The tokenizer: load one, or train one of LED's shape, and lay documents out as `<s> question <sep> answer </s>`.
 
-Question and answer are encoded separately, each exactly as it stands and without a space before it, so decoding the tokens
-between two special tokens gives that text back character for character. Special tokens that stand literally in a text are
-encoded as text; the ids of special tokens come only from the layout.
+Question and answer are encoded separately, each exactly as it stands and without a space before it, so decoding the
+tokens between two special tokens gives that text back character for character. Special tokens that stand literally in
+a text are encoded as text; the ids of special tokens come only from the layout.
 """
 
 import hashlib
@@ -61,8 +61,8 @@ def load_tokenizer(name_or_path: str) -> "PreTrainedTokenizerFast":
         decoded = text_backend.decode(text_backend.encode(ROUND_TRIP_PROBE, add_special_tokens=False).ids)
     if decoded != ROUND_TRIP_PROBE:
         raise DataError(
-            f"the tokenizer {name_or_path!r} does not give text back as it was ({ROUND_TRIP_PROBE!r} became {decoded!r}): "
-            "use a byte-level BPE such as LED's, without a prefix space"
+            f"the tokenizer {name_or_path!r} does not give text back as it was "
+            f"({ROUND_TRIP_PROBE!r} became {decoded!r}): use a byte-level BPE such as LED's, without a prefix space"
         )
     return prepared
 
@@ -72,8 +72,8 @@ def train_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Trains a byte-level BPE with LED's special tokens and ids, and prepares it for our documents.
 
-    vocab_size: an upper limit of the number of tokens, special ones included. split_digits: every digit is a token of its own, so that a
-    small model can learn arithmetic. Raises DataError where the vocabulary cannot hold the bytes.
+    vocab_size: an upper limit of the number of tokens, special ones included. split_digits: every digit is a token of
+    its own, so that a small model can learn arithmetic. Raises DataError where the vocabulary cannot hold the bytes.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 

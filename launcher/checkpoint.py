@@ -12,8 +12,8 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -21,6 +21,9 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder, replace_text, sync_folder
 from model.loss import RunningMeans
+
+if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
+    import deepspeed
 
 MANIFEST = "manifest.json"
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -60,16 +62,29 @@ def _slurm_tasks_per_node(variables: dict[str, str]) -> str | None:
 
 
 def export_for_torch(environment: Environment) -> None:
-    """Set the variables that torch.distributed reads, and share the cores among this machine's processes."""
+    """Set what torch and DeepSpeed read from the environment: rendezvous, cores, where compiled operators lie."""
     os.environ.update(
         RANK=str(environment.rank), WORLD_SIZE=str(environment.world_size), LOCAL_RANK=str(environment.local_rank)
     )
     if environment.world_size == 1:
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ.setdefault("MASTER_PORT", str(free_port()))
-    if environment.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # By default every process takes all cores, and they fight.
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+        # Nobody else joins, so any port will do, and two runs on one machine need not agree on theirs.
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    if environment.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # By default every process takes all cores, and they fight.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+    _export_for_compiler()
+
+
+def _export_for_compiler() -> None:
+    """DeepSpeed compiles operators at run time: keep them with the environment that they were compiled for."""
+    binaries = str(Path(sys.executable).parent)
+    if binaries not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] = binaries + os.pathsep + os.environ["PATH"]  # ninja, where the environment is not activated
+    operators = Path(sys.prefix) / "torch_extensions"
+    if operators.is_dir() or os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(operators))
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """Mixture of experts: a softmax top-k router, SwiGLU experts in 3-D tensors, and a shared expert that sees every token.
 
 The layout (router.gate.weight `[E, D]`, experts.gate_up_proj `[E, 2I, D]`, experts.down_proj `[E, D, I]`,
-shared_expert) is what DeepSpeed's AutoEP recognises; it replaces this block's forward by one that spreads the experts
+shared_experts) is what DeepSpeed's AutoEP recognises; it replaces this block's forward by one that spreads the experts
 over ranks. So the block returns hidden states only: what the loss needs is read from the gate by `router_logits`,
 which works on either kind of block.
 """
@@ -82,12 +82,12 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared_expert = SharedExpert(config)
+        self.shared_experts = SharedExpert(config)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = hidden.flatten(0, 1)
         routed = self.experts(tokens, *self.router(tokens))
-        return routed.view_as(hidden) + self.shared_expert(hidden)
+        return routed.view_as(hidden) + self.shared_experts(hidden)
 
 
 def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,9 @@ import pytest
 from data_pipeline.prepare import prepare
 
 SETTINGS = {"seq_len": 64, "rows_per_shard": 20, "vocab_size": 400, "progress": False}
-WORDS = "the sum of two numbers is greater than a prime water boils at hundred degrees planet energy".split()
-DIRT = ["&amp;lt;b&gt;", "\u200b", " \u00a0 ", "caf\u0065\u0301", "<s>", "</s>", "<mask>", "<sep>", "$x^2 < y_{1}$", "\r\n\r\n\r\n", "x²"]
+WORDS = ["the", "sum", "of", "two", "numbers", "is", "greater", "than", "water", "boils", "at", "hundred", "degrees"]
+DIRT = ["&amp;lt;b&gt;", "\u200b", " \u00a0 ", "cafe\u0301", "\r\n\r\n\r\n", "(https://example.org)"]
+DIRT += ["<s>", "</s>", "<mask>", "<sep>", "$x^2 < y_{1}$", "x²"]  # and what must stay
 LED_TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "led_tokenizer"
 
 
@@ -24,12 +25,11 @@ def corpus_rows() -> list[dict]:
     rows = []
     for number in range(397):
         lengths = (60, 90) if number % 20 == 0 else (generator.randint(3, 12), generator.randint(1, 12))
-        rows.append(
-            {"question": f"{number}: {text(lengths[0])}", "answer": f"{text(lengths[1])} {number}", "source": f"s{number % 3}"}
-        )
+        question, answer = (text(words) for words in lengths)
+        rows.append({"question": f"{number}: {question}", "answer": f"{answer} {number}", "source": f"s{number % 3}"})
     rows += [dict(row) for row in rows[:20]]
-    rows += [{"question": "why?", "answer": "", "source": "s0"}, {"question": " \u200b", "answer": "so", "source": "s1"}]
-    rows += [{"question": "why not?", "answer": None, "source": None}]
+    for question, answer in (("why?", ""), (" \u200b", "so"), ("why not?", None)):
+        rows.append({"question": question, "answer": answer, "source": "s0"})
     return rows
 
 

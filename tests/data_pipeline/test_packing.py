@@ -11,7 +11,7 @@ def documents_of(lengths):
     """Documents whose tokens are all different, so that a token out of place shows."""
     ends = np.cumsum(lengths) + 10
     return [
-        Document(np.arange(end - length, end, dtype=np.uint32), answer_start=length // 2, source=number % 3, input_row=2 * number)
+        Document(np.arange(end - length, end), answer_start=length // 2, source=number % 3, input_row=2 * number)
         for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
     ]
 
@@ -45,11 +45,8 @@ def test_the_answer_of_a_split_document_is_clipped_to_each_piece():
 
 
 def test_rows_and_their_documents_come_in_the_order_of_the_input():
-    rows = pack(documents_of([9, 3, 12, 7, 4]), SEQ_LEN, PAD, np.uint16)
-    assert [row.spans[:, 4].tolist() for row in rows] == [[0, 6], [2], [4, 8]] or [row.spans[0, 4] for row in rows] == sorted(
-        row.spans[0, 4] for row in rows
-    )
-    assert all(row.spans[:, 4].tolist() == sorted(row.spans[:, 4]) for row in rows)
+    rows = pack(documents_of([9, 3, 12, 7, 4, 10]), SEQ_LEN, PAD, np.uint16)
+    assert [row.spans[:, 4].tolist() for row in rows] == [[0, 6], [2, 10], [4, 8]]
 
 
 def test_an_item_goes_into_the_fullest_bin_that_holds_it():

@@ -72,7 +72,7 @@ def test_a_name_that_is_neither_a_path_nor_on_the_hub_is_one_sentence(monkeypatc
         (b'{"question": "q", "answer": "a"}\n{"question": "q", ', "bad.jsonl, line 2 is not valid JSON"),
         (b"[1]\n", "bad.jsonl, line 1 is not a JSON object"),
         (b'{"question": "q", "reply": "a"}\n', "bad.jsonl, line 1, has no column answer: it has question, reply"),
-        (b'{"question": "q", "answer": 5}\n', "bad.jsonl, line 1, has a answer of type int"),
+        (b'{"question": "q", "answer": 5}\n', "bad.jsonl, line 1, holds a int as answer"),
         (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1, has half a surrogate pair in its answer"),
         (b'{"question": "\xff", "answer": "a"}\n', "bad.jsonl, line 1 is not valid JSON"),
     ],
@@ -103,7 +103,7 @@ def test_a_corrupt_parquet_is_named(tmp_path):
 
 def test_missing_or_wrong_columns_are_listed(tmp_path):
     pl.DataFrame({"prompt": ["q"], "answer": ["a"]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="a.parquet has no column question: it has prompt, answer, and question and answer are"):
+    with pytest.raises(DataError, match="a.parquet has no column question: it has prompt, answer, and question"):
         open_source(str(tmp_path))
     pl.DataFrame({"question": ["q"], "answer": [1]}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="the column answer of .*a.parquet holds int64, not text"):

@@ -11,7 +11,7 @@ from data_pipeline.tokenization import (
     train_tokenizer,
 )
 
-TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " leading and  double spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
+TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " double  spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
 SPECIAL = "a <s> b</s><mask> <pad><unk> <sep>c"
 
 
@@ -46,7 +46,7 @@ def test_literal_special_tokens_stay_text(tokenizer):
     specials = [token for token in ids.tolist() if token in tokenizer.all_special_ids]
     assert specials == [tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id]
     # and only there: elsewhere the tokenizer recognises them as before
-    assert tokenizer.eos_token_id in tokenizer("</s>").input_ids
+    assert tokenizer.backend_tokenizer.encode("</s>", add_special_tokens=False).ids == [tokenizer.eos_token_id]
 
 
 def test_an_answer_ends_at_the_first_end_token(tokenizer):
@@ -58,9 +58,8 @@ def test_earlier_truncation_and_padding_leave_documents_whole(tokenizer):
     expected = encode_documents(tokenizer, TEXTS, TEXTS)
     identity = fingerprint(tokenizer)
     tokenizer(TEXTS, truncation=True, max_length=3, padding="max_length")
-    for (ids, start), (expected_ids, expected_start) in zip(encode_documents(tokenizer, TEXTS, TEXTS), expected, strict=True):
-        assert ids.tolist() == expected_ids.tolist()
-        assert start == expected_start
+    again = encode_documents(tokenizer, TEXTS, TEXTS)
+    assert [(ids.tolist(), start) for ids, start in again] == [(ids.tolist(), start) for ids, start in expected]
     assert fingerprint(tokenizer) == identity
 
 

@@ -1,0 +1,46 @@
+# make train   set up, train the built-in sample, export it, answer held-out questions
+# make test    set up, run the fast tests            make test-all   the slow ones
+# make setup   set up only (in .venv)                make lint       ruff
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+# The stamp is written last and named after what was asked for: a broken or outdated environment has none.
+STAMP := $(VENV)/complete-$(shell cat constraints.txt setup.cfg | sha256sum | cut -c 1-16)
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help setup train test test-all lint
+
+help:
+	@sed -n 's/^# //p' Makefile | head -3
+
+setup: $(STAMP)
+
+$(STAMP): constraints.txt setup.cfg
+	@sh launcher/check_machine.sh "$(PYTHON)"
+	"$(PYTHON)" -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(VENV)/bin/python -m launcher.build_operators
+	@touch $@
+	@echo "set-up is complete in $(VENV)"
+
+train: setup
+	deepspeed train.py --deepspeed_config ds_configs/zero3.json
+	lfm export runs/sample --out runs/sample/export
+	lfm evaluate runs/sample/export --questions sample --show 3
+	@echo
+	@echo "The run is in runs/sample, its TensorBoard logs in runs/sample/tensorboard, the model in runs/sample/export."
+	@echo "Next:  .venv/bin/lfm generate runs/sample/export \"What is 7 plus 5?\""
+	@echo "       .venv/bin/tensorboard --logdir runs/sample/tensorboard"
+
+test: setup
+	python -m pytest -m "not slow and not cluster and not extra and not gpu and not bench"
+
+test-all: setup
+	python -m pytest -m "slow or cluster or extra"
+
+lint: setup
+	ruff check .

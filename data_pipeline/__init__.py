@@ -1,0 +1,1 @@
+"""Text to shards to batches; knows nothing of the model."""

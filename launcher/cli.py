@@ -1,0 +1,191 @@
+"""The `lfm` command: everything but training itself, which is `deepspeed train.py`.
+
+Imports stand inside the commands: `lfm --help` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from launcher.errors import ConfigurationError, one_sentence_errors
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    with one_sentence_errors():
+        return options.run(options) or 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lfm",
+        description="Prepare data for, and use, a Liquid Foundation Model.",
+        epilog="Training: deepspeed train.py --deepspeed_config ds_configs/zero3.json [--config run.yaml] [key=value ...]",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_fetch, _add_prepare, _add_verify, _add_export, _add_generate, _add_evaluate):
+        add(commands)
+    return parser
+
+
+def _command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=f"example: {epilog}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_fetch(commands) -> None:
+    parser = _command(
+        commands, "fetch", _fetch, "Download a dataset and a tokenizer from the hub, for jobs that run offline.",
+        "lfm fetch --out data/hub  (then: lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct)",
+    )  # fmt: skip
+    parser.add_argument("--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are taken")
+    parser.add_argument("--tokenizer", default="allenai/led-base-16384", help="hub model; its tokenizer files are taken")
+    parser.add_argument("--out", default="data/hub", help="folder that gets dataset/ and tokenizer/")
+
+
+def _fetch(options) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = (
+        (options.dataset, "dataset", ["*.parquet", "README.md"]),
+        (options.tokenizer, "tokenizer", ["vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "config.json"]),
+    )  # fmt: skip
+    for name, kind, patterns in wanted:
+        target = f"{options.out}/{kind}"
+        repository = "dataset" if kind == "dataset" else "model"
+        try:
+            snapshot_download(name, repo_type=repository, local_dir=target, allow_patterns=patterns)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ConfigurationError(
+                f"cannot download {name} from the hub ({' '.join(str(error).split())[:160]}); run this where the internet "
+                "is reached, a login node for example"
+            ) from error
+        print(f"{name} is in {target}")
+
+
+def _add_prepare(commands) -> None:
+    parser = _command(
+        commands, "prepare", _prepare, "Clean, tokenize and pack question/answer rows into WebDataset shards.",
+        "lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --seq-len 2048 --out data/webinstruct",
+    )  # fmt: skip
+    parser.add_argument(
+        "source", nargs="+", metavar="SOURCE",
+        help="'sample', a hub dataset name, or parquet / jsonl files or folders with question and answer columns",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, help="folder for the shards, the tokenizer and index.json")
+    parser.add_argument(
+        "--tokenizer", help="a folder or hub name of an LED tokenizer, or 'train' to fit one (default: train for the "
+        "sample, allenai/led-base-16384 otherwise)", default=argparse.SUPPRESS,
+    )  # fmt: skip
+    parser.add_argument("--seq-len", type=int, help="tokens in a packed row (default: 256 for the sample, else 2048)",
+                        default=argparse.SUPPRESS)  # fmt: skip
+
+
+def _prepare(options) -> None:
+    from data_pipeline.prepare import prepare
+
+    is_sample = options.source == ["sample"]
+    tokenizer = getattr(options, "tokenizer", "train" if is_sample else "allenai/led-base-16384")
+    seq_len = getattr(options, "seq_len", 256 if is_sample else 2048)
+    source = options.source[0] if len(options.source) == 1 else options.source
+    _print_counts(options.out, prepare(source, options.out, tokenizer=tokenizer, seq_len=seq_len))
+
+
+def _add_verify(commands) -> None:
+    parser = _command(commands, "verify", _verify, "Recount and rehash a shard folder.", "lfm verify data/sample")
+    parser.add_argument("folder", help="a folder made by lfm prepare")
+
+
+def _verify(options) -> None:
+    from data_pipeline.shards import verify
+
+    _print_counts(options.folder, verify(options.folder))
+
+
+def _print_counts(folder: str, index: dict) -> None:
+    counts = index["counts"]
+    dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts["rows_dropped"].items() if number) or "none"
+    positions = counts["rows_packed"] * index["seq_len"]
+    print(
+        f"{folder}: {counts['rows_in']:,} rows in, dropped: {dropped}; {counts['documents']:,} documents, "
+        f"{counts['tokens']:,} tokens in {counts['packed_rows']:,} rows of {index['seq_len']} "
+        f"({counts['tokens'] / max(1, positions):.1%} filled)"
+    )
+
+
+def _add_export(commands) -> None:
+    parser = _command(
+        commands, "export", _export, "Write a run's checkpoint as a Hugging Face folder.",
+        "lfm export runs/sample --out runs/sample/export",
+    )  # fmt: skip
+    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
+    parser.add_argument("--out", required=True, help="folder to write; an earlier export there is replaced")
+    parser.add_argument("--tag", default="auto", help="which checkpoint; auto is the newest whole one")
+
+
+def _export(options) -> None:
+    from launcher.export import export
+
+    print(f"the model is in {export(options.run_folder, options.out, options.tag)}")
+
+
+def _add_generate(commands) -> None:
+    parser = _command(
+        commands, "generate", _generate, "Answer questions.",
+        'lfm generate runs/sample/export "What is 7 plus 5?"',
+    )  # fmt: skip
+    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument("question", nargs="+", help="one or more questions, each in quotes")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--seed", type=int, default=0, help="for sampling")
+
+
+def _generate(options) -> None:
+    import torch
+
+    from launcher.generation import answer, load_model
+
+    model, tokenizer = load_model(options.model)
+    torch.manual_seed(options.seed)
+    for text in answer(model, tokenizer, options.question, options.max_new_tokens, options.temperature):
+        print(text)
+
+
+def _add_evaluate(commands) -> None:
+    parser = _command(
+        commands, "evaluate", _evaluate, "Answer held-out questions and count the exactly right ones.",
+        "lfm evaluate runs/sample/export --questions sample --show 3",
+    )  # fmt: skip
+    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument("--questions", default="sample", help="'sample', or a JSON-lines file with question and answer")
+    parser.add_argument("--show", type=int, default=3, help="how many questions to show with their answers")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="longest answer")
+
+
+def _evaluate(options) -> None:
+    from tqdm import tqdm
+
+    from launcher.evaluation import evaluate, read_questions
+    from launcher.generation import load_model
+
+    rows = read_questions(options.questions)
+    model, tokenizer = load_model(options.model)
+    with tqdm(total=len(rows), unit="question", disable=not sys.stderr.isatty()) as bar:
+        results = evaluate(model, tokenizer, rows, options.max_new_tokens, bar.update)
+    # Spread over the file, since neighbours are of one kind.
+    for result in results[:: max(1, len(results) // max(1, options.show))][: options.show]:
+        mark = "right" if result.is_right else f"wrong, expected: {result.expected}"
+        print(f"  Q: {result.question}\n  A: {result.given}   ({mark})")
+    right = sum(result.is_right for result in results)
+    print(f"{right} of {len(results)} held-out answers are exactly right ({right / max(1, len(results)):.0%})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
