@@ -1,0 +1,132 @@
+"""Each fast form gives what its plain definition gives, with gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.attention import block_local_attention
+from model.convolution import DeformableConvolution, banded_convolution
+from model.documents import Documents
+from model.embedding import LiquidEmbedding
+from model.memory import LSTMMemory
+from model.moe import MixtureOfExperts, swiglu
+
+
+def documents_of(*rows: list[int]) -> Documents:
+    return Documents.from_positions(torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]))
+
+
+@pytest.mark.parametrize(("tokens", "window"), [(5, 8), (8, 8), (37, 8), (64, 16), (33, 1)])
+def test_block_local_attention_is_full_attention_under_the_window_mask(tokens, window):
+    torch.manual_seed(0)
+    query = torch.randn(2, 6, tokens, 4, requires_grad=True)
+    key, value = (torch.randn(2, 2, tokens, 4, requires_grad=True) for _ in range(2))
+    number = documents_of([tokens // 3, tokens - tokens // 3], [tokens]).number
+    index = torch.arange(tokens)
+    distance = index.unsqueeze(1) - index
+    mask = (number.unsqueeze(2) == number.unsqueeze(1)) & (distance >= 0) & (distance < window)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask.unsqueeze(1), enable_gqa=True)
+    given = block_local_attention(query, key, value, number, window)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(expected)
+    inputs = (query, key, value)
+    for ours, plain in zip(
+        torch.autograd.grad((given * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
+
+
+def gathered_taps(convolution, hidden, signal, documents):
+    """The deformable sum by its definition: every tap gathers its two neighbours and interpolates between them."""
+    delay, strength = convolution.tap_proj(hidden).unflatten(-1, (2, convolution.groups, convolution.taps)).unbind(2)
+    delay = (convolution.range - 1) * torch.sigmoid(delay)
+    strength = strength.softmax(-1)
+    output = torch.zeros_like(signal)
+    for row in range(signal.shape[0]):
+        for token in range(signal.shape[1]):
+            for group in range(convolution.groups):
+                for tap in range(convolution.taps):
+                    position = delay[row, token, group, tap]
+                    whole = int(position.detach().floor())
+                    for reach, share in ((whole, 1 - (position - whole)), (whole + 1, position - whole)):
+                        if reach <= documents.offset[row, token]:
+                            weight = strength[row, token, group, tap] * share
+                            output[row, token, group] += weight * signal[row, token - reach, group]
+    return output
+
+
+def test_the_deformable_convolution_is_the_gather_it_stands_for(config):
+    torch.manual_seed(0)
+    convolution = DeformableConvolution(config)
+    torch.nn.init.normal_(convolution.tap_proj.weight, std=0.5)
+    documents = documents_of([9, 31], [40])
+    hidden = torch.randn(2, 40, config.hidden_size)
+    signal = torch.randn(2, 40, config.deformable_groups, 8, requires_grad=True)
+    given = banded_convolution(signal, convolution.tap_weights(hidden, documents))
+    expected = gathered_taps(convolution, hidden, signal.clone(), documents)
+    torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
+    inputs = (signal, convolution.tap_proj.weight, convolution.tap_proj.bias)
+    target = torch.randn_like(expected)
+    for ours, plain in zip(
+        torch.autograd.grad((given * target).sum(), inputs), torch.autograd.grad((expected * target).sum(), inputs),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_the_memory_reads_the_state_after_the_last_block_before_the_tokens_own(config):
+    torch.manual_seed(0)
+    memory = LSTMMemory(config)
+    hidden = torch.randn(2, 30, config.hidden_size)
+    given = memory(hidden, documents_of([3, 18, 9], [30]))
+    stride = config.memory_stride
+    for row, begin, length in ((0, 0, 3), (0, 3, 18), (0, 21, 9), (1, 0, 30)):
+        document = hidden[row, begin : begin + length]
+        for token in range(length):
+            read = torch.zeros(config.memory_hidden_size)
+            if blocks := token // stride:
+                means = document[: blocks * stride].unflatten(0, (blocks, stride)).mean(1)
+                read = memory.lstm(means)[0][-1]
+            expected = torch.sigmoid(memory.gate(document[token])) * memory.out_proj(read)
+            torch.testing.assert_close(given[row, begin + token], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_experts_are_the_weighted_sum_over_the_chosen_ones(config):
+    torch.manual_seed(0)
+    moe = MixtureOfExperts(config)
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    hidden = torch.randn(2, 11, config.hidden_size)
+    probabilities = moe.router.gate(hidden).softmax(-1)
+    weights, chosen = probabilities.topk(config.num_experts_per_tok)
+    weights = weights / weights.sum(-1, keepdim=True)
+    everyone = torch.stack([swiglu(hidden, *pair) for pair in zip(moe.experts.gate_up_proj, moe.experts.down_proj)], -2)
+    picked = everyone.gather(2, chosen.unsqueeze(-1).expand(*chosen.shape, config.hidden_size))
+    expected = (picked * weights.unsqueeze(-1)).sum(2) + moe.shared_experts(hidden)
+    torch.testing.assert_close(moe(hidden), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_retained_ratio_stays_inside_its_bounds_and_tells_simple_from_complex(config):
+    torch.manual_seed(0)
+    embedding = LiquidEmbedding(config)
+    for parameter in embedding.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    simple = torch.randn(1, 1, config.hidden_size).repeat(1, 60, 1)
+    complex_ = torch.randn(1, 60, config.hidden_size)
+    _, error, ratio = embedding(torch.cat((simple, complex_)), documents_of([60], [60]))
+    assert ((ratio > config.embedding_minimum_ratio) & (ratio < 1)).all()
+    assert (ratio[1, 1:] > ratio[0, 1:] + 0.01).all()
+    assert ratio[0, 59] < ratio[1, 59]
+    assert ratio[1, 59] > ratio[1, 1]  # longer keeps more
+    assert (error >= 0).all()
+
+
+def test_the_embedding_rule_learns_through_the_mask(config):
+    torch.manual_seed(0)
+    embedding = LiquidEmbedding(config)
+    for parameter in embedding.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    output, *_ = embedding(torch.randn(2, 20, config.hidden_size), documents_of([20], [20]))
+    output.square().sum().backward()
+    assert (embedding.rule.grad != 0).all()

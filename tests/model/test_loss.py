@@ -1,0 +1,90 @@
+"""The loss terms are sums over tokens with the right values and the right gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 9, (3, 12))
+    labels[0, :5] = -100
+    labels[2] = -100
+    return torch.randn(3, 12, 9), labels
+
+
+def test_cross_entropy_and_focal_are_their_definitions(batch):
+    logits, labels = batch
+    sums = language_loss_sums(logits, labels, focal_gamma=2.0)
+    entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    torch.testing.assert_close(sums["cross_entropy"], entropy.sum())
+    torch.testing.assert_close(sums["focal"], ((1 - torch.exp(-entropy)) ** 2 * entropy).sum())
+
+
+def test_terms_add_up_however_a_batch_is_cut(batch):
+    logits, labels = batch
+    whole = language_loss_sums(logits, labels, 2.0)
+    parts = [language_loss_sums(logits[row : row + 1], labels[row : row + 1], 2.0) for row in range(3)]
+    for term, value in whole.items():
+        torch.testing.assert_close(sum(part[term] for part in parts), value)
+
+
+def regularised(router_logits, ratio, means):
+    text = torch.ones(2, 7, dtype=torch.bool)
+    return regularisation_sums(router_logits, torch.zeros(2, 7), ratio, text, means, target_ratio=0.6)
+
+
+def test_terms_of_a_mean_have_its_value_and_gradient_where_they_are_expanded():
+    torch.manual_seed(0)
+    router_logits = torch.randn(2, 2, 7, 4, requires_grad=True)  # [L, B, T, E]
+    ratio = torch.rand(2, 7, requires_grad=True)
+    used = router_logits.softmax(-1).mean((1, 2))
+    usage = (used * torch.log(4 * used)).sum(-1).mean()
+    budget = (ratio.mean() - 0.6) ** 2
+    sums = regularised(router_logits, ratio, RunningMeans(used.detach(), ratio.mean().detach()))
+    torch.testing.assert_close(sums["expert_usage"] / 14, usage)
+    torch.testing.assert_close(sums["budget"] / 14, budget)
+    for ours, exact, variable in ((sums["expert_usage"], usage, router_logits), (sums["budget"], budget, ratio)):
+        (given,), (expected,) = torch.autograd.grad(ours / 14, variable), torch.autograd.grad(exact, variable)
+        torch.testing.assert_close(given, expected)
+
+
+def test_the_usage_term_moves_routing_towards_equal_use():
+    router_logits = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 2, 7, 4).clone().requires_grad_()
+    means = RunningMeans(router_logits.detach().softmax(-1).mean((1, 2)), torch.tensor(0.6))
+    (gradient,) = torch.autograd.grad(regularised(router_logits, torch.rand(2, 7), means)["expert_usage"], router_logits)
+    assert (gradient[..., 0] > 0).all()  # descent lowers the favourite
+    assert (gradient[..., 1:] < 0).all()
+
+
+def test_padding_takes_no_part():
+    torch.manual_seed(0)
+    router_logits, error, ratio = torch.randn(2, 2, 7, 4), torch.rand(2, 7), torch.rand(2, 7)
+    text = torch.ones(2, 7, dtype=torch.bool)
+    text[:, 4:] = False
+    means = RunningMeans(torch.full((2, 4), 0.25), torch.tensor(0.5))
+    sums = regularisation_sums(router_logits, error, ratio, text, means, 0.6)
+    cut = regularisation_sums(router_logits[:, :, :4], error[:, :4], ratio[:, :4], text[:, :4], means, 0.6)
+    assert all(torch.equal(sums[term], cut[term]) for term in sums)
+
+
+def test_the_total_is_the_weighted_sum_of_means():
+    terms = ("cross_entropy", "focal", "reconstruction", "budget", "expert_usage", "z_loss")
+    sums = {term: torch.tensor(float(number)) for number, term in enumerate(terms, start=1)}
+    weights = LossWeights(focal=0.5, reconstruction=0.1, budget=0.2, expert_usage=0.3, z_loss=0.4)
+    expected = (1 + 0.5 * 2) / 10 + (0.1 * 3 + 0.2 * 4 + 0.3 * 5 + 0.4 * 6) / 20
+    torch.testing.assert_close(total_loss(sums, weights, torch.tensor(10.0), torch.tensor(20.0)), torch.tensor(expected))
+
+
+def test_running_means_begin_without_a_gradient_and_follow_the_batches():
+    means = RunningMeans.initial(layers=2, experts=4, target_ratio=0.6)
+    router_logits = torch.randn(2, 2, 7, 4, requires_grad=True)
+    sums = regularised(router_logits, torch.rand(2, 7), means)
+    (gradient,) = torch.autograd.grad(sums["expert_usage"], router_logits)
+    assert torch.allclose(gradient, torch.zeros(()), atol=1e-6)
+    later = means.updated(torch.eye(2, 4), torch.tensor(1.0), decay=0.5)
+    torch.testing.assert_close(later.routing[0], torch.tensor([0.625, 0.125, 0.125, 0.125]))
+    torch.testing.assert_close(later.retained_ratio, torch.tensor(0.8))

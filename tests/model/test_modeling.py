@@ -1,0 +1,118 @@
+"""The model as a Hugging Face model."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from model import LiquidConfig, LiquidForCausalLM
+from model.configuration import preset_names
+
+
+def test_saved_and_loaded_the_logits_are_the_same(model, ids, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), LiquidConfig)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(loaded) is LiquidForCausalLM
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_unused_ids_are_never_predicted(model, ids):
+    logits = model(ids).logits
+    assert logits.shape[-1] == 128
+    assert (logits[..., 101:] == torch.finfo(logits.dtype).min).all()
+    sampled = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0, use_cache=False)
+    assert sampled.max() < 101
+
+
+def test_generation_is_repeated_argmax(model, ids):
+    prompt = ids[:1, :9]
+    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=[], pad_token_id=1)
+    for length in range(9, 15):
+        assert generated[0, length] == model(generated[:, :length]).logits[0, -1].argmax()
+
+
+def test_a_padded_batch_generates_what_its_rows_generate_alone(model, ids):
+    mask = torch.ones_like(ids[:2, :12])
+    mask[0, :5] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": [], "pad_token_id": 1}
+    batch = model.generate(ids[:2, :12], attention_mask=mask, **options)
+    alone = model.generate(ids[:1, 5:12], **options)
+    assert torch.equal(batch[0, 12:], alone[0, 7:])
+
+
+def test_decoding_with_a_cache_is_refused_rather_than_wrong(model, ids):
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, use_cache=True)
+
+
+def test_every_parameter_gets_a_gradient(model, ids):
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_recomputation_changes_no_gradient(model, ids):
+    model.train()
+    gradients = []
+    for recompute in (False, True):
+        if recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_half_precision_is_finite_and_near(config, model, ids):
+    expected = model(ids).logits[..., :101]
+    for dtype, tolerance in ((torch.bfloat16, 0.2), (torch.float16, 0.03)):
+        half = LiquidForCausalLM(config).eval()
+        half.load_state_dict(model.state_dict())
+        logits = half.to(dtype)(ids).logits[..., :101].float()
+        assert logits.isfinite().all()
+        # The larger share of tokens routes alike; where rounding changes an expert, single logits move more.
+        assert (logits - expected).abs().median() < tolerance
+
+
+def test_presets_are_the_description():
+    assert set(preset_names()) >= {"tiny", "base"}
+    base = LiquidConfig.from_preset("base")
+    sizes = (base.hidden_size, base.num_hidden_layers, base.num_attention_heads, base.num_key_value_heads)
+    assert sizes == (512, 12, 8, 2)
+    assert (base.sliding_window, base.num_experts, base.memory_hidden_size, base.memory_num_layers) == (512, 8, 256, 2)
+    assert base.max_position_embeddings == 8192
+    with torch.device("meta"):
+        parameters = LiquidForCausalLM(base.sized_for(50266)).num_parameters()
+    assert 180e6 < parameters < 230e6
+
+
+def test_the_vocabulary_is_padded_to_a_multiple_of_128():
+    config = LiquidConfig.from_preset("tiny").sized_for(50266)
+    assert (config.vocab_size, config.used_vocab_size) == (50304, 50266)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"hidden_size": 30}, "hidden_size .30. must be a multiple of num_attention_heads .8."),
+        ({"num_key_value_heads": 3}, "num_attention_heads .8. must be a multiple of num_key_value_heads .3."),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok .9. must lie between 1 and num_experts .8."),
+        ({"embedding_target_ratio": 0.2}, "embedding_minimum_ratio"),
+        ({"memory_stride": 0}, "memory_stride is 0"),
+        ({"used_vocab_size": 60000}, "used_vocab_size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_with_the_fix(fields, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LiquidConfig(**fields)
+
+
+def test_an_unknown_preset_or_field_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"'huge' is neither a preset \(.*tiny.*\)"):
+        LiquidConfig.from_preset("huge")
+    (tmp_path / "m.yaml").write_text("hiden_size: 8\n")
+    with pytest.raises(ValueError, match="hiden_size"):
+        LiquidConfig.from_preset(str(tmp_path / "m.yaml"))
