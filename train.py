@@ -85,8 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
     if environment.is_main:
         run.write_status("stopped" if stopped else "done", state.step, "signal" if stopped else "")
         monitor.say(f"{'stopped' if stopped else 'done'} at step {state.step}: run {run.path}, logs {run.tensorboard}")
+        run.release()
     dist.barrier()
-    dist.destroy_process_group()
     return STOPPED_AT_A_SIGNAL if stopped else 0
 
 
@@ -179,4 +179,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     with one_sentence_errors():
-        sys.exit(main())
+        code = main()
+    dist.destroy_process_group()
+    sys.exit(code)

@@ -102,7 +102,7 @@ class _Preparation:
                 "rows_dropped": dict(self.dropped),
                 "documents": self.documents,
                 "tokens": self.tokens,
-                "rows_packed": sum(entry["rows"] for entry in files),
+                "packed_rows": sum(entry["rows"] for entry in files),
             },
             "files": files,
         }

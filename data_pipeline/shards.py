@@ -168,11 +168,11 @@ def verify(path: str | os.PathLike, progress: Callable[[int], None] | None = Non
             raise DataError(f"{folder.path / entry['name']} has changed since it was written: copy or prepare it again")
         if progress:
             progress(entry["bytes"])
-    counted = {"rows_packed": 0, "documents": 0, "tokens": 0}
+    counted = {"packed_rows": 0, "documents": 0, "tokens": 0}
     for row in range(folder.num_rows):
         tokens, spans = folder.read(row)
         _check_row(folder, row, tokens, spans)
-        counted["rows_packed"] += 1
+        counted["packed_rows"] += 1
         counted["documents"] += int((spans[:, 5] == 0).sum())
         counted["tokens"] += int(spans[-1, 2])
     counts = folder.index["counts"]

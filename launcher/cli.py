@@ -110,12 +110,12 @@ def _verify(options) -> None:
 
 def _print_counts(folder: str, index: dict) -> None:
     counts = index["counts"]
-    dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts["rows_dropped"].items() if number) or "none"
-    positions = counts["rows_packed"] * index["seq_len"]
+    reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts["rows_dropped"].items())
+    filled = counts["tokens"] / (counts["packed_rows"] * index["seq_len"])
     print(
-        f"{folder}: {counts['rows_in']:,} rows in, dropped: {dropped}; {counts['documents']:,} documents, "
-        f"{counts['tokens']:,} tokens in {counts['packed_rows']:,} rows of {index['seq_len']} "
-        f"({counts['tokens'] / max(1, positions):.1%} filled)"
+        f"{folder}: {counts['rows_in']:,} rows = {counts['documents']:,} packed + "
+        f"{sum(counts['rows_dropped'].values()):,} dropped ({reasons}); {counts['tokens']:,} tokens in "
+        f"{counts['packed_rows']:,} packed rows of {index['seq_len']} ({filled:.1%} filled)"
     )
 
 

@@ -33,7 +33,10 @@ class RunFolder:
         self.latest = self.path / "latest"
 
     def claim(self) -> None:
-        """Make the folder and hold its lock until the process ends; `ConfigurationError` where another job holds it."""
+        """Make the folder and hold its lock until `release` or the process's end.
+
+        Raises `ConfigurationError` where another job holds it, or the folder cannot be written.
+        """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
@@ -45,6 +48,10 @@ class RunFolder:
             raise ConfigurationError(
                 f"another job is training in {self.path}; wait for it, or set another output"
             ) from error
+
+    def release(self) -> None:
+        """Let another job have the folder."""
+        self._lock.close()
 
     def describe(self, config: RunConfig, deepspeed_config: dict, environment: Environment) -> None:
         """Write `run.yaml`: all that is needed to repeat the run."""

@@ -101,7 +101,7 @@ def test_webdataset_itself_reads_the_same(prepared, rows):
     assert_texts(read_documents(packed), prepared, rows)
 
 
-def test_rows_in_are_rows_packed_and_rows_dropped(prepared, rows):
+def test_rows_in_are_packed_rows_and_rows_dropped(prepared, rows):
     counts = ShardFolder(prepared).index["counts"]
     assert counts["rows_in"] == len(rows) == counts["documents"] + sum(counts["rows_dropped"].values())
     assert counts["rows_dropped"] == {"empty": 3, "duplicate": 20}

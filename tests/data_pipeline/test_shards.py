@@ -51,7 +51,7 @@ def test_ids_above_65535_get_four_bytes():
 
 def test_a_folder_knows_what_it_holds(prepared):
     folder = ShardFolder(prepared)
-    assert folder.num_rows == sum(folder.rows_per_file) == folder.index["counts"]["rows_packed"]
+    assert folder.num_rows == sum(folder.rows_per_file) == folder.index["counts"]["packed_rows"]
     assert len(folder.rows_per_file) > 2
     assert folder.tokenizer_path.is_dir()
     tokens, spans = folder.read(folder.num_rows - 1)
@@ -97,7 +97,7 @@ def test_verify_names_a_file_with_one_changed_bit(folder, name):
         verify(folder)
 
 
-@pytest.mark.parametrize("count", ["rows_packed", "documents", "tokens"])
+@pytest.mark.parametrize("count", ["packed_rows", "documents", "tokens"])
 def test_verify_recounts(folder, count):
     index = json.loads((folder / "index.json").read_text())
     index["counts"][count] += 1

@@ -1,0 +1,24 @@
+"""One rank of a test: trains each run that it is given, one after another, in this process."""
+
+import json
+import sys
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import train
+
+
+def main() -> None:
+    runs, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    if options.get("claim_fp16"):
+        # CPUs compute fp16, only slowly; DeepSpeed refuses them where it is not native.
+        get_accelerator().is_fp16_supported = lambda: True
+    for arguments in runs:
+        code = train.main(arguments)
+        assert code == 0, f"{arguments} ended with {code}"
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The run configuration is typed and strict, and its errors name the fix."""
+
+import pytest
+import yaml
+
+from launcher.config import CONFIG_FOLDER, DEFAULT_CONFIG, as_dict, load_run_config
+from launcher.errors import ConfigurationError
+
+
+def test_overrides_win_over_the_file_and_reach_into_sections():
+    config = load_run_config(DEFAULT_CONFIG, ["max_steps=7", "loss.focal=0.25", "learning_rate=1e-4", "model=base"])
+    assert (config.max_steps, config.loss.focal, config.learning_rate, config.model) == (7, 0.25, 1e-4, "base")
+    assert config.loss.reconstruction == 0.1
+    assert {"max_steps", "loss", "data"} <= config.explicit
+
+
+def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
+    for path in CONFIG_FOLDER.glob("*.yaml"):
+        config = load_run_config(path)
+        (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_dict(config)))
+        assert as_dict(load_run_config(tmp_path / "again.yaml")) == as_dict(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("max_step=5", "unknown key max_step in .*; did you mean max_steps"),
+        ("loss.vocal=5", r"unknown key loss.vocal in .*; did you mean loss.focal"),
+        ("max_steps=many", "max_steps in .* is 'many'; it must be of type int"),
+        ("max_steps=1.5", "max_steps in .* is 1.5; it must be of type int"),
+        ("learning_rate=fast", "learning_rate in .* is 'fast'; it must be of type float"),
+        ("activation_checkpointing=1", "activation_checkpointing in .* is 1; it must be of type bool"),
+        ("loss=3", "loss in .* is a section of keys"),
+        ("max_steps.x=3", "reaches into 'max_steps', which is not a section"),
+        ("max_steps", "'max_steps' is not an override; write it as key=value"),
+        ("max_steps=0", "max_steps is 0; it must be at least 1"),
+        ("loss_on=question", "loss_on is 'question'; it must be 'all' or 'answer'"),
+        ("model=[1", "the value of model is not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
+    with pytest.raises(ConfigurationError, match=sentence) as raised:
+        load_run_config(DEFAULT_CONFIG, [override])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"), [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "cannot read the run")]
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "run.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match=sentence) as raised:
+        load_run_config(path)
+    assert "\n" not in str(raised.value)

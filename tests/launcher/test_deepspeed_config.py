@@ -1,0 +1,106 @@
+"""The DeepSpeed JSON is resolved in one place, and contradictions are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.config import DEFAULT_CONFIG, load_run_config
+from launcher.deepspeed_config import resolve_deepspeed_config
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+
+ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
+
+
+def resolve(overrides=(), world_size=1, path=ZERO3, num_experts=4):
+    config = load_run_config(DEFAULT_CONFIG, list(overrides))
+    return resolve_deepspeed_config(path, config, Environment(0, world_size, 0, world_size, "test"), num_experts)
+
+
+@pytest.fixture
+def changed(tmp_path):
+    def change(location: str, value) -> Path:
+        content = json.loads(ZERO3.read_text())
+        *parents, last = location.split(".")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+        path = tmp_path / "changed.json"
+        path.write_text(json.dumps(content))
+        return path
+
+    return change
+
+
+def test_no_auto_is_left_and_the_numbers_are_the_runs():
+    resolved, config, _ = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
+    assert '"auto"' not in json.dumps(resolved)
+    batch = [resolved[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    assert batch == [24, 4, 3]  # 5 is an upper limit
+    assert resolved["optimizer"]["params"]["lr"] == config.learning_rate == 0.5
+
+
+def test_the_shipped_json_is_fp16_with_dynamic_scaling_zero3_and_experts():
+    content = json.loads(ZERO3.read_text())
+    fp16 = content["fp16"]
+    assert (fp16["enabled"], fp16["loss_scale"]) == (True, 0)
+    assert (fp16["initial_scale_power"], fp16["hysteresis"], fp16["loss_scale_window"]) == (16, 2, 1000)
+    assert content["zero_optimization"]["stage"] == 3
+    assert content["expert_parallel"]["enabled"] is True
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_leaves_fp16_and_says_so_once(monkeypatch, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    resolved, _, notes = resolve(["expert_parallel_size=1"])
+    assert "fp16" not in resolved
+    assert resolved.get("bf16", {}).get("enabled", False) is native
+    (note,) = notes
+    assert ("bf16" if native else "fp32") in note
+    forced, _, notes = resolve(["precision.force=true", "expert_parallel_size=1"])
+    assert forced["fp16"]["enabled"] is True
+    assert notes == []
+
+
+@pytest.mark.parametrize(
+    ("wanted", "world_size", "experts", "given"), [(8, 4, 8, 4), (8, 6, 8, 2), (4, 4, 6, 2), (2, 1, 4, 1), (2, 2, 4, 2)]
+)
+def test_expert_parallelism_becomes_the_largest_that_fits(wanted, world_size, experts, given):
+    resolved, _, notes = resolve([f"expert_parallel_size={wanted}", "global_batch_rows=12"], world_size, num_experts=experts)
+    assert resolved["expert_parallel"]["autoep_size"] == given
+    assert any(f"using {given}" in note for note in notes) is (given != wanted)
+
+
+def test_a_number_in_the_json_wins_over_a_default(changed, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text("model: tiny\n")
+    path = changed("gradient_clipping", 0.3)
+    resolved, config, _ = resolve_deepspeed_config(path, load_run_config(run), Environment(0, 1, 0, 1, "test"), 4)
+    assert resolved["gradient_clipping"] == config.gradient_clipping == 0.3
+
+
+def test_different_numbers_in_both_places_are_an_error_that_names_both(changed):
+    path = changed("optimizer.params.lr", 0.25)
+    with pytest.raises(ConfigurationError, match=r"optimizer.params.lr is 0.25 in .* but learning_rate is 0.5"):
+        resolve(["learning_rate=0.5"], path=path)
+    assert resolve(["learning_rate=0.25"], path=path)[1].learning_rate == 0.25
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest(changed):
+    with pytest.raises(ConfigurationError, match="global_batch_rows is 10, .* over 4 processes; .* are 8 and 12"):
+        resolve(["global_batch_rows=10"], world_size=4)
+    with pytest.raises(ConfigurationError, match="gradient_accumulation_steps is 3 in the JSON, but .* make 1"):
+        resolve(path=changed("gradient_accumulation_steps", 3))
+
+
+@pytest.mark.parametrize(("content", "sentence"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object"), (None, "cannot read")])
+def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigurationError, match=sentence):
+        resolve(path=path)

@@ -1,0 +1,53 @@
+"""fp16 with dynamic loss scaling, for real: too large a scale is skipped and halved, then training goes on."""
+
+import pytest
+import torch
+
+from launcher.export import load_run
+
+SETTLED, STEPS = 19, 24
+
+
+@pytest.fixture(scope="module")
+def run(trainer):
+    scaling = {"enabled": True, "loss_scale": 0, "initial_scale_power": 31, "hysteresis": 1, "loss_scale_window": 1000}
+    deepspeed_config = trainer.deepspeed_config("fp16", fp16=scaling)
+    overrides = ["precision.force=true", "expert_parallel_size=2", f"schedule.steps={STEPS}", "loss_on=all"]
+    runs = [
+        trainer.arguments("fp16", *overrides, f"max_steps={steps}", deepspeed_config=deepspeed_config)
+        for steps in (SETTLED, STEPS)
+    ]
+    fp32 = trainer.arguments("fp32", *overrides, f"max_steps={STEPS}")
+    trainer.run(2, *runs, fp32, claim_fp16=True)
+    return trainer
+
+
+def test_overflowing_steps_are_skipped_until_the_scale_fits(run):
+    scale = run.scalars("fp16")["train/loss_scale"]
+    scales = [scale[step] for step in range(1, STEPS + 1)]
+    halvings = [later / earlier for earlier, later in zip(scales, scales[1:], strict=False)]
+    assert scales[0] == 2.0**30  # the first step overflowed already
+    assert set(halvings) == {0.5, 1.0}
+    assert halvings[:8] == [0.5] * 8  # it sinks at every step
+    assert halvings[SETTLED - 4 : SETTLED - 1] == [1.0] * 3  # and then holds
+    norms = run.scalars("fp16")["train/grad_norm"]
+    assert all((norms[step + 1] == float("inf")) is (halvings[step - 1] == 0.5) for step in range(1, STEPS))
+
+
+def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
+    shown = run.scalars("fp16")
+    scale, entropy = shown["train/loss_scale"], shown["train/cross_entropy"]
+    skipped = [step for step in range(2, STEPS + 1) if scale[step] < scale[step - 1]]
+    assert max(abs(entropy[step] - entropy[1]) for step in skipped) < 0.1  # other rows, the same weights
+    assert entropy[STEPS] < entropy[1] - 0.1
+
+
+def test_the_first_loss_is_that_of_fp32(run):
+    fp16, fp32 = (run.scalars(name)["train/loss"][1] for name in ("fp16", "fp32"))
+    assert fp16 == pytest.approx(fp32, rel=2e-3)
+
+
+def test_weights_are_finite_and_move_once_the_scale_fits(run):
+    first, last = (load_run(run.folder / "fp16", f"step-{step:08d}").state_dict() for step in (SETTLED, STEPS))
+    assert all(weight.isfinite().all() for weight in last.values())
+    assert not any(torch.equal(first[name], last[name]) for name in last if name.endswith("proj.weight"))

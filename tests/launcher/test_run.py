@@ -1,0 +1,156 @@
+"""A run from start to end: what it leaves behind, stopping, going on, and refusing what would spoil it."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.shards import ShardFolder
+from launcher.checkpoint import find_checkpoint
+from launcher.cli import main as lfm
+from launcher.errors import ConfigurationError
+from launcher.export import load_run
+from launcher.run_folder import RunFolder
+
+STEPS = 20
+TAGS = {
+    "train/loss", "train/cross_entropy", "train/focal", "train/reconstruction", "train/budget", "train/expert_usage",
+    "train/z_loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second", "perf/step_seconds",
+    "model/retained_ratio", "moe/layer_00/load_max_over_mean", "moe/layer_01/load_max_over_mean",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(trainer):
+    """20 steps at once; 10, a stop and 10 more; and what comes after the end. Two ranks, two experts' shares."""
+    common = ["expert_parallel_size=2", f"schedule.steps={STEPS}", "checkpoint_every=5"]
+    whole = trainer.arguments("whole", f"max_steps={STEPS}", *common)
+    halves = [trainer.arguments("halves", f"max_steps={steps}", *common) for steps in (10, STEPS)]
+    trainer.outputs = trainer.run(2, whole, *halves, whole)
+    return trainer
+
+
+def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(runs):
+    whole, halves = runs.scalars("whole"), runs.scalars("halves")
+    for tag in whole:
+        assert set(whole[tag]) == set(range(1, STEPS + 1))
+        if not tag.startswith("perf/"):
+            assert halves[tag] == whole[tag], tag
+    losses = whole["train/loss"]
+    assert losses[STEPS] < losses[1] - 1
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(runs):
+    whole, halves = (load_run(runs.folder / name).state_dict() for name in ("whole", "halves"))
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_tensorboard_shows_one_point_a_step_for_every_figure(runs):
+    assert set(runs.scalars("whole")) == TAGS
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(runs):
+    shown = runs.scalars("whole")
+    weights = {"cross_entropy": 1, "focal": 0.1, "reconstruction": 0.1, "budget": 0.1, "expert_usage": 0.01, "z_loss": 0.001}
+    for step in (1, STEPS):
+        total = sum(weight * shown[f"train/{term}"][step] for term, weight in weights.items())
+        assert shown["train/loss"][step] == pytest.approx(total, rel=1e-5)
+
+
+def test_a_run_folder_tells_what_happened(runs):
+    run = RunFolder(runs.folder / "whole")
+    assert json.loads((run.path / "status.json").read_text())["state"] == "done"
+    description = yaml.safe_load((run.path / "run.yaml").read_text())
+    assert description["config"]["max_steps"] == STEPS
+    assert description["deepspeed"]["expert_parallel"]["autoep_size"] == 2
+    assert description["world_size"] == 2
+    assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000015", "step-00000020"]
+    assert run.latest.read_text() == "step-00000020\n"
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(runs):
+    assert "set max_steps above that to go on" in runs.outputs[0].stdout
+    assert "resuming from" in runs.outputs[0].stdout
+
+
+def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, capsys):
+    lfm(["export", str(runs.folder / "whole"), "--out", str(tmp_path / "model")])
+    ids = torch.randint(4, 1900, (2, 40), generator=torch.Generator().manual_seed(0))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(exported(ids).logits, load_run(runs.folder / "whole")(ids).logits)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    chat = [{"role": "user", "content": "What is 1 plus 1?"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "<s>What is 1 plus 1?<sep>"
+    capsys.readouterr()
+    for source in (tmp_path / "model", runs.folder / "whole"):
+        lfm(["generate", str(source), "What is 1 plus 1?", "--max-new-tokens", "5"])
+    from_folder, from_run = capsys.readouterr().out.splitlines()
+    assert from_folder == from_run
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question": "What is 1 plus 1?", "answer": from_folder}) + "\n")
+    lfm(["evaluate", str(tmp_path / "model"), "--questions", str(questions), "--max-new-tokens", "5"])
+    assert "1 of 1 held-out answers are exactly right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
+def test_a_damaged_newest_checkpoint_is_passed_over(runs, tmp_path, damage):
+    run = RunFolder(tmp_path)
+    run.checkpoints.mkdir()
+    for checkpoint in (runs.folder / "whole" / "checkpoints").glob("step-*"):
+        (run.checkpoints / checkpoint.name).mkdir()
+        for file in checkpoint.iterdir():
+            (run.checkpoints / checkpoint.name / file.name).write_bytes(file.read_bytes())
+    assert find_checkpoint(run, "auto") == (run.checkpoints / "step-00000020", [])
+    victim = next((run.checkpoints / "step-00000020").glob("*optim_states.pt"))
+    content = bytearray(victim.read_bytes())
+    if damage == "delete":
+        victim.unlink()
+    else:
+        content[1000] ^= 1
+        victim.write_bytes(content[:-1] if damage == "truncate" else content)
+    found, passed_over = find_checkpoint(run, "auto")
+    assert found == run.checkpoints / "step-00000015"
+    assert victim.name in passed_over[0]
+    with pytest.raises(ConfigurationError, match="cannot resume from step-00000020"):
+        find_checkpoint(run, "step-00000020")
+    with pytest.raises(ConfigurationError, match="has checkpoints up to step-00000020"):
+        find_checkpoint(run, "never")
+
+
+def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer):
+    """Also: another job may not train in the folder meanwhile."""
+    arguments = trainer.arguments("stopped", "max_steps=100000", "schedule.steps=20", "checkpoint_every=100000")
+    command = [sys.executable, "train.py", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2
+    assert "another job is training in" in second.stderr
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    run = RunFolder(trainer.folder / "stopped")
+    status = json.loads((run.path / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "signal")
+    assert run.latest.read_text() == f"step-{status['step']:08d}\n"
+    trainer.run(1, trainer.arguments("stopped", f"max_steps={status['step'] + 3}", "schedule.steps=20"))
+    assert set(trainer.scalars("stopped")["train/loss"]) == set(range(1, status["step"] + 4))
+
+
+def test_another_corpus_or_world_than_the_checkpoints_is_refused(runs, sample_data, tmp_path):
+    other = tmp_path / "other"
+    lfm(["prepare", "sample", "--out", str(other), "--seq-len", "48"])
+    fingerprints = [ShardFolder(folder).fingerprint[:16] for folder in (sample_data, other)]
+    command = [sys.executable, "train.py", *runs.arguments("whole", f"max_steps={STEPS + 1}")]
+    for change, expected in ((f"data={other}", fingerprints), ("seed=1234", ["2 processes", "this run has 1"])):
+        result = subprocess.run([*command, change], capture_output=True, text=True, timeout=120)
+        assert result.returncode == 2, result.stderr
+        assert all(part in result.stderr for part in expected)
+        assert "Traceback" not in result.stderr
