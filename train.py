@@ -10,22 +10,20 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import BatchStream
-from data_pipeline.prepare import prepare
 from data_pipeline.shards import ShardFolder
-from launcher.checkpoint import TrainState, find_checkpoint, load_checkpoint, save_checkpoint
-from launcher.config import DEFAULT_CONFIG, RunConfig, load_run_config
-from launcher.deepspeed_config import resolve_deepspeed_config
+from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from launcher.config import DEFAULT_CONFIG
 from launcher.engine import build_engine, loss_scale, set_learning_rate, start_process_group
-from launcher.environment import Environment, detect_environment, export_for_torch
+from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
 from launcher.model_source import build_model
 from launcher.monitor import Monitor, loss_values
+from launcher.plan import make_plan, share_plan
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
 from model.loss import total_loss
@@ -35,57 +33,51 @@ STOPPED_AT_A_SIGNAL = 75
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    config = load_run_config(options.config, options.overrides)
     environment = detect_environment()
     export_for_torch(environment)
-    stop = StopRequest()
+    plan = run = None
     if environment.is_main:
-        prepare_if_missing(config)
+        plan, run = make_plan(options.config, options.overrides, options.deepspeed_config, environment)
     start_process_group(environment)
+    plan = share_plan(plan)
+    config = plan.config
 
     data = ShardFolder(config.data)
-    model = build_model(config, data)
-    resolved, config, notes = resolve_deepspeed_config(
-        options.deepspeed_config, config, environment, model.config.num_experts
-    )
-    run = RunFolder(config.output)
-    if environment.is_main:
-        run.claim()
-        run.describe(config, resolved, environment)
-        run.keep_model_files(model.config, data.tokenizer_path)
-    dist.barrier()
-    checkpoint, passed_over = find_checkpoint(run, config.resume)
     stream = BatchStream(
         data, seed=config.seed, global_batch_rows=config.global_batch_rows,
-        micro_batch_rows=resolved["train_micro_batch_size_per_gpu"], rank=environment.rank,
+        micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
         world_size=environment.world_size, loss_on=config.loss_on,
     )  # fmt: skip
-    engine = build_engine(model, resolved)
-    state = TrainState.initial(
-        model.config.num_hidden_layers, model.config.num_experts, model.config.embedding_target_ratio
-    )
-    if checkpoint:
-        state = load_checkpoint(engine, checkpoint, environment, data.fingerprint)
+    model = build_model(config, data)
+    sizes = model.config
+    engine = build_engine(model, plan.deepspeed)
+    state = TrainState.initial(sizes.num_hidden_layers, sizes.num_experts, sizes.embedding_target_ratio)
+    if plan.checkpoint is not None:
+        state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
 
-    monitor = Monitor(run.tensorboard, state.step + 1, config.max_steps, environment.is_main)
-    for note in [*notes, *passed_over, *([f"resuming from {checkpoint}"] if checkpoint else [])]:
+    folder = run or RunFolder(config.output)
+    monitor = Monitor(folder.tensorboard, state.step + 1, config.max_steps, environment.is_main)
+    for note in plan.notes:
         monitor.say(note)
     if state.step >= config.max_steps:
-        monitor.say(f"{run.path} is at step {state.step} already; set max_steps above that to go on")
+        monitor.say(f"{folder.path} is at step {state.step} already; set max_steps above that to go on")
     elif environment.is_main:
-        run.write_status("running", state.step)
-    stopped = False
+        folder.write_status("running", state.step)
+    # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
+    stop, stopped = StopRequest(), False
     while state.step < config.max_steps and not stopped:
         monitor.step_begins()
         stopped = train_step(engine, stream, state, config, environment, monitor, stop)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopped:
-            save_checkpoint(engine, run, state, environment, data.fingerprint, config.keep_checkpoints)
+            save_checkpoint(engine, folder, state, environment, data.fingerprint, config.keep_checkpoints)
     monitor.close()
     if environment.is_main:
-        run.write_status("stopped" if stopped else "done", state.step, "signal" if stopped else "")
-        monitor.say(f"{'stopped' if stopped else 'done'} at step {state.step}: run {run.path}, logs {run.tensorboard}")
-        run.release()
+        folder.write_status("stopped" if stopped else "done", state.step, "signal" if stopped else "")
+        monitor.say(
+            f"{'stopped' if stopped else 'done'} at step {state.step}: run {folder.path}, logs {folder.tensorboard}"
+        )
+        folder.release()
     dist.barrier()
     return STOPPED_AT_A_SIGNAL if stopped else 0
 
@@ -154,15 +146,6 @@ class StopRequest:
 
     def _request(self, number, frame) -> None:
         self.requested = True
-
-
-def prepare_if_missing(config: RunConfig) -> None:
-    """Make the data folder where the configuration says how and it is not there yet."""
-    if config.prepare is not None and not (Path(config.data) / "index.json").exists():
-        print(f"preparing {config.prepare.source} into {config.data}", flush=True)
-        prepare(
-            config.prepare.source, config.data, tokenizer=config.prepare.tokenizer, seq_len=config.prepare.seq_len
-        )
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

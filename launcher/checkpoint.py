@@ -128,13 +128,8 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def load_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, folder: Path, environment: Environment, data_fingerprint: str
-) -> TrainState:
-    """Put a checkpoint's weights and optimizer into the engine and return its train state.
-
-    Raises `ConfigurationError` for another corpus (naming both fingerprints) or another number of processes.
-    """
+def check_manifest(folder: Path, environment: Environment, data_fingerprint: str) -> None:
+    """Raise `ConfigurationError` for another corpus (naming both fingerprints) or another number of processes."""
     manifest = read_manifest(folder)
     if manifest["data_fingerprint"] != data_fingerprint:
         raise ConfigurationError(
@@ -146,8 +141,12 @@ def load_checkpoint(
             f"{folder} was written by {manifest['world_size']} processes and this run has {environment.world_size}; "
             "start as many as before"
         )
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    """Put a checkpoint's weights and optimizer into the engine and return its train state."""
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    return TrainState(**manifest["train_state"])
+    return TrainState(**read_manifest(folder)["train_state"])
 
 
 def _complete(run: RunFolder) -> list[Path]:

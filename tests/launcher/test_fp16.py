@@ -37,8 +37,8 @@ def test_overflowing_steps_are_skipped_until_the_scale_fits(run):
 def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
     shown = run.scalars("fp16")
     scale, entropy = shown["train/loss_scale"], shown["train/cross_entropy"]
-    skipped = [step for step in range(2, STEPS + 1) if scale[step] < scale[step - 1]]
-    assert max(abs(entropy[step] - entropy[1]) for step in skipped) < 0.1  # other rows, the same weights
+    first_update = next(step for step in range(2, STEPS) if scale[step] == scale[step - 1])
+    assert max(abs(entropy[step] - entropy[1]) for step in range(1, first_update)) < 0.05  # other rows, the same weights
     assert entropy[STEPS] < entropy[1] - 0.1
 
 
