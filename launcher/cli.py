@@ -43,8 +43,12 @@ def _add_fetch(commands) -> None:
         commands, "fetch", _fetch, "Download a dataset and a tokenizer from the hub, for jobs that run offline.",
         "lfm fetch --out data/hub  (then: lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct)",
     )  # fmt: skip
-    parser.add_argument("--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are taken")
-    parser.add_argument("--tokenizer", default="allenai/led-base-16384", help="hub model; its tokenizer files are taken")
+    parser.add_argument(
+        "--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are taken"
+    )
+    parser.add_argument(
+        "--tokenizer", default="allenai/led-base-16384", help="hub model; its tokenizer files are taken"
+    )
     parser.add_argument("--out", default="data/hub", help="folder that gets dataset/ and tokenizer/")
 
 
@@ -53,12 +57,11 @@ def _fetch(options) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = (
-        (options.dataset, "dataset", ["*.parquet", "README.md"]),
-        (options.tokenizer, "tokenizer", ["vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json", "config.json"]),
-    )  # fmt: skip
-    for name, kind, patterns in wanted:
-        target = f"{options.out}/{kind}"
-        repository = "dataset" if kind == "dataset" else "model"
+        (options.dataset, "dataset", "dataset", ["*.parquet", "README.md"]),
+        (options.tokenizer, "model", "tokenizer", ["vocab.json", "merges.txt", "*token*.json", "config.json"]),
+    )
+    for name, repository, folder, patterns in wanted:
+        target = f"{options.out}/{folder}"
         try:
             snapshot_download(name, repo_type=repository, local_dir=target, allow_patterns=patterns)
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

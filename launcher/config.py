@@ -96,7 +96,9 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
-            raise ConfigurationError(f"{override!r} is not an override; write it as key=value, for example max_steps=100")
+            raise ConfigurationError(
+                f"{override!r} is not an override; write it as key=value, for example max_steps=100"
+            )
         section = fields
         *parents, last = key.split(".")
         for parent in parents:

@@ -37,7 +37,9 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
         )
     checkpointing = resolved.pop("activation_checkpointing", {})
     if checkpointing.pop("enabled", False):
-        deepspeed.checkpointing.configure(None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing})
+        deepspeed.checkpointing.configure(
+            None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing}
+        )
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
     engine, *_ = deepspeed.initialize(model=model, config=resolved, model_parameters=list(model.parameters()))
     engine.train()

@@ -59,6 +59,4 @@ def evaluate(
 ) -> list[Answered]:
     """Answer every row's question greedily, next to the row's own answer, cleaned as the training text was."""
     given = answer(model, tokenizer, [row["question"] for row in rows], max_new_tokens, progress=progress)
-    return [
-        Answered(row["question"], clean_text(row["answer"]), text) for row, text in zip(rows, given, strict=True)
-    ]
+    return [Answered(row["question"], clean_text(row["answer"]), text) for row, text in zip(rows, given, strict=True)]

@@ -60,7 +60,9 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
     folder = RunFolder(run)
     checkpoint, _ = find_checkpoint(folder, tag)
     if checkpoint is None:
-        raise ConfigurationError(f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one")
+        raise ConfigurationError(
+            f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one"
+        )
     config = LiquidConfig.from_pretrained(folder.model)
     with torch.device("meta"):
         model = LiquidForCausalLM(config)

@@ -41,7 +41,9 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
         except OSError as error:
-            raise ConfigurationError(f"cannot write to the run folder {self.path}: {error.strerror}; set output") from error
+            raise ConfigurationError(
+                f"cannot write to the run folder {self.path}: {error.strerror}; set output"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

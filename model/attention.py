@@ -30,7 +30,9 @@ class LocalAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], documents: Documents) -> torch.Tensor:
+    def forward(
+        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], documents: Documents
+    ) -> torch.Tensor:
         """`hidden` `[B, T, D]` → `[B, T, D]`; `rotation` is what `RotaryPositions` returns."""
         heads = (*hidden.shape[:2], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotation).transpose(1, 2)

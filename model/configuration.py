@@ -118,7 +118,10 @@ class LiquidConfig(PreTrainedConfig):
                 rest == 0 and quotient > 0,
                 f"{divided} ({getattr(self, divided)}) must be a multiple of {divisor} ({getattr(self, divisor)})",
             )
-        require(self.head_dim % 2 == 0, f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need an even number")
+        require(
+            self.head_dim % 2 == 0,
+            f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need an even number",
+        )
         require(
             1 <= self.num_experts_per_tok <= self.num_experts,
             f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})",

@@ -124,7 +124,7 @@ def test_every_word_of_a_held_out_answer_occurs_in_training_answers(training, he
 
 def test_a_fact_has_one_short_answer_in_every_phrasing():
     answers = defaultdict(set)
-    for entry in sum(split(), []):
+    for entry in chain(*split()):
         answers[_same_question(entry.question)].add(entry.answer)
         assert 1 <= len(entry.answer.split()) <= 8 and len(entry.question.split()) <= 20, entry
         assert "{" not in entry.question

@@ -99,7 +99,7 @@ def start(world_size: int, command: list[str], timeout: int = 240) -> list[subpr
         **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),
     }  # fmt: skip
-    outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]
+    outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 - closed with the test
     processes = [
         subprocess.Popen(
             command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=PROJECT,

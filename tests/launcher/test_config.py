@@ -45,7 +45,8 @@ def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "cannot read the run")]
+    ("content", "sentence"),
+    [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "cannot read the run")],
 )
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "run.yaml"

@@ -38,7 +38,9 @@ def changed(tmp_path):
 def test_no_auto_is_left_and_the_numbers_are_the_runs():
     resolved, config, _ = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
     assert '"auto"' not in json.dumps(resolved)
-    batch = [resolved[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")]
+    batch = [
+        resolved[key] for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    ]
     assert batch == [24, 4, 3]  # 5 is an upper limit
     assert resolved["optimizer"]["params"]["lr"] == config.learning_rate == 0.5
 
@@ -70,7 +72,9 @@ def test_a_cpu_leaves_fp16_and_says_so_once(monkeypatch, native):
     ("wanted", "world_size", "experts", "given"), [(8, 4, 8, 4), (8, 6, 8, 2), (4, 4, 6, 2), (2, 1, 4, 1), (2, 2, 4, 2)]
 )
 def test_expert_parallelism_becomes_the_largest_that_fits(wanted, world_size, experts, given):
-    resolved, _, notes = resolve([f"expert_parallel_size={wanted}", "global_batch_rows=12"], world_size, num_experts=experts)
+    resolved, _, notes = resolve(
+        [f"expert_parallel_size={wanted}", "global_batch_rows=12"], world_size, num_experts=experts
+    )
     assert resolved["expert_parallel"]["autoep_size"] == given
     assert any(f"using {given}" in note for note in notes) is (given != wanted)
 
@@ -97,7 +101,9 @@ def test_a_batch_that_does_not_divide_names_the_nearest(changed):
         resolve(path=changed("gradient_accumulation_steps", 3))
 
 
-@pytest.mark.parametrize(("content", "sentence"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object"), (None, "cannot read")])
+@pytest.mark.parametrize(
+    ("content", "sentence"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object"), (None, "cannot read")]
+)
 def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "x.json"
     if content is not None:

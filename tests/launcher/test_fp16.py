@@ -1,5 +1,7 @@
 """fp16 with dynamic loss scaling, for real: too large a scale is skipped and halved, then training goes on."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ def run(trainer):
 def test_overflowing_steps_are_skipped_until_the_scale_fits(run):
     scale = run.scalars("fp16")["train/loss_scale"]
     scales = [scale[step] for step in range(1, STEPS + 1)]
-    halvings = [later / earlier for earlier, later in zip(scales, scales[1:], strict=False)]
+    halvings = [later / earlier for earlier, later in pairwise(scales)]
     assert scales[0] == 2.0**30  # the first step overflowed already
     assert set(halvings) == {0.5, 1.0}
     assert halvings[:8] == [0.5] * 8  # it sinks at every step
@@ -38,7 +40,9 @@ def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
     shown = run.scalars("fp16")
     scale, entropy = shown["train/loss_scale"], shown["train/cross_entropy"]
     first_update = next(step for step in range(2, STEPS) if scale[step] == scale[step - 1])
-    assert max(abs(entropy[step] - entropy[1]) for step in range(1, first_update)) < 0.05  # other rows, the same weights
+    assert (
+        max(abs(entropy[step] - entropy[1]) for step in range(1, first_update)) < 0.05
+    )  # other rows, the same weights
     assert entropy[STEPS] < entropy[1] - 0.1
 
 

@@ -72,7 +72,9 @@ def test_losses_and_gradient_norms_are_those_of_plain_pytorch(trained, plain, wa
 def test_the_exported_weights_are_those_of_plain_pytorch(trained, plain, way):
     exported = load_run(trained.folder / way).state_dict()
     for name, parameter in plain[2].state_dict().items():
-        torch.testing.assert_close(exported[name], parameter, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            exported[name], parameter, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_every_expert_and_router_moves_in_one_step(trained):

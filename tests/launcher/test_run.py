@@ -56,7 +56,14 @@ def test_tensorboard_shows_one_point_a_step_for_every_figure(runs):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(runs):
     shown = runs.scalars("whole")
-    weights = {"cross_entropy": 1, "focal": 0.1, "reconstruction": 0.1, "budget": 0.1, "expert_usage": 0.01, "z_loss": 0.001}
+    weights = {
+        "cross_entropy": 1,
+        "focal": 0.1,
+        "reconstruction": 0.1,
+        "budget": 0.1,
+        "expert_usage": 0.01,
+        "z_loss": 0.001,
+    }
     for step in (1, STEPS):
         total = sum(weight * shown[f"train/{term}"][step] for term, weight in weights.items())
         assert shown["train/loss"][step] == pytest.approx(total, rel=1e-5)
@@ -85,7 +92,9 @@ def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, ca
     assert torch.equal(exported(ids).logits, load_run(runs.folder / "whole")(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     chat = [{"role": "user", "content": "What is 1 plus 1?"}]
-    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "<s>What is 1 plus 1?<sep>"
+    assert (
+        tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == "<s>What is 1 plus 1?<sep>"
+    )
     capsys.readouterr()
     for source in (tmp_path / "model", runs.folder / "whole"):
         lfm(["generate", str(source), "What is 1 plus 1?", "--max-new-tokens", "5"])

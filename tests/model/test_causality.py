@@ -27,7 +27,9 @@ def apply(component: torch.nn.Module, hidden: torch.Tensor, positions: torch.Ten
     return output[0] if isinstance(output, tuple) else output
 
 
-@pytest.fixture(params=[LiquidEmbedding, LocalAttention, DeformableConvolution, LSTMMemory, MixtureOfExperts, LiquidBlock])
+@pytest.fixture(
+    params=[LiquidEmbedding, LocalAttention, DeformableConvolution, LSTMMemory, MixtureOfExperts, LiquidBlock]
+)
 def component(request, config):
     torch.manual_seed(0)
     made = request.param(config, 0) if request.param is LiquidBlock else request.param(config)

@@ -19,7 +19,9 @@ def batch():
 def test_cross_entropy_and_focal_are_their_definitions(batch):
     logits, labels = batch
     sums = language_loss_sums(logits, labels, focal_gamma=2.0)
-    entropy = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100)
+    entropy = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100
+    )
     torch.testing.assert_close(sums["cross_entropy"], entropy.sum())
     torch.testing.assert_close(sums["focal"], ((1 - torch.exp(-entropy)) ** 2 * entropy).sum())
 
@@ -55,7 +57,9 @@ def test_terms_of_a_mean_have_its_value_and_gradient_where_they_are_expanded():
 def test_the_usage_term_moves_routing_towards_equal_use():
     router_logits = torch.tensor([1.0, 0.0, 0.0, 0.0]).expand(1, 2, 7, 4).clone().requires_grad_()
     means = RunningMeans(router_logits.detach().softmax(-1).mean((1, 2)), torch.tensor(0.6))
-    (gradient,) = torch.autograd.grad(regularised(router_logits, torch.rand(2, 7), means)["expert_usage"], router_logits)
+    (gradient,) = torch.autograd.grad(
+        regularised(router_logits, torch.rand(2, 7), means)["expert_usage"], router_logits
+    )
     assert (gradient[..., 0] > 0).all()  # descent lowers the favourite
     assert (gradient[..., 1:] < 0).all()
 
@@ -76,7 +80,9 @@ def test_the_total_is_the_weighted_sum_of_means():
     sums = {term: torch.tensor(float(number)) for number, term in enumerate(terms, start=1)}
     weights = LossWeights(focal=0.5, reconstruction=0.1, budget=0.2, expert_usage=0.3, z_loss=0.4)
     expected = (1 + 0.5 * 2) / 10 + (0.1 * 3 + 0.2 * 4 + 0.3 * 5 + 0.4 * 6) / 20
-    torch.testing.assert_close(total_loss(sums, weights, torch.tensor(10.0), torch.tensor(20.0)), torch.tensor(expected))
+    torch.testing.assert_close(
+        total_loss(sums, weights, torch.tensor(10.0), torch.tensor(20.0)), torch.tensor(expected)
+    )
 
 
 def test_running_means_begin_without_a_gradient_and_follow_the_batches():

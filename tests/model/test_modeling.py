@@ -27,7 +27,9 @@ def test_unused_ids_are_never_predicted(model, ids):
 
 def test_generation_is_repeated_argmax(model, ids):
     prompt = ids[:1, :9]
-    generated = model.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=[], pad_token_id=1)
+    generated = model.generate(
+        prompt, max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=[], pad_token_id=1
+    )
     for length in range(9, 15):
         assert generated[0, length] == model(generated[:, :length]).logits[0, -1].argmax()
 
