@@ -10,6 +10,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 # The stamp is written last and named after what was asked for: a broken or outdated environment has none.
 STAMP := $(VENV)/complete-$(shell cat constraints.txt setup.cfg | sha256sum | cut -c 1-16)
+EXTRAS := $(subst complete,extras,$(STAMP))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 .PHONY: help setup train test test-all lint
@@ -37,10 +38,14 @@ train: setup
 	@echo "       .venv/bin/tensorboard --logdir runs/sample/tensorboard"
 
 test: setup
-	python -m pytest -m "not slow and not cluster and not extra and not gpu and not bench"
+	python -m pytest -m "not slow and not cluster and not extra and not gpu and not bench" $(PYTEST_OPTIONS)
 
-test-all: setup
-	python -m pytest -m "slow or cluster or extra"
+test-all: $(EXTRAS)
+	python -m pytest -m "slow or cluster or extra" $(PYTEST_OPTIONS)
+
+$(EXTRAS): $(STAMP)
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,mpi]'
+	@touch $@
 
 lint: setup
 	ruff check .

@@ -18,7 +18,7 @@ from data_pipeline.loader import BatchStream
 from data_pipeline.shards import ShardFolder
 from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from launcher.config import DEFAULT_CONFIG
-from launcher.engine import build_engine, loss_scale, set_learning_rate, start_process_group
+from launcher.engine import build_engine, expert_parallel_size, loss_scale, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
 from launcher.model_source import build_model
@@ -70,7 +70,9 @@ def main(arguments: list[str] | None = None) -> int:
         monitor.step_begins()
         stopped = train_step(engine, stream, state, config, environment, monitor, stop)
         if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopped:
-            save_checkpoint(engine, folder, state, environment, data.fingerprint, config.keep_checkpoints)
+            save_checkpoint(
+                engine, folder, state, environment, data.fingerprint, expert_parallel_size(engine), config.keep_checkpoints
+            )
     monitor.close()
     if environment.is_main:
         folder.write_status("stopped" if stopped else "done", state.step, "signal" if stopped else "")

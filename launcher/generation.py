@@ -21,10 +21,11 @@ def load_model(path: str | Path) -> tuple[LiquidForCausalLM, PreTrainedTokenizer
     Raises `ConfigurationError` where `path` is neither.
     """
     path = Path(path)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / "config.json").is_file():
-        return LiquidForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+        return LiquidForCausalLM.from_pretrained(path).eval().to(device), AutoTokenizer.from_pretrained(path)
     if (path / "run.yaml").is_file():
-        return load_run(path), AutoTokenizer.from_pretrained(path / "model")
+        return load_run(path).to(device), AutoTokenizer.from_pretrained(path / "model")
     raise ConfigurationError(f"{path} is neither a model folder (config.json) nor a run folder (run.yaml)")
 
 
@@ -59,7 +60,13 @@ def answer(
         for row, index in enumerate(chosen):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
         mask = (torch.arange(width) >= width - torch.tensor([[len(prompts[index])] for index in chosen])).long()
-        output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, use_cache=False, **sampling)
+        output = model.generate(
+            ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            use_cache=False,
+            **sampling,
+        )
         for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
             answers[index] = decode_answer(tokenizer, row)
         if progress is not None:

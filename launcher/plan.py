@@ -13,12 +13,14 @@ import torch.distributed as dist
 
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import ShardFolder
-from launcher.checkpoint import check_manifest, find_checkpoint
+from launcher.checkpoint import find_checkpoint, read_manifest
 from launcher.config import RunConfig, load_run_config
 from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
+from launcher.errors import ConfigurationError
 from launcher.model_source import model_config
 from launcher.run_folder import RunFolder
+from model.configuration import LiquidConfig, own_fields
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,15 @@ def make_plan(
     run = RunFolder(config.output)
     run.claim()
     checkpoint, passed_over = find_checkpoint(run, config.resume)
+    schedule_end = config.schedule.steps or config.max_steps
     if checkpoint is not None:
-        check_manifest(checkpoint, environment, data.fingerprint)
-        notes = [*notes, *passed_over, f"resuming from {checkpoint}"]
+        _check_resumable(checkpoint, run, resolved, sizes, data.fingerprint, environment)
+        notes += [*passed_over, f"resuming from {checkpoint}"]
+        schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
+        if config.max_steps > schedule_end:
+            notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
+    # Written down, so that raising max_steps later does not bend the curve that was begun.
+    config.schedule.steps = schedule_end
     run.describe(config, resolved, environment)
     run.keep_model_files(sizes, data.tokenizer_path)
     return Plan(config, resolved, checkpoint, notes), run
@@ -59,6 +67,32 @@ def share_plan(plan: Plan | None) -> Plan:
     shared = [plan]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
+
+
+def _check_resumable(
+    checkpoint: Path, run: RunFolder, resolved: dict, sizes: LiquidConfig, fingerprint: str, environment: Environment
+) -> None:
+    """Raise `ConfigurationError` where a checkpoint is of another model, corpus or number of ranks than this run."""
+    before = LiquidConfig.from_pretrained(run.model)
+    for name in own_fields():
+        if getattr(before, name) != getattr(sizes, name):
+            raise ConfigurationError(
+                f"{run.path} was trained with {name} {getattr(before, name)} and this model has {getattr(sizes, name)}; "
+                "take the model that it began with, or set another output"
+            )
+    manifest = read_manifest(checkpoint)
+    if manifest["data_fingerprint"] != fingerprint:
+        raise ConfigurationError(
+            f"{checkpoint} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
+            f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
+        )
+    ranks = (environment.world_size, resolved.get("expert_parallel", {}).get("autoep_size", 1))
+    wrote = (manifest["world_size"], manifest["expert_parallel_size"])
+    if ranks != wrote:
+        raise ConfigurationError(
+            f"{checkpoint} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]} and this run has "
+            f"{ranks[0]} with {ranks[1]}; start as before"
+        )
 
 
 def _prepare_if_missing(config: RunConfig) -> None:

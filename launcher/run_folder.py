@@ -68,6 +68,10 @@ class RunFolder:
         }
         replace_text(self.path / "run.yaml", yaml.safe_dump(description, sort_keys=False))
 
+    def read_description(self) -> dict:
+        """What the last attempt wrote to `run.yaml`."""
+        return yaml.safe_load((self.path / "run.yaml").read_text())
+
     def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
         """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
         self.model.mkdir(exist_ok=True)

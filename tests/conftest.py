@@ -1,0 +1,21 @@
+"""Options of the whole suite."""
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--forbid-missing-installs",
+        action="store_true",
+        help="fail when a test was skipped because something is not installed (its reason says `install`)",
+    )
+
+
+def pytest_sessionfinish(session):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not session.config.getoption("--forbid-missing-installs") or reporter is None:
+        return
+    reasons = {report.longrepr[2] for report in reporter.stats.get("skipped", [])}
+    if missing := [reason for reason in reasons if "install" in reason]:
+        reporter.write_line("not installed: " + "; ".join(missing), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

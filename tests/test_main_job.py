@@ -1,0 +1,49 @@
+"""The main job as a newcomer runs it, and the real corpus where it is at hand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[1]
+CORPUS = PROJECT.parent / "shared" / "data"
+
+
+def run(*command: str) -> str:
+    """What a command of the environment prints; it must succeed."""
+    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    result = subprocess.run(
+        command, cwd=PROJECT, env=environment, text=True, timeout=1500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_default_run_learns_the_sample(tmp_path):
+    """After the command of the README, at least half of the held-out answers are exactly right."""
+    folder = tmp_path / "run"
+    training = ["deepspeed", "--master_port", "29641", "train.py", "--deepspeed_config", "ds_configs/zero3.json"]
+    printed = run(*training, f"data={tmp_path / 'data'}", f"output={folder}")
+    assert "expert_parallel_size 2 does not fit 1 process" in printed
+    run("lfm", "export", str(folder), "--out", str(folder / "export"))
+    printed = run("lfm", "evaluate", str(folder / "export"), "--questions", "sample", "--show", "3")
+    right, total = map(int, re.search(r"(\d+) of (\d+) held-out answers", printed).groups())
+    assert total > 150
+    assert right >= total / 2, printed
+
+
+@pytest.mark.slow
+def test_every_row_of_the_real_corpus_is_accounted_for(tmp_path):
+    if not CORPUS.is_dir():
+        pytest.skip(f"the corpus is not at {CORPUS}")
+    source, tokenizer = str(CORPUS / "webinstruct_dev"), str(CORPUS / "led_tokenizer")
+    printed = run("lfm", "prepare", source, "--tokenizer", tokenizer, "--out", str(tmp_path / "web"))
+    numbers = re.search(r"([\d,]+) rows = ([\d,]+) packed \+ ([\d,]+) dropped", printed).groups()
+    rows, packed, dropped = (int(number.replace(",", "")) for number in numbers)
+    assert rows == 96_898 == packed + dropped
+    run("lfm", "verify", str(tmp_path / "web"))
