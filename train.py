@@ -66,19 +66,29 @@ def main(arguments: list[str] | None = None) -> int:
         folder.write_status("running", state.step)
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop, stopped = StopRequest(), False
-    while state.step < config.max_steps and not stopped:
-        monitor.step_begins()
-        stopped = train_step(engine, stream, state, config, environment, monitor, stop)
-        if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopped:
-            save_checkpoint(
-                engine, folder, state, environment, data.fingerprint, expert_parallel_size(engine), config.keep_checkpoints
-            )
-    monitor.close()
+    outcome = "failed"
+    try:
+        while state.step < config.max_steps and not stopped:
+            monitor.step_begins()
+            stopped = train_step(engine, stream, state, config, environment, monitor, stop)
+            if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stopped:
+                save_checkpoint(
+                    engine,
+                    folder,
+                    state,
+                    environment,
+                    data.fingerprint,
+                    expert_parallel_size(engine),
+                    config.keep_checkpoints,
+                )
+        outcome = "stopped" if stopped else "done"
+    finally:
+        monitor.close()
+        if environment.is_main:
+            reasons = {"done": "", "stopped": "signal", "failed": repr(sys.exception())}
+            folder.write_status(outcome, state.step, reasons[outcome])
     if environment.is_main:
-        folder.write_status("stopped" if stopped else "done", state.step, "signal" if stopped else "")
-        monitor.say(
-            f"{'stopped' if stopped else 'done'} at step {state.step}: run {folder.path}, logs {folder.tensorboard}"
-        )
+        monitor.say(f"{outcome} at step {state.step}: run {folder.path}, logs {folder.tensorboard}")
         folder.release()
     dist.barrier()
     return STOPPED_AT_A_SIGNAL if stopped else 0

@@ -124,7 +124,9 @@ class _Preparation:
         """Yields the source's chunks with question and answer cleaned, and shows how far it is."""
         from tqdm import tqdm
 
-        bar = tqdm(total=self.source.num_rows, desc=phase, unit=" rows", disable=not self.progress)
+        # In a log file, a line now and then is enough.
+        seconds = 0.1 if sys.stderr.isatty() else 30
+        bar = tqdm(total=self.source.num_rows, desc=phase, unit=" rows", disable=not self.progress, mininterval=seconds)
         megabytes = 0.0
         with bar:
             for frame in self.source.batches(ROWS_PER_CHUNK):

@@ -26,7 +26,10 @@ class Environment:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        # A launcher may show each process its own GPU alone, or all of them.
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
     def is_main(self) -> bool:
