@@ -6,6 +6,7 @@ bytes a row as Python keeps them.
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path

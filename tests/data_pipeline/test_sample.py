@@ -7,6 +7,7 @@ import subprocess
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 import polars as pl
