@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import socket
 import sys
 from collections.abc import MutableMapping
@@ -105,7 +107,22 @@ def export_for_torch(environment: Environment) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             # By default every process takes all cores, and they fight.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+        _keep_freed_memory()
     _export_for_compiler()
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, as CUDA's allocator does.
+
+    By default each large tensor is mapped, filled page by page with zeros and unmapped again, which can take a CPU as
+    long as the arithmetic. Whoever sets glibc's own variables decides otherwise.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    mallopt(trim_threshold, -1)  # never
+    mallopt(mmap_max, 0)
 
 
 def _export_for_compiler() -> None:
