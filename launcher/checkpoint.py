@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder, replace_text, sync_folder
 from model.loss import RunningMeans
@@ -63,26 +62,25 @@ def save_checkpoint(
     engine: deepspeed.DeepSpeedEngine,
     run: RunFolder,
     state: TrainState,
-    environment: Environment,
     data_fingerprint: str,
-    expert_parallel_size: int,
     keep: int,
 ) -> Path:
     """Write the checkpoint of `state.step`, called by all ranks; keeps the newest `keep`. Returns its folder."""
     tag = f"step-{state.step:08d}"
     folder, partial = run.checkpoints / tag, run.checkpoints / f"{tag}.partial"
-    if environment.is_main and partial.exists():
+    is_main = dist.get_rank() == 0
+    if is_main and partial.exists():
         shutil.rmtree(partial)  # of an attempt that died while saving
     dist.barrier()
     engine.save_checkpoint(str(run.checkpoints), tag=partial.name, save_latest=False)
     dist.barrier()
-    if environment.is_main:
+    if is_main:
         manifest = {
             "format": 1,
             "train_state": asdict(state),
             "data_fingerprint": data_fingerprint,
-            "world_size": environment.world_size,
-            "expert_parallel_size": expert_parallel_size,
+            "world_size": dist.get_world_size(),
+            "expert_parallel_size": engine.config.get("expert_parallel", {}).get("autoep_size", 1),
             "files": {name: _describe(partial / name) for name in _files(partial)},
         }
         replace_text(partial / MANIFEST, json.dumps(manifest))

@@ -59,12 +59,6 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     return engine
 
 
-def expert_parallel_size(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Over how many ranks each layer's experts are spread."""
-    sizes = {module.ep_size for module in engine.module.modules() if isinstance(module, AutoEPMoELayer)}
-    return max(sizes, default=1)
-
-
 def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:
     """Make a step's bias correction a function of the step alone, so that a resumed run is exact.
 
@@ -85,6 +79,15 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
         group["lr"] = rate
 
 
-def loss_scale(engine: deepspeed.DeepSpeedEngine) -> float | None:
-    """The fp16 loss scale, or None where the engine does not scale."""
-    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+def engine_values(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
+    """What only the engine knows of the step it has just taken, by TensorBoard tag.
+
+    The gradient norm is infinite where fp16 overflowed and the step was skipped.
+    """
+    values = {
+        "train/learning_rate": engine.optimizer.param_groups[0]["lr"],
+        "train/grad_norm": float(engine.get_global_grad_norm()),
+    }
+    if engine.fp16_enabled():
+        values["train/loss_scale"] = float(engine.optimizer.loss_scale)
+    return values

@@ -5,6 +5,14 @@ from __future__ import annotations
 import torch
 
 
+def count_tokens(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """The two counts that losses are divided by: `supervised` tokens and non-padding `tokens` of one micro-batch."""
+    return {
+        "supervised": (batch["labels"][:, 1:] != -100).sum(),
+        "tokens": (batch["input_ids"] != pad_token_id).sum(),
+    }
+
+
 @torch.no_grad()
 def routing_statistics(
     router_logits: torch.Tensor, retained_ratio: torch.Tensor, text: torch.Tensor, top_k: int
