@@ -6,6 +6,7 @@ Imports stand inside the commands: `lfm --help` must not wait for torch.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from launcher.errors import ConfigurationError, one_sentence_errors
@@ -13,6 +14,9 @@ from launcher.errors import ConfigurationError, one_sentence_errors
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.run is not _fetch:
+        # transformers draws a bar for every file that it reads or writes, here over in an instant.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with one_sentence_errors():
         return options.run(options) or 0
 
@@ -81,7 +85,9 @@ def _add_prepare(commands) -> None:
         "source", nargs="+", metavar="SOURCE",
         help="'sample', a hub dataset name, or parquet / jsonl files or folders with question and answer columns",
     )  # fmt: skip
-    parser.add_argument("--out", required=True, help="folder for the shards, the tokenizer and index.json")
+    parser.add_argument(
+        "--out", required=True, default=argparse.SUPPRESS, help="folder for the shards, the tokenizer and index.json"
+    )
     parser.add_argument(
         "--tokenizer", help="a folder or hub name of an LED tokenizer, or 'train' to fit one (default: train for the "
         "sample, allenai/led-base-16384 otherwise)", default=argparse.SUPPRESS,
@@ -128,7 +134,9 @@ def _add_export(commands) -> None:
         "lfm export runs/sample --out runs/sample/export",
     )  # fmt: skip
     parser.add_argument("run_folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", required=True, help="folder to write; an earlier export there is replaced")
+    parser.add_argument(
+        "--out", required=True, default=argparse.SUPPRESS, help="folder to write; an earlier export there is replaced"
+    )
     parser.add_argument("--tag", default="auto", help="which checkpoint; auto is the newest whole one")
 
 

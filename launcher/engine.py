@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
-import deepspeed
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns where it is not set
+
+import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.adam import FusedAdam

@@ -103,7 +103,6 @@ def export_for_torch(environment: Environment) -> None:
         # Nobody else joins, so any port will do, and two runs on one machine need not agree on theirs.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if environment.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             # By default every process takes all cores, and they fight.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))

@@ -110,6 +110,15 @@ def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, ca
     assert "1 of 1 held-out answers are exactly right" in capsys.readouterr().out
 
 
+def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
+    lfm(["export", str(runs.folder / "whole"), "--out", str(tmp_path / "model")])
+    standing_still = ["learning_rate=1e-12", "weight_decay=0", "max_steps=1"]
+    runs.run(1, runs.arguments("begun", f"init_from={tmp_path / 'model'}", *standing_still))
+    begun, exported = load_run(runs.folder / "begun").state_dict(), load_run(runs.folder / "whole").state_dict()
+    for name, weight in exported.items():
+        torch.testing.assert_close(begun[name], weight, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
 def test_a_damaged_newest_checkpoint_is_passed_over(runs, tmp_path, damage):
     run = RunFolder(tmp_path)
