@@ -20,7 +20,8 @@ help:
 
 setup: $(STAMP)
 
-$(STAMP): constraints.txt setup.cfg
+# No prerequisites: the name holds the content's hash, and a checkout that only touches times need not install again.
+$(STAMP):
 	@sh launcher/check_machine.sh "$(PYTHON)"
 	"$(PYTHON)" -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'

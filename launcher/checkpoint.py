@@ -18,13 +18,11 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import ConfigurationError
-from launcher.run_folder import RunFolder, replace_text, sync_folder
+from launcher.run_folder import MANIFEST, RunFolder, replace_text, sync_folder
 from model.loss import RunningMeans
 
 if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
     import deepspeed
-
-MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -111,6 +109,11 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         return None, []
     if resume != "auto":
         folder = Path(resume) if Path(resume).is_dir() else run.checkpoints / resume
+        if folder.resolve().parent != run.checkpoints.resolve():
+            raise ConfigurationError(
+                f"{resume} is not a checkpoint of {run.path}; resume goes on with the run in output, "
+                "and init_from begins a new one with exported weights"
+            )
         if fault := _fault(folder):
             raise ConfigurationError(f"cannot resume from {resume}: {fault}; resume=auto takes the newest whole one")
         return folder, []
@@ -120,7 +123,25 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         if fault is None:
             return folder, passed_over
         passed_over.append(f"checkpoint {folder.name} is passed over: {fault}")
-    return None, passed_over
+    if passed_over:
+        raise ConfigurationError(
+            f"{run.path} has no whole checkpoint ({passed_over[0]}); set another output, or delete {run.checkpoints} "
+            "to begin anew"
+        )
+    return None, []
+
+
+def set_aside_later(run: RunFolder, checkpoint: Path) -> list[str]:
+    """Rename the checkpoints after `checkpoint`, which a run that goes on from it leaves behind; returns what was done."""
+    notes = []
+    for folder in _complete(run):
+        if folder.name > checkpoint.name:
+            aside = folder.with_name(f"left-{folder.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            notes.append(f"checkpoint {folder.name} is of steps that will be taken again: it is now {aside.name}")
+    return notes
 
 
 def read_manifest(folder: Path) -> dict:
@@ -144,7 +165,11 @@ def _fault(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted, or None."""
     if not (folder / MANIFEST).is_file():
         return f"{folder} has no {MANIFEST}"
-    for name, expected in read_manifest(folder)["files"].items():
+    try:
+        files = read_manifest(folder)["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, expected in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -78,8 +79,17 @@ class RunConfig:
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("learning_rate", "gradient_clipping"):
-            if getattr(self, name) <= 0:
-                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
+        loss_weights = {f"loss.{name}": value for name, value in dataclasses.asdict(self.loss).items()}
+        named = {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps, **loss_weights}
+        for name, value in named.items():
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(f"{name} is {value}; it must be at least 0, and finite")
+        if not 0 <= self.schedule.minimum_ratio <= 1:
+            raise ConfigurationError(f"schedule.minimum_ratio is {self.schedule.minimum_ratio}; it must be in [0, 1]")
+        if self.schedule.steps is not None and self.schedule.steps < 1:
+            raise ConfigurationError(f"schedule.steps is {self.schedule.steps}; it must be at least 1")
         if self.loss_on not in ("all", "answer"):
             raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
         if self.schedule.cycles < 1 or self.schedule.multiplier < 1:
@@ -120,7 +130,7 @@ def read_yaml(path: str | Path) -> dict:
         raise ConfigurationError(
             f"cannot read the run configuration {path}: {error.strerror}; {CONFIG_FOLDER.name}/ in the launcher has {known}"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if content is None:
         return {}

@@ -63,18 +63,23 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
         *parents, last = location.split(".")
         section = resolved
         for parent in parents:
-            section = section.get(parent, {})
-        wanted = getattr(config, key)
-        if section.get(last, "auto") == "auto":
-            if last in section:
-                section[last] = wanted
-        elif section[last] != wanted and key in config.explicit:
-            raise ConfigurationError(
-                f"{location} is {section[last]} in {path} but {key} is {wanted} in the run configuration; "
-                'make them equal, or write "auto" in the JSON'
-            )
+            if parent == "expert_parallel" and parent not in section:
+                break  # without this section, experts are not spread
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigurationError(f"{parent} in {path} must be an object with keys, not {section!r}")
         else:
-            from_json[key] = section[last]
+            wanted = getattr(config, key)
+            # What the JSON leaves out is "auto" as well: DeepSpeed's own default would be neither place's number.
+            if section.get(last, "auto") == "auto":
+                section[last] = wanted
+            elif section[last] != wanted and key in config.explicit:
+                raise ConfigurationError(
+                    f"{location} is {section[last]} in {path} but {key} is {wanted} in the run configuration; "
+                    'make them equal, or write "auto" in the JSON'
+                )
+            else:
+                from_json[key] = section[last]
     return dataclasses.replace(config, **from_json)
 
 

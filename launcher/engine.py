@@ -52,8 +52,9 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
     engine, *_ = deepspeed.initialize(model=model, config=resolved, model_parameters=list(model.parameters()))
     engine.train()
-    if isinstance(engine.optimizer.optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
-        engine.optimizer.optimizer.register_step_pre_hook(_forget_earlier_steps)
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
+    if isinstance(optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
+        optimizer.register_step_pre_hook(_forget_earlier_steps)
     if resolved.get("expert_parallel", {}).get("enabled"):
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:

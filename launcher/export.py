@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,10 @@ from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 from model import LiquidConfig, LiquidForCausalLM
 
+# What an export consists of; a folder with anything else in it is not replaced.
+EXPORTED = re.compile(
+    r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|.*\.jinja"
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
@@ -26,8 +31,12 @@ def export(run: str | Path, out: str | Path, tag: str = "auto") -> Path:
     Raises `ConfigurationError` where the run has no whole checkpoint or `out` holds something else.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").is_file():
-        raise ConfigurationError(f"{out} holds files that are not a model's; export to an empty or a new folder")
+    if out.is_file():
+        raise ConfigurationError(f"{out} is a file; name a folder for the model")
+    foreign = [path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name)] if out.exists() else []
+    if foreign or (out.exists() and any(out.iterdir()) and not list(out.glob("*.safetensors"))):
+        what = foreign[0] if foreign else "no weights"
+        raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or a new folder")
     model = load_run(run, tag)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the target first, so that an interrupted export never looks like a whole one.

@@ -22,11 +22,11 @@ def load_model(path: str | Path) -> tuple[LiquidForCausalLM, PreTrainedTokenizer
     """
     path = Path(path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return LiquidForCausalLM.from_pretrained(path).eval().to(device), AutoTokenizer.from_pretrained(path)
     if (path / "run.yaml").is_file():
         return load_run(path).to(device), AutoTokenizer.from_pretrained(path / "model")
-    raise ConfigurationError(f"{path} is neither a model folder (config.json) nor a run folder (run.yaml)")
+    raise ConfigurationError(f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)")
 
 
 @torch.inference_mode()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 from data_pipeline.shards import ShardFolder
+from data_pipeline.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
 from model import LiquidConfig, LiquidForCausalLM
@@ -16,22 +18,24 @@ def model_config(config: RunConfig, data: ShardFolder) -> LiquidConfig:
     """The sizes of the run's model: of the weights in `init_from`, or of `model`, sized for the data's tokenizer.
 
     Raises `ConfigurationError` where the preset is unknown, the rows are longer than the model's positions, or the
-    weights are for another vocabulary.
+    weights are for another tokenizer.
     """
     if config.init_from is not None:
-        if not (Path(config.init_from) / "config.json").is_file():
+        if not any(Path(config.init_from).glob("*.safetensors")):
             raise ConfigurationError(f"init_from={config.init_from} is not a model folder; make one with `lfm export`")
         sizes = LiquidConfig.from_pretrained(config.init_from)
-        if sizes.used_vocab_size != data.vocab_size:
+        if fingerprint(AutoTokenizer.from_pretrained(config.init_from)) != data.index["tokenizer"]["fingerprint"]:
             raise ConfigurationError(
-                f"{config.init_from} knows {sizes.used_vocab_size} tokens and {config.data} was made with "
-                f"{data.vocab_size}; prepare the data with that model's tokenizer (lfm prepare --tokenizer)"
+                f"{config.data} was made with another tokenizer than that of {config.init_from}; prepare it with the "
+                f"model's own: lfm prepare ... --tokenizer {config.init_from}"
             )
     else:
+        tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+        special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         try:
-            sizes = LiquidConfig.from_preset(config.model).sized_for(data.vocab_size)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
+            sizes = LiquidConfig.from_preset(config.model).sized_for(data.vocab_size, **special)
+        except (ValueError, TypeError) as error:  # the strict dataclass raises either for a value of a wrong type
+            raise ConfigurationError(f"model {config.model}: {' '.join(str(error).split())}") from error
     if data.seq_len > sizes.max_position_embeddings:
         raise ConfigurationError(
             f"{config.data} has rows of {data.seq_len} tokens, but the model has {sizes.max_position_embeddings} "

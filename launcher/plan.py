@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import ShardFolder
-from launcher.checkpoint import find_checkpoint, read_manifest
+from launcher.checkpoint import find_checkpoint, read_manifest, set_aside_later
 from launcher.config import RunConfig, load_run_config
 from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
@@ -51,7 +51,7 @@ def make_plan(
     schedule_end = config.schedule.steps or config.max_steps
     if checkpoint is not None:
         _check_resumable(checkpoint, run, resolved, sizes, data.fingerprint, environment)
-        notes += [*passed_over, f"resuming from {checkpoint}"]
+        notes += [*passed_over, f"resuming from {checkpoint}", *set_aside_later(run, checkpoint)]
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
         if config.max_steps > schedule_end:
             notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")

@@ -19,6 +19,7 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidConfig
 
+MANIFEST = "manifest.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
 
 
@@ -50,6 +51,10 @@ class RunFolder:
             raise ConfigurationError(
                 f"another job is training in {self.path}; wait for it, or set another output"
             ) from error
+        for folder in self.checkpoints.iterdir():
+            # What a job that died while saving, or while deleting, left behind.
+            if folder.is_dir() and (folder.suffix == ".partial" or not (folder / MANIFEST).is_file()):
+                shutil.rmtree(folder)
 
     def release(self) -> None:
         """Let another job have the folder."""
@@ -75,9 +80,10 @@ class RunFolder:
     def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
         """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
         self.model.mkdir(exist_ok=True)
-        config.save_pretrained(self.model)
-        for file in tokenizer.iterdir():
-            shutil.copyfile(file, self.model / file.name)
+        contents = {file.name: file.read_text() for file in tokenizer.iterdir()}
+        contents["config.json"] = config.to_json_string(use_diff=True)
+        for name, text in contents.items():
+            replace_text(self.model / name, text)
 
     def write_status(self, state: str, step: int, reason: str = "") -> None:
         """Write `status.json`: `running`, `stopped`, `done` or `failed`, for scripts to read."""

@@ -10,6 +10,12 @@ from transformers import PreTrainedConfig
 
 PRESET_FOLDER = Path(__file__).parent / "configs"
 VOCABULARY_MULTIPLE = 128
+AT_LEAST_ONE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "sliding_window",
+    "deformable_taps", "deformable_range", "deformable_groups", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "memory_hidden_size", "memory_num_layers", "memory_stride", "memory_every",
+    "embedding_kernel_size", "embedding_components",
+)  # fmt: skip
 
 
 @strict
@@ -91,7 +97,13 @@ class LiquidConfig(PreTrainedConfig):
                 f"model {name_or_path!r} is neither a preset ({', '.join(preset_names())}) nor an existing YAML file; "
                 "give one of these or the path of a file with model fields"
             )
-        fields = {**(yaml.safe_load(path.read_text()) or {}), **overrides}
+        try:
+            content = yaml.safe_load(path.read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} must be a mapping of model fields to values")
+        fields = {**content, **overrides}
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
             raise ValueError(f"{path} sets {', '.join(unknown)}, which the model does not have; remove or rename it")
@@ -108,6 +120,8 @@ class LiquidConfig(PreTrainedConfig):
             if not condition:
                 raise ValueError(message)
 
+        for name in AT_LEAST_ONE:
+            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
         for divided, divisor in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -135,12 +149,6 @@ class LiquidConfig(PreTrainedConfig):
             f"embedding_minimum_ratio ({self.embedding_minimum_ratio}) must be below embedding_target_ratio "
             f"({self.embedding_target_ratio}), and both inside [0, 1)",
         )
-        for name in (
-            "num_hidden_layers", "sliding_window", "deformable_taps", "deformable_range", "moe_intermediate_size",
-            "shared_expert_intermediate_size", "memory_hidden_size", "memory_num_layers", "memory_stride",
-            "memory_every", "embedding_kernel_size", "embedding_components",
-        ):  # fmt: skip
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 def own_fields() -> list[str]:

@@ -18,14 +18,14 @@ class Documents:
     `offset` `[B, T]`: tokens of the same document before this one in the row (what a tap or a block may reach back to).
     `number` `[B, T]`: which document of the batch a token belongs to, counted over all rows from 0.
     `first_token` `[N]`: index of each document's first token in the flattened `[B * T]` batch.
-    `longest`: tokens in the longest document.
+    `lengths` `[N]`: each document's tokens.
     """
 
     positions: torch.Tensor
     offset: torch.Tensor
     number: torch.Tensor
     first_token: torch.Tensor
-    longest: int
+    lengths: torch.Tensor
 
     @classmethod
     def from_positions(cls, positions: torch.Tensor) -> Documents:
@@ -38,7 +38,8 @@ class Documents:
         offset = index - first_in_row
         number = begins.flatten().cumsum(0).sub(1).view(batch, tokens)
         first_token = begins.flatten().nonzero().squeeze(1)
-        return cls(positions, offset, number, first_token, int(offset.max()) + 1)
+        lengths = torch.diff(first_token, append=first_token.new_tensor([batch * tokens]))
+        return cls(positions, offset, number, first_token, lengths)
 
 
 def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
@@ -48,6 +49,8 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
     for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
     """
     text = attention_mask.bool()
+    if bool((text[:, :-1] & ~text[:, 1:]).cumsum(1)[:, :-1].logical_and(text[:, 2:]).any()):
+        raise ValueError("attention_mask has padding inside a text; pack texts with position_ids that restart at 0")
     if position_ids is None:
         position_ids = (text.cumsum(1) - 1).clamp(min=0)
     index = torch.arange(text.shape[1], device=text.device).expand_as(text)

@@ -53,7 +53,12 @@ class RunningMeans:
         return cls(torch.full((layers, experts), 1.0 / experts), torch.tensor(target_ratio))
 
     def updated(self, routing: torch.Tensor, retained_ratio: torch.Tensor, decay: float = 0.9) -> RunningMeans:
-        """The means after one more step with these global batch means."""
+        """The means after one more step with these global batch means.
+
+        A batch that was not finite (fp16 overflow, say) is left out: it would stay in the means for good.
+        """
+        if not (routing.isfinite().all() and retained_ratio.isfinite()):
+            return self
         return RunningMeans(
             decay * self.routing + (1 - decay) * routing, decay * self.retained_ratio + (1 - decay) * retained_ratio
         )
@@ -68,8 +73,8 @@ def language_loss_sums(logits: torch.Tensor, labels: torch.Tensor, focal_gamma: 
     asked = targets != -100
     predicted = logits[:, :-1].flatten(0, 1)[asked].float()
     negative_log_likelihood = F.cross_entropy(predicted, targets[asked], reduction="none")
-    # expm1 keeps (1 - p) exact where p is nearly 1.
-    missing = -torch.expm1(-negative_log_likelihood)
+    # expm1 keeps (1 - p) exact where p is nearly 1; where it is 0, a power below 1 has no finite gradient.
+    missing = (-torch.expm1(-negative_log_likelihood)).clamp(min=torch.finfo(torch.float32).eps)
     return {
         "cross_entropy": negative_log_likelihood.sum(),
         "focal": (missing**focal_gamma * negative_log_likelihood).sum(),
@@ -90,7 +95,10 @@ def regularisation_sums(
     """
     logits = router_logits[:, text].float()  # [L, M, E]
     experts = logits.shape[-1]
-    surplus = torch.log(means.routing.to(logits) * experts).unsqueeze(1)
+    used = means.routing.to(logits).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # an expert may not have been used at all
+    surplus = torch.log(used * experts).unsqueeze(1)
     mean_ratio = means.retained_ratio.to(retained_ratio)
     excess = mean_ratio - target_ratio
     return {

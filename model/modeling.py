@@ -63,7 +63,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
         residual_deviation = deviation * (3 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, LiquidEmbedding):
             init.normal_(module.convolution, std=deviation)
-            init.zeros_(module.rule)  # a = b = ln 2: the ratio begins between ¾ and 0.9 of the way to 1
+            init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the ratio begins between 0.63 and 0.85
             # The bottleneck begins as a rotation and its inverse: nothing is lost but what the mask takes.
             init.orthogonal_(module.compress)
             init.copy_(module.expand, module.compress.T)

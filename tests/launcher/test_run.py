@@ -1,6 +1,7 @@
 """A run from start to end: what it leaves behind, stopping, going on, and refusing what would spoil it."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,29 +120,53 @@ def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
         torch.testing.assert_close(begun[name], weight, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
-def test_a_damaged_newest_checkpoint_is_passed_over(runs, tmp_path, damage):
-    run = RunFolder(tmp_path)
-    run.checkpoints.mkdir()
-    for checkpoint in (runs.folder / "whole" / "checkpoints").glob("step-*"):
-        (run.checkpoints / checkpoint.name).mkdir()
-        for file in checkpoint.iterdir():
-            (run.checkpoints / checkpoint.name / file.name).write_bytes(file.read_bytes())
-    assert find_checkpoint(run, "auto") == (run.checkpoints / "step-00000020", [])
-    victim = next((run.checkpoints / "step-00000020").glob("*optim_states.pt"))
+@pytest.fixture
+def copied(runs, tmp_path) -> RunFolder:
+    """The finished run in a folder that a test may damage."""
+    shutil.copytree(runs.folder / "whole", tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
+def test_a_damaged_newest_checkpoint_is_passed_over(copied, damage):
+    newest, before = copied.checkpoints / "step-00000020", copied.checkpoints / "step-00000015"
+    assert find_checkpoint(copied, "auto") == (newest, [])
+    victim = newest / "manifest.json" if damage == "manifest" else next(newest.glob("*optim_states.pt"))
     content = bytearray(victim.read_bytes())
     if damage == "delete":
         victim.unlink()
-    else:
+    elif damage == "flip":
         content[1000] ^= 1
-        victim.write_bytes(content[:-1] if damage == "truncate" else content)
-    found, passed_over = find_checkpoint(run, "auto")
-    assert found == run.checkpoints / "step-00000015"
+        victim.write_bytes(content)
+    else:
+        victim.write_bytes(content[: len(content) // 2])
+    found, passed_over = find_checkpoint(copied, "auto")
+    assert found == before
     assert victim.name in passed_over[0]
     with pytest.raises(ConfigurationError, match="cannot resume from step-00000020"):
-        find_checkpoint(run, "step-00000020")
+        find_checkpoint(copied, "step-00000020")
     with pytest.raises(ConfigurationError, match="has checkpoints up to step-00000020"):
-        find_checkpoint(run, "never")
+        find_checkpoint(copied, "never")
+    (before / "manifest.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="has no whole checkpoint"):
+        find_checkpoint(copied, "auto")  # and not from the beginning, over what is there
+
+
+def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
+    """The later checkpoints are of steps that are taken again: they must neither win nor push out the new ones."""
+    (copied.checkpoints / "step-00000007.partial").mkdir()
+    overrides = ["expert_parallel_size=2", "max_steps=16", f"schedule.steps={STEPS}", "resume=step-00000015"]
+    (output, _) = runs.run(2, [*runs.arguments("whole"), *overrides, f"output={copied.path}"])
+    assert "step-00000020 is of steps that will be taken again" in output.stdout
+    names = sorted(path.name for path in copied.checkpoints.iterdir() if path.is_dir())
+    assert names == ["left-step-00000020", "step-00000015", "step-00000016"]
+    assert copied.latest.read_text() == "step-00000016\n"
+    assert find_checkpoint(copied, "auto")[0].name == "step-00000016"
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed_from(copied, runs):
+    with pytest.raises(ConfigurationError, match="init_from begins a new one"):
+        find_checkpoint(copied, str(runs.folder / "whole" / "checkpoints" / "step-00000020"))
 
 
 def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer):

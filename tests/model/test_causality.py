@@ -100,4 +100,4 @@ def test_documents_are_counted_over_all_rows():
     assert documents.number.tolist() == [[0, 0, 1, 1], [2, 2, 2, 3]]
     assert documents.offset.tolist() == [[0, 1, 0, 1], [0, 1, 2, 0]]
     assert documents.first_token.tolist() == [0, 2, 4, 7]
-    assert documents.longest == 3
+    assert documents.lengths.tolist() == [2, 2, 3, 1]

@@ -92,6 +92,16 @@ def test_the_memory_reads_the_state_after_the_last_block_before_the_tokens_own(c
             torch.testing.assert_close(given[row, begin + token], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_the_memory_of_many_short_documents_costs_what_their_tokens_cost(config):
+    """One long document among short ones must not pad the others to its length."""
+    memory = LSTMMemory(config)
+    steps = []
+    memory.lstm.register_forward_pre_hook(lambda _, inputs: steps.append(len(inputs[0].data)))
+    hidden = torch.randn(2, 400, config.hidden_size)
+    memory(hidden, documents_of([400], [8] * 50))
+    assert steps == [(400 - 1) // config.memory_stride + 50]  # one step for each block that is read
+
+
 def test_experts_are_the_weighted_sum_over_the_chosen_ones(config):
     torch.manual_seed(0)
     moe = MixtureOfExperts(config)

@@ -94,3 +94,28 @@ def test_running_means_begin_without_a_gradient_and_follow_the_batches():
     later = means.updated(torch.eye(2, 4), torch.tensor(1.0), decay=0.5)
     torch.testing.assert_close(later.routing[0], torch.tensor([0.625, 0.125, 0.125, 0.125]))
     torch.testing.assert_close(later.retained_ratio, torch.tensor(0.8))
+
+
+def test_a_batch_that_was_not_finite_leaves_the_means_alone():
+    means = RunningMeans.initial(layers=2, experts=4, target_ratio=0.6)
+    for routing, ratio in ((torch.full((2, 4), float("nan")), 0.5), (torch.eye(2, 4), float("inf"))):
+        assert means.updated(routing, torch.tensor(ratio)) is means
+
+
+def test_an_expert_that_was_never_used_is_pulled_back_in_not_lost():
+    router_logits = torch.randn(1, 2, 7, 4, requires_grad=True)
+    never = RunningMeans(torch.tensor([[0.0, 0.3, 0.3, 0.4]]), torch.tensor(0.6))
+    (gradient,) = torch.autograd.grad(
+        regularised(router_logits, torch.rand(2, 7), never)["expert_usage"], router_logits
+    )
+    assert gradient.isfinite().all()
+    assert (gradient[..., 0] < 0).all()  # descent raises it
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+def test_the_focal_term_has_a_gradient_where_a_prediction_is_certain(gamma):
+    logits = torch.zeros(1, 3, 5)
+    logits[..., 1] = 200.0
+    logits.requires_grad_()
+    language_loss_sums(logits, torch.tensor([[-100, 1, 2]]), gamma)["focal"].backward()
+    assert logits.grad.isfinite().all()

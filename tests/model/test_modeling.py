@@ -105,6 +105,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128():
         ({"embedding_target_ratio": 0.2}, "embedding_minimum_ratio"),
         ({"memory_stride": 0}, "memory_stride is 0"),
         ({"used_vocab_size": 60000}, "used_vocab_size"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_fix(fields, sentence):
@@ -118,3 +119,17 @@ def test_an_unknown_preset_or_field_is_named(tmp_path):
     (tmp_path / "m.yaml").write_text("hiden_size: 8\n")
     with pytest.raises(ValueError, match="hiden_size"):
         LiquidConfig.from_preset(str(tmp_path / "m.yaml"))
+
+
+@pytest.mark.parametrize("content", ["a: [", "- 1", "hidden_size: abc"])
+def test_a_model_file_that_cannot_be_used_is_refused(tmp_path, content):
+    (tmp_path / "m.yaml").write_text(content + "\n")
+    with pytest.raises((ValueError, TypeError)):
+        LiquidConfig.from_preset(str(tmp_path / "m.yaml"))
+
+
+def test_padding_inside_a_text_is_refused(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 20:25] = 0
+    with pytest.raises(ValueError, match="padding inside a text"):
+        model(ids, attention_mask=mask)
