@@ -16,13 +16,16 @@ r̂ and q is, and has the same gradient there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
 PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
+CHUNK_TOKENS = 2048
 
 
 @dataclass
@@ -64,21 +67,39 @@ class RunningMeans:
         )
 
 
-def language_loss_sums(logits: torch.Tensor, labels: torch.Tensor, focal_gamma: float) -> dict[str, torch.Tensor]:
-    """Cross entropy and focal loss summed over supervised tokens, in fp32.
+def language_loss_sums(
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    focal_gamma: float,
+    chunk_tokens: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """Cross entropy and focal loss summed over supervised tokens, in fp32, never holding all their logits at once.
 
-    `logits` `[B, T, V]`, `labels` `[B, T]` aligned with the inputs (position t is asked for label t + 1; -100 is not asked).
+    `hidden` `[B, T, D]`; `labels` `[B, T]` aligned with the inputs (position t is asked for label t + 1; -100 is not
+    asked); `head` `[n, D]` → logits `[n, V]`. The logits of one chunk of tokens exist at a time, and are computed again
+    in the backward. The head is called once a chunk, whatever the labels: under ZeRO-3 each call gathers its weight, and
+    ranks that differed in their number would wait for one another for ever.
     """
-    targets = labels[:, 1:].flatten()
+    chunk_tokens = chunk_tokens or CHUNK_TOKENS
+    states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    parts = [
+        checkpoint(_chunk_sums, head, *chunk, focal_gamma, use_reentrant=False, preserve_rng_state=False)
+        for chunk in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    ]
+    entropy, focal = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
+    return {"cross_entropy": entropy, "focal": focal}
+
+
+def _chunk_sums(
+    head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, focal_gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     asked = targets != -100
-    predicted = logits[:, :-1].flatten(0, 1)[asked].float()
-    negative_log_likelihood = F.cross_entropy(predicted, targets[asked], reduction="none")
+    logits = head(states[asked]).float()
+    negative_log_likelihood = F.cross_entropy(logits, targets[asked], reduction="none")
     # expm1 keeps (1 - p) exact where p is nearly 1; where it is 0, a power below 1 has no finite gradient.
     missing = (-torch.expm1(-negative_log_likelihood)).clamp(min=torch.finfo(torch.float32).eps)
-    return {
-        "cross_entropy": negative_log_likelihood.sum(),
-        "focal": (missing**focal_gamma * negative_log_likelihood).sum(),
-    }
+    return negative_log_likelihood.sum(), (missing**focal_gamma * negative_log_likelihood).sum()
 
 
 def regularisation_sums(

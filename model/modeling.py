@@ -158,29 +158,38 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if past_key_values is not None or use_cache:
             raise ValueError("this model decodes without a cache: call it with use_cache=False")
         output = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])[..., : self.config.used_vocab_size]
-        loss = sums = statistics = None
+        loss = logits = sums = statistics = None
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self._predict(output.last_hidden_state[:, keep])
         if labels is not None:
             text = self._text(input_ids, attention_mask, labels)
-            means = running_means or RunningMeans.initial(
-                self.config.num_hidden_layers, self.config.num_experts, self.config.embedding_target_ratio
-            )
-            sums = language_loss_sums(logits, labels, self.loss_weights.focal_gamma) | regularisation_sums(
-                output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
-                self.config.embedding_target_ratio,
-            )  # fmt: skip
+            sums, statistics = self._loss_sums(output, labels, text, running_means)
             supervised = (labels[:, 1:] != -100).sum().clamp(min=1)
             loss = total_loss(sums, self.loss_weights, supervised, text.sum().clamp(min=1))
-            statistics = routing_statistics(
-                output.router_logits, output.retained_ratio, text, self.config.num_experts_per_tok
-            )
-        if labels is None or not self.training:
+        if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
             logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)
-        else:
-            logits = None
         return LiquidCausalLMOutput(loss, logits, sums, statistics)
+
+    def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the ids that the tokenizer knows."""
+        return self.lm_head(hidden)[..., : self.config.used_vocab_size]
+
+    def _loss_sums(
+        self, output: LiquidModelOutput, labels: torch.Tensor, text: torch.Tensor, means: RunningMeans | None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        config = self.config
+        means = means or RunningMeans.initial(
+            config.num_hidden_layers, config.num_experts, config.embedding_target_ratio
+        )
+        language = language_loss_sums(output.last_hidden_state, labels, self._predict, self.loss_weights.focal_gamma)
+        regularisation = regularisation_sums(
+            output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
+            config.embedding_target_ratio,
+        )  # fmt: skip
+        statistics = routing_statistics(output.router_logits, output.retained_ratio, text, config.num_experts_per_tok)
+        return language | regularisation, statistics
 
     def _text(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor

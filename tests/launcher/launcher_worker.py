@@ -6,6 +6,7 @@ import sys
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
+import model.loss
 import train
 
 
@@ -14,6 +15,8 @@ def main() -> None:
     if options.get("claim_fp16"):
         # CPUs compute fp16, only slowly; DeepSpeed refuses them where it is not native.
         get_accelerator().is_fp16_supported = lambda: True
+    if "chunk_tokens" in options:
+        model.loss.CHUNK_TOKENS = options["chunk_tokens"]
     for arguments in runs:
         code = train.main(arguments)
         assert code == 0, f"{arguments} ended with {code}"

@@ -64,6 +64,16 @@ def test_training_refuses_before_it_starts(trainer, overrides, parts):
     assert all(part in sentence for part in parts), sentence
 
 
+def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
+    """AutoEP is content with what its pattern matches; a layer that it misses would be whole on every rank."""
+    experts = json.loads(trainer.fp32.read_text())["expert_parallel"] | {"moe_layer_pattern": r"model\.layers\.0\.moe"}
+    path = trainer.deepspeed_config("partial", expert_parallel=experts)
+    command = [sys.executable, "train.py", *trainer.arguments("partial", deepspeed_config=path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1
+    assert "1 of 2 mixtures of experts became expert-parallel" in result.stderr
+
+
 def test_two_ranks_under_the_real_launcher_give_one_sentence_and_end(trainer):
     """A batch that does not divide, under `deepspeed --num_gpus 2`: rank 0 says it, nobody hangs."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", "29631", "train.py"]

@@ -18,7 +18,7 @@ def batch():
 
 def test_cross_entropy_and_focal_are_their_definitions(batch):
     logits, labels = batch
-    sums = language_loss_sums(logits, labels, focal_gamma=2.0)
+    sums = language_loss_sums(logits, labels, torch.nn.Identity(), focal_gamma=2.0)
     entropy = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none", ignore_index=-100
     )
@@ -28,10 +28,28 @@ def test_cross_entropy_and_focal_are_their_definitions(batch):
 
 def test_terms_add_up_however_a_batch_is_cut(batch):
     logits, labels = batch
-    whole = language_loss_sums(logits, labels, 2.0)
-    parts = [language_loss_sums(logits[row : row + 1], labels[row : row + 1], 2.0) for row in range(3)]
+    whole = language_loss_sums(logits, labels, torch.nn.Identity(), 2.0)
+    parts = [language_loss_sums(logits[r : r + 1], labels[r : r + 1], torch.nn.Identity(), 2.0) for r in range(3)]
     for term, value in whole.items():
         torch.testing.assert_close(sum(part[term] for part in parts), value)
+
+
+def test_chunks_give_the_same_sums_and_gradients_with_a_fraction_of_the_logits():
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 101, 16, requires_grad=True)
+    head = torch.nn.Linear(16, 50, bias=False)
+    labels = torch.randint(0, 50, (2, 101))
+    labels[0, 20:90] = -100
+    seen, results = [], []
+    head.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    for chunk_tokens in (1000, 30):
+        seen.clear()
+        sums = language_loss_sums(hidden, labels, head, 2.0, chunk_tokens)
+        results.append((*sums.values(), *torch.autograd.grad(sum(sums.values()), (hidden, head.weight))))
+    assert max(seen) <= 30
+    assert len(seen) == 2 * 7  # forward, and again in the backward
+    for whole, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-5)
 
 
 def regularised(router_logits, ratio, means):
@@ -117,5 +135,5 @@ def test_the_focal_term_has_a_gradient_where_a_prediction_is_certain(gamma):
     logits = torch.zeros(1, 3, 5)
     logits[..., 1] = 200.0
     logits.requires_grad_()
-    language_loss_sums(logits, torch.tensor([[-100, 1, 2]]), gamma)["focal"].backward()
+    language_loss_sums(logits, torch.tensor([[-100, 1, 2]]), torch.nn.Identity(), gamma)["focal"].backward()
     assert logits.grad.isfinite().all()
