@@ -7,13 +7,17 @@ import os
 import platform
 import socket
 import sys
+import time
 from collections.abc import MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from launcher.errors import ConfigurationError
+
+LONGEST_COMPILATION = 600  # seconds; one operator takes about half a minute
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,15 @@ def _export_for_compiler() -> None:
     operators = Path(sys.prefix) / "torch_extensions"
     if operators.is_dir() or os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(operators))
+    _remove_stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", operators)))
+
+
+def _remove_stale_locks(operators: Path) -> None:
+    """Whoever loads an operator holds a lock file meanwhile; one left by a killed process would be waited for for ever."""
+    for lock in operators.glob("*/lock"):
+        with suppress(FileNotFoundError):  # its holder, or another rank, was quicker
+            if time.time() - lock.stat().st_mtime > LONGEST_COMPILATION:
+                lock.unlink()
 
 
 def free_port() -> int:

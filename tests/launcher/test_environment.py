@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -79,3 +80,15 @@ def test_mpirun_gives_the_losses_of_one_process(trainer):
     assert (result.stdout + result.stderr).count("error: ") == 1
     alone, together = trainer.scalars("alone")["train/loss"], trainer.scalars("mpirun")["train/loss"]
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("killed", 3600), ("compiling", 5)):
+        lock = tmp_path / name / "lock"
+        lock.parent.mkdir()
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    code = "from launcher.environment import *; export_for_torch(detect_environment())"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["compiling"]
