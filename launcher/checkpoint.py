@@ -18,11 +18,14 @@ import torch
 import torch.distributed as dist
 
 from launcher.errors import ConfigurationError
-from launcher.run_folder import MANIFEST, RunFolder, replace_text, sync_folder
+from launcher.run_folder import RunFolder, replace_text, sync_folder
 from model.loss import RunningMeans
 
 if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
     import deepspeed
+
+
+MANIFEST = "manifest.json"
 
 
 @dataclass
@@ -88,7 +91,9 @@ def save_checkpoint(
         sync_folder(run.checkpoints)
         replace_text(run.latest, tag + "\n")
         for old in _complete(run)[keep:]:
-            shutil.rmtree(old)
+            # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
+            doomed = old.rename(old.with_suffix(".partial"))
+            shutil.rmtree(doomed)
     dist.barrier()
     return folder
 

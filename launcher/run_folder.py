@@ -19,7 +19,6 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidConfig
 
-MANIFEST = "manifest.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
 
 
@@ -51,10 +50,8 @@ class RunFolder:
             raise ConfigurationError(
                 f"another job is training in {self.path}; wait for it, or set another output"
             ) from error
-        for folder in self.checkpoints.iterdir():
-            # What a job that died while saving, or while deleting, left behind.
-            if folder.is_dir() and (folder.suffix == ".partial" or not (folder / MANIFEST).is_file()):
-                shutil.rmtree(folder)
+        for folder in self.checkpoints.glob("step-*.partial"):
+            shutil.rmtree(folder)  # left by a job that died while saving it, or while deleting it
 
     def release(self) -> None:
         """Let another job have the folder."""
