@@ -29,6 +29,7 @@ from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
 from model.loss import total_loss
 from model.metrics import count_tokens
+from model.moe import set_balancing_bias, updated_balancing_bias
 
 STOPPED_AT_A_SIGNAL = 75
 
@@ -51,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         world_size=environment.world_size, loss_on=config.loss_on,
     )  # fmt: skip
     model = build_model(config, data)
-    sizes = model.config
+    state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
-    state = TrainState.initial(sizes.num_hidden_layers, sizes.num_experts, sizes.embedding_target_ratio)
     if plan.checkpoint is not None:
         state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
@@ -119,7 +119,12 @@ def train_step(engine, stream, state, config, monitor, stop) -> None:
     state.running_means = means.updated(
         (totals["routing"] / tokens).float(), (totals["retained_ratio"] / tokens).float()
     )
-    monitor.step_ended(state.step, totals, supervised, tokens, engine_values(engine))
+    # Also where fp16 overflowed and the weights stayed: the load is a finite count of what these weights choose.
+    bias = updated_balancing_bias(torch.tensor(state.balancing_bias), totals["load"], config.balancing_rate)
+    set_balancing_bias(engine.module, bias)
+    state.balancing_bias = bias.tolist()
+    values = {**engine_values(engine), "balance/bias_max": bias.abs().max().item()}
+    monitor.step_ended(state.step, totals, supervised, tokens, values)
 
 
 class StopRequest:

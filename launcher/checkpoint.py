@@ -19,13 +19,16 @@ import torch.distributed as dist
 
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder, replace_text, sync_folder
+from model import LiquidForCausalLM
 from model.loss import RunningMeans
+from model.moe import balancing_bias, set_balancing_bias
 
 if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
     import deepspeed
 
 
 MANIFEST = "manifest.json"
+FORMAT = 2  # of the manifest: 2 added the balancing bias
 
 
 @dataclass
@@ -33,7 +36,9 @@ class TrainState:
     """All that a step depends on beside the weights and the optimizer.
 
     `step`: steps attempted; `position`: rows of the endless stream consumed; `tokens`: non-padding tokens seen;
-    `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around.
+    `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
+    `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
+    fp32 values as Python floats and back are exact, in JSON too.
     """
 
     step: int
@@ -41,11 +46,16 @@ class TrainState:
     tokens: int
     mean_routing: list[list[float]]
     mean_retained_ratio: float
+    balancing_bias: list[list[float]]
 
     @classmethod
-    def initial(cls, layers: int, experts: int, target_ratio: float) -> TrainState:
-        state = cls(0, 0, 0, [], 0.0)
-        state.running_means = RunningMeans.initial(layers, experts, target_ratio)
+    def initial(cls, model: LiquidForCausalLM) -> TrainState:
+        """The state before the first step; exported weights bring the bias that they were trained with."""
+        state = cls(0, 0, 0, [], 0.0, balancing_bias(model).tolist())
+        sizes = model.config
+        state.running_means = RunningMeans.initial(
+            sizes.num_hidden_layers, sizes.num_experts, sizes.embedding_target_ratio
+        )
         return state
 
     @property
@@ -54,7 +64,6 @@ class TrainState:
 
     @running_means.setter
     def running_means(self, means: RunningMeans) -> None:
-        # fp32 values as Python floats and back are exact, in JSON too.
         self.mean_routing = means.routing.tolist()
         self.mean_retained_ratio = means.retained_ratio.item()
 
@@ -77,7 +86,7 @@ def save_checkpoint(
     dist.barrier()
     if is_main:
         manifest = {
-            "format": 1,
+            "format": FORMAT,
             "train_state": asdict(state),
             "data_fingerprint": data_fingerprint,
             "world_size": dist.get_world_size(),
@@ -154,10 +163,17 @@ def read_manifest(folder: Path) -> dict:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights and optimizer into the engine and return its train state."""
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+def read_train_state(folder: Path) -> TrainState:
+    """The train state of a checkpoint."""
     return TrainState(**read_manifest(folder)["train_state"])
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state."""
+    engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    state = read_train_state(folder)
+    set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))
+    return state
 
 
 def _complete(run: RunFolder) -> list[Path]:
@@ -171,9 +187,12 @@ def _fault(folder: Path) -> str | None:
     if not (folder / MANIFEST).is_file():
         return f"{folder} has no {MANIFEST}"
     try:
-        files = read_manifest(folder)["files"]
+        manifest = read_manifest(folder)
+        files, written = manifest["files"], manifest["format"]
     except (ValueError, KeyError, TypeError):
         return f"its {MANIFEST} cannot be read"
+    if written != FORMAT:
+        return f"another version of this code wrote it (format {written}; this one reads {FORMAT})"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():

@@ -66,6 +66,7 @@ class RunConfig:
     warmup_steps: int = 100
     gradient_clipping: float = 1.0
     expert_parallel_size: int = 1
+    balancing_rate: float = 1e-3
     activation_checkpointing: bool = True
     loss: LossWeights = field(default_factory=LossWeights)
     schedule: Schedule = field(default_factory=Schedule)
@@ -82,8 +83,8 @@ class RunConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
         loss_weights = {f"loss.{name}": value for name, value in dataclasses.asdict(self.loss).items()}
-        named = {"weight_decay": self.weight_decay, "warmup_steps": self.warmup_steps, **loss_weights}
-        for name, value in named.items():
+        named = {name: getattr(self, name) for name in ("weight_decay", "warmup_steps", "balancing_rate")}
+        for name, value in {**named, **loss_weights}.items():
             if not 0 <= value < math.inf:
                 raise ConfigurationError(f"{name} is {value}; it must be at least 0, and finite")
         if not 0 <= self.schedule.minimum_ratio <= 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from launcher.checkpoint import find_checkpoint
+from launcher.checkpoint import find_checkpoint, read_train_state
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 from model import LiquidConfig, LiquidForCausalLM
@@ -81,6 +81,9 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
             # DeepSpeed keeps parameters flat, padded at the end to a multiple of the ranks.
             weights[name] = weights[name].flatten()[: parameter.numel()].view(parameter.shape)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    # DeepSpeed's universal form has no buffers, and theirs may be rounded: the true bias is the train state's.
+    for layer, bias in enumerate(read_train_state(checkpoint).balancing_bias):
+        weights[f"model.layers.{layer}.moe.router.e_score_correction_bias"] = torch.tensor(bias)
     model.load_state_dict(weights, strict=True, assign=True)
     model.tie_weights()
     model.generation_config = GenerationConfig(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from model.moe import choose_experts
+
 
 def count_tokens(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
     """The two counts that losses are divided by: `supervised` tokens and non-padding `tokens` of one micro-batch."""
@@ -15,15 +17,20 @@ def count_tokens(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str,
 
 @torch.no_grad()
 def routing_statistics(
-    router_logits: torch.Tensor, retained_ratio: torch.Tensor, text: torch.Tensor, top_k: int
+    router_logits: torch.Tensor,
+    retained_ratio: torch.Tensor,
+    text: torch.Tensor,
+    top_k: int,
+    selection_bias: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
     """Sums over the non-padding tokens of a batch, fp32.
 
-    `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]` →
-    `routing` `[L, E]` (sum of probabilities), `load` `[L, E]` (how often an expert was chosen), `retained_ratio` `[]`.
+    `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]`, `selection_bias` `[L, E]` (with which
+    the routers chose) → `routing` `[L, E]` (sum of probabilities), `load` `[L, E]` (how often an expert was chosen),
+    `retained_ratio` `[]`.
     """
     probabilities = router_logits[:, text].float().softmax(-1)  # [L, M, E]
-    chosen = probabilities.topk(top_k, dim=-1).indices.flatten(1)
+    chosen = choose_experts(probabilities, selection_bias.unsqueeze(1), top_k).flatten(1)
     load = torch.zeros_like(probabilities[:, 0]).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
     return {
         "routing": probabilities.sum(1),

@@ -1,19 +1,28 @@
 """Mixture of experts: a softmax top-k router, SwiGLU experts in 3-D tensors, and a shared expert that sees every token.
 
-The layout (router.gate.weight `[E, D]`, experts.gate_up_proj `[E, 2I, D]`, experts.down_proj `[E, D, I]`,
-shared_experts) is what DeepSpeed's AutoEP recognises; it replaces this block's forward by one that spreads the experts
-over ranks. So the block returns hidden states only: what the loss needs is read from the gate by `router_logits`,
-which works on either kind of block.
+The layout (router.gate.weight `[E, D]`, router.e_score_correction_bias `[E]`, experts.gate_up_proj `[E, 2I, D]`,
+experts.down_proj `[E, D, I]`, shared_experts) is what DeepSpeed's AutoEP recognises; it replaces this block's forward by
+one that spreads the experts over ranks. So the block returns hidden states only: what the loss needs is read from the
+gate by `router_logits`, which works on either kind of block, as do the functions for the balancing bias.
+
+Experts are kept equally busy by a bias on their choice (Wang et al. 2024, auxiliary-loss-free load balancing): it is no
+parameter and weighs nothing; whoever trains moves it against each step's load.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.integrations.moe import use_experts_implementation
 
 from model.configuration import LiquidConfig
 from model.projection import ResidualProjection
+
+if TYPE_CHECKING:
+    from model.modeling import LiquidForCausalLM
 
 
 class Router(nn.Module):
@@ -23,6 +32,8 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        # The name by which AutoEP finds it and carries it over.
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     @property
     def weight(self) -> nn.Parameter:
@@ -30,26 +41,38 @@ class Router(nn.Module):
         return self.gate.weight
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T, D]` tokens → the chosen experts' normalised weights (fp32) and their indices, both `[T, top_k]`."""
+        """`[T, D]` tokens → the chosen experts' indices and their normalised weights (fp32), both `[T, top_k]`.
+
+        The bias takes part in the choice alone: the weights are the probabilities without it.
+        """
         probabilities = self.gate(tokens).softmax(dim=-1, dtype=torch.float32)
-        weights, experts = probabilities.topk(self.top_k, dim=-1)
-        return weights / weights.sum(-1, keepdim=True), experts
+        experts = choose_experts(probabilities, self.e_score_correction_bias, self.top_k)
+        weights = probabilities.gather(-1, experts)
+        # The bias can choose experts whose probabilities are all 0 in fp32; AutoEP adds the same.
+        return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
 
+@use_experts_implementation
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards, each applied to the tokens that chose it."""
+    """E SwiGLU feed-forwards, each applied to the tokens that chose it.
+
+    How is selected by transformers' `experts_implementation`: its `grouped_mm` (the default) or `batched_mm`, which read
+    `num_experts` and `act_fn`, or `eager`, the forward below. Under AutoEP none of them runs.
+    """
 
     def __init__(self, config: LiquidConfig):
         super().__init__()
         size = config.moe_intermediate_size
+        self.num_experts = config.num_experts
+        self.act_fn = F.silu
         self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * size, config.hidden_size))
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
 
-    def forward(self, tokens: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        """`tokens` `[T, D]`, `weights` and `experts` `[T, top_k]` → the weighted sum of the experts' outputs `[T, D]`."""
+    def forward(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """`tokens` `[T, D]`, `experts` and `weights` `[T, top_k]` → the weighted sum of the experts' outputs `[T, D]`."""
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)
-        counts = experts.flatten().bincount(minlength=len(self.down_proj)).tolist()
+        counts = experts.flatten().bincount(minlength=self.num_experts).tolist()
         outputs = [
             swiglu(part, gate_up, down)
             for part, gate_up, down in zip(
@@ -103,3 +126,34 @@ def router_logits(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     forward may have been replaced, and it is right under every kind of activation checkpointing.
     """
     return block.router.gate(hidden)
+
+
+def choose_experts(probabilities: torch.Tensor, bias: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The experts that win with the bias on their side: `probabilities` and `bias` `[..., E]` → `[..., top_k]`.
+
+    The winners' order is left open, as in AutoEP, so that ties fall alike.
+    """
+    return (probabilities + bias).topk(top_k, dim=-1, sorted=False).indices
+
+
+def balancing_bias(model: LiquidForCausalLM) -> torch.Tensor:
+    """The bias that the model's routers choose with, `[L, E]`."""
+    return torch.stack([layer.moe.router.e_score_correction_bias for layer in model.model.layers])
+
+
+@torch.no_grad()
+def set_balancing_bias(model: LiquidForCausalLM, bias: torch.Tensor) -> None:
+    """Copy `bias` `[L, E]` into the model's routers, whatever device or dtype they have."""
+    for layer, row in zip(model.model.layers, bias, strict=True):
+        layer.moe.router.e_score_correction_bias.copy_(row)
+
+
+def updated_balancing_bias(bias: torch.Tensor, load: torch.Tensor, rate: float) -> torch.Tensor:
+    """The bias `[L, E]` after a step in which the experts were chosen `load` `[L, E]` times (Wang et al. 2024, alg. 1).
+
+    An expert with less than its fair share gains `rate`, one with more loses it, and what all experts of a layer gain
+    alike, which chooses nothing, is taken off: the bias keeps its sum, zero from the start. Without a load, or with rate
+    0, it stays as it is.
+    """
+    direction = (load.mean(-1, keepdim=True) - load).sign().to(bias)
+    return bias + rate * (direction - direction.mean(-1, keepdim=True))

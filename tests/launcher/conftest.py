@@ -45,6 +45,7 @@ RUN = {
     "learning_rate": 0.003,
     "warmup_steps": 2,
     "loss_on": "answer",
+    "balancing_rate": 0.02,  # so large that a few steps send tokens to other experts
 }
 
 

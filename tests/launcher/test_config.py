@@ -36,6 +36,7 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("max_steps=0", "max_steps is 0; it must be at least 1"),
         ("learning_rate=.nan", "learning_rate is nan; it must be above 0"),
         ("weight_decay=-3", "weight_decay is -3.0; it must be at least 0"),
+        ("balancing_rate=-0.1", "balancing_rate is -0.1; it must be at least 0"),
         ("loss.focal_gamma=-1", "loss.focal_gamma is -1.0; it must be at least 0"),
         ("schedule.minimum_ratio=7", "schedule.minimum_ratio is 7.0; it must be in"),
         ("loss_on=question", "loss_on is 'question'; it must be 'all' or 'answer'"),

@@ -46,6 +46,12 @@ def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
     assert entropy[STEPS] < entropy[1] - 0.1
 
 
+def test_the_experts_are_balanced_in_skipped_steps_too(run):
+    """The routers' choices are counts, finite whatever the gradients are."""
+    largest = run.scalars("fp16")["balance/bias_max"]
+    assert 0 < largest[1] < largest[5]
+
+
 def test_the_first_loss_is_that_of_fp32(run):
     fp16, fp32 = (run.scalars(name)["train/loss"][1] for name in ("fp16", "fp32"))
     assert fp16 == pytest.approx(fp32, rel=2e-3)

@@ -12,17 +12,19 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.shards import ShardFolder
-from launcher.checkpoint import find_checkpoint
+from launcher.checkpoint import find_checkpoint, read_train_state
 from launcher.cli import main as lfm
 from launcher.errors import ConfigurationError
 from launcher.export import load_run
 from launcher.run_folder import RunFolder
+from model.moe import balancing_bias
 
 STEPS = 20
 TAGS = {
     "train/loss", "train/cross_entropy", "train/focal", "train/reconstruction", "train/budget", "train/expert_usage",
     "train/z_loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second", "perf/step_seconds",
     "model/retained_ratio", "moe/layer_00/load_max_over_mean", "moe/layer_01/load_max_over_mean",
+    "balance/bias_max",
 }  # fmt: skip
 
 
@@ -53,6 +55,15 @@ def test_a_resumed_run_has_the_curve_of_an_uninterrupted_one(runs):
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(runs):
     whole, halves = (load_run(runs.folder / name).state_dict() for name in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_an_exported_model_has_the_bias_of_the_train_state(runs):
+    state = read_train_state(runs.folder / "whole" / "checkpoints" / f"step-{STEPS:08d}")
+    bias = balancing_bias(load_run(runs.folder / "whole"))
+    assert torch.equal(bias, torch.tensor(state.balancing_bias))
+    assert bias.sum(-1).abs().max() < 1e-6
+    assert bias.abs().max().item() == pytest.approx(runs.scalars("whole")["balance/bias_max"][STEPS])
+    assert bias.abs().amax(-1).min() > 0.02  # every layer's has moved more than once
 
 
 def test_tensorboard_shows_one_point_a_step_for_every_figure(runs):
@@ -113,11 +124,13 @@ def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, ca
 
 def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
     lfm(["export", str(runs.folder / "whole"), "--out", str(tmp_path / "model")])
-    standing_still = ["learning_rate=1e-12", "weight_decay=0", "max_steps=1"]
+    standing_still = ["learning_rate=1e-12", "weight_decay=0", "balancing_rate=0", "max_steps=1"]
     runs.run(1, runs.arguments("begun", f"init_from={tmp_path / 'model'}", *standing_still))
     begun, exported = load_run(runs.folder / "begun").state_dict(), load_run(runs.folder / "whole").state_dict()
     for name, weight in exported.items():
         torch.testing.assert_close(begun[name], weight, atol=1e-6, rtol=0)
+    bias = [name for name in exported if name.endswith("e_score_correction_bias")]
+    assert len(bias) == 2 and all(torch.equal(begun[name], exported[name]) for name in bias)
 
 
 @pytest.fixture
@@ -150,6 +163,16 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied, damage):
     (before / "manifest.json").write_text("{")
     with pytest.raises(ConfigurationError, match="has no whole checkpoint"):
         find_checkpoint(copied, "auto")  # and not from the beginning, over what is there
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
+    for manifest in copied.checkpoints.glob("*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        del content["train_state"]["balancing_bias"]
+        manifest.write_text(json.dumps({**content, "format": 1}))
+    with pytest.raises(ConfigurationError, match="format 1; this one reads 2.*; set another output") as raised:
+        find_checkpoint(copied, "auto")
+    assert "\n" not in str(raised.value)
 
 
 def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
