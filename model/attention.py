@@ -1,15 +1,26 @@
 """Local attention with grouped queries and rotary positions, in blocks of one window, so that its cost is linear.
 
-Legend: B rows, T tokens, H query heads, K key/value heads, G = H / K queries a key head, d head size, W window, n blocks.
+`block_local` is registered with transformers as an attention and a mask function, and is the default; `sdpa`, `eager`
+and `flex_attention` can be asked for by `attn_implementation` and give the same results.
+
+Legend: B rows, T tokens, P tokens of the past in the cache, H query heads, K key/value heads, G = H / K queries a key
+head, d head size, W window, n blocks, L queries in a block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.masking_utils import create_sliding_window_causal_mask, flex_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from model.configuration import LiquidConfig
+from model.configuration import BLOCK_LOCAL, LiquidConfig
 from model.documents import Documents
 from model.projection import ResidualProjection
 
@@ -17,10 +28,14 @@ from model.projection import ResidualProjection
 class LocalAttention(nn.Module):
     """Each token attends to the last `sliding_window` tokens of its own document, itself included."""
 
-    def __init__(self, config: LiquidConfig):
+    def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
+        self.config = config
+        self.layer_index = layer_index
         self.window = config.sliding_window
         self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = True
         key_value_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
@@ -31,15 +46,24 @@ class LocalAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], documents: Documents
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | BlockMask | None,
+        past_key_values: Cache | None = None,
     ) -> torch.Tensor:
-        """`hidden` `[B, T, D]` → `[B, T, D]`; `rotation` is what `RotaryPositions` returns."""
+        """`hidden` `[B, T, D]` → `[B, T, D]`; `rotation` is what `RotaryPositions` returns, the mask `local_mask`."""
         heads = (*hidden.shape[:2], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotation).transpose(1, 2)
         key = rotate(self.k_norm(self.k_proj(hidden).view(heads)), rotation).transpose(1, 2)
         value = self.v_proj(hidden).view(heads).transpose(1, 2)
-        attended = block_local_attention(query, key, value, documents.number, self.window)
-        return self.o_proj(attended.transpose(1, 2).flatten(2))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_index)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attended, _ = attend(
+            self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, sliding_window=self.window
+        )
+        return self.o_proj(attended.flatten(2))
 
 
 class RotaryPositions(nn.Module):
@@ -64,40 +88,129 @@ def rotate(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -
     return vectors * cosine + torch.cat((-second, first), dim=-1) * sine
 
 
-def block_local_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, number: torch.Tensor, window: int
-) -> torch.Tensor:
-    """Exact causal sliding-window attention in O(T · W).
+def local_mask(
+    config: LiquidConfig, hidden: torch.Tensor, documents: Documents, past_key_values: Cache | None
+) -> torch.Tensor | BlockMask | None:
+    """The mask of every layer's attention, in the form that the chosen implementation reads; made once a forward.
 
-    `query` `[B, H, T, d]`, `key` and `value` `[B, K, T, d]`, `number` `[B, T]` (a token sees its own document only).
-    Rows are cut into blocks of W queries, each against its own and the previous block's keys; the G query heads
-    that share a key head are folded into the query rows, so that keys are never repeated. Returns `[B, H, T, d]`.
+    Token i sees token j when i - W < j ≤ i and j is in its document, which reaches back `documents.offset` tokens.
     """
-    batch, query_heads, tokens, size = query.shape
-    key_heads = key.shape[1]
-    block = min(window, tokens)
-    blocks = -(-tokens // block)
-    surplus = blocks * block - tokens
+    past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-    def split(x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x, (0, 0, 0, surplus)).unflatten(2, (blocks, block)).transpose(1, 2)
+    def same_document(row, head, query, key):
+        return query - key <= documents.offset[row, query - past]
 
-    query, key, value = split(query), split(key), split(value)  # [B, n, heads, W, d]
-    # Surplus tokens are document -1 (they see each other, so no softmax is empty); -2 stands before the row's beginning.
-    number = F.pad(number, (0, surplus), value=-1).unflatten(1, (blocks, block))
-    key_number = number
-    if blocks > 1:
-        key, value = (torch.cat((F.pad(x, (0, 0) * 3 + (1, 0))[:, :-1], x), dim=3) for x in (key, value))
-        key_number = torch.cat((F.pad(number, (0, 0, 1, 0), value=-2)[:, :-1], number), dim=2)
-    row = torch.arange(block, device=query.device).unsqueeze(1)
-    distance = row + (key.shape[3] - block) - torch.arange(key.shape[3], device=query.device)
-    mask = (number.unsqueeze(-1) == key_number.unsqueeze(-2)) & (distance >= 0) & (distance < window)
-
-    groups = query_heads // key_heads
-    folded = query.unflatten(2, (key_heads, groups)).flatten(3, 4)  # [B, n, K, G * W, d]
-    mask = mask.repeat(1, 1, groups, 1).unsqueeze(2)
-    attended = F.scaled_dot_product_attention(
-        folded.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), attn_mask=mask.flatten(0, 1)
+    return create_sliding_window_causal_mask(
+        config=config,
+        inputs_embeds=hidden,
+        attention_mask=None,
+        past_key_values=past_key_values,
+        and_mask_function=same_document,
     )
-    attended = attended.view(batch, blocks, key_heads, groups, block, size).flatten(2, 3)
-    return attended.transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def block_local_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int,
+    kv_offset: int,
+    mask_function: Callable,
+    device: torch.device,
+    config: LiquidConfig,
+    **kwargs,
+) -> torch.Tensor | BlockMask:
+    """transformers' mask function for `block_local`: bool `[B * n, 1, G * L, keys of a block]`, never `[T, T]`.
+
+    While training on CUDA it is flex attention's block mask instead: `block_local_attention` then calls that kernel.
+    Decoding and other forwards without gradients keep to the blocks, since flex attention compiles anew for new lengths.
+    """
+    if torch.device(device).type == "cuda" and torch.is_grad_enabled():
+        return flex_attention_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, None, device=device
+        )
+    window = config.sliding_window
+    block, blocks = _blocks(q_length, window)
+    lead = q_offset - kv_offset  # keys before the first query
+    before = window if blocks > 1 else lead  # keys of a block before its first query
+    width = before + block
+    query = torch.arange(blocks * block, device=device).view(1, blocks, block, 1)
+    start = torch.arange(blocks, device=device).view(1, blocks, 1, 1) * block - before
+    key = start + torch.arange(width, device=device)
+    row = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
+    seen = mask_function(row, 0, query.clamp(max=q_length - 1) + q_offset, key.clamp(max=q_length - 1) + q_offset)
+    seen = seen & (key >= -lead) & (key <= query)
+    # Queries that only fill the last block see themselves: a softmax over nothing would not be finite.
+    seen = seen | (key == query)
+    groups = config.num_attention_heads // config.num_key_value_heads
+    seen = seen.expand(batch_size, blocks, block, width).repeat(1, 1, groups, 1)
+    return seen.flatten(0, 1).unsqueeze(1)
+
+
+def block_local_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | BlockMask,
+    scaling: float,
+    sliding_window: int,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Exact causal sliding-window attention in O(T · W), as an attention function of transformers.
+
+    `query` `[B, H, T, d]`, `key` and `value` `[B, K, P + T, d]`, `attention_mask` from `block_local_mask` → `[B, T, H, d]`.
+    Rows are cut into blocks of W queries, each against its own and the previous block's keys; the G query heads
+    that share a key head are folded into the query rows, so that keys are never repeated.
+    """
+    if isinstance(attention_mask, BlockMask):
+        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    batch, query_heads, tokens, size = query.shape
+    dtype = query.dtype
+    if query.device.type == "cpu" and sliding_window <= 128:  # where the CPU's kernel is slower in bf16 than in fp32
+        query, key, value = query.float(), key.float(), value.float()
+    block, blocks = _blocks(tokens, sliding_window)
+    # A static cache returns its empty places as well, behind the newest token; the mask's width leaves them out.
+    lead = (attention_mask.shape[-1] if blocks == 1 else key.shape[2]) - tokens
+    key, value = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
+    if blocks > 1:
+        surplus = blocks * block - tokens
+        query = F.pad(query, (0, 0, 0, surplus))
+        key, value = (_with_block_before(x, block, lead, surplus) for x in (key, value))
+    query = query.unflatten(1, (key.shape[1], -1)).unflatten(3, (blocks, block))  # [B, K, G, n, L, d]
+    folded = query.permute(0, 3, 1, 2, 4, 5).flatten(3, 4).flatten(0, 1)  # [B * n, K, G * L, d]
+    key, value = (x.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1) for x in (key, value))
+    attended = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+    attended = attended.view(batch, blocks, query_heads, block, size).transpose(2, 3).flatten(1, 2)
+    return attended[:, :tokens].to(dtype), None
+
+
+def _blocks(tokens: int, window: int) -> tuple[int, int]:
+    """Queries in a block, and how many blocks: one, as long as the queries fit into a window."""
+    block = min(window, tokens)
+    return block, -(-tokens // block)
+
+
+def _with_block_before(x: torch.Tensor, block: int, lead: int, surplus: int) -> torch.Tensor:
+    """Keys `[B, K, P + T, d]` → each block's own behind the ones of the block before, `[B, K, n * 2 L, d]`."""
+    x = F.pad(x, (0, 0, block - lead, surplus)).unflatten(2, (-1, block))
+    return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).flatten(2, 3)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention by its definition, with the weights `[B, H, T, keys]` beside the output: for looking into, not for length."""
+    key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+    weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1, dtype=torch.float32)
+    return (weights.to(query.dtype) @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register(BLOCK_LOCAL, block_local_attention)
+AttentionMaskInterface.register(BLOCK_LOCAL, block_local_mask)

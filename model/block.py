@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.attention import LocalAttention
@@ -23,20 +25,26 @@ class LiquidBlock(GradientCheckpointingLayer):
         def norm() -> nn.RMSNorm:
             return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-        self.attention_norm, self.attention = norm(), LocalAttention(config)
-        self.convolution_norm, self.convolution = norm(), DeformableConvolution(config)
+        self.attention_norm, self.attention = norm(), LocalAttention(config, layer_index)
+        self.convolution_norm, self.convolution = norm(), DeformableConvolution(config, layer_index)
         self.has_memory = (layer_index + 1) % config.memory_every == 0
         if self.has_memory:
-            self.memory_norm, self.memory = norm(), LSTMMemory(config)
+            self.memory_norm, self.memory = norm(), LSTMMemory(config, layer_index)
         self.moe_norm, self.moe = norm(), MixtureOfExperts(config)
 
     def forward(
-        self, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor], documents: Documents
+        self,
+        hidden: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        documents: Documents,
+        attention_mask: torch.Tensor | BlockMask | None,
+        past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, documents)
-        hidden = hidden + self.convolution(self.convolution_norm(hidden), documents)
+        cache = past_key_values
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention_mask, cache)
+        hidden = hidden + self.convolution(self.convolution_norm(hidden), documents, cache)
         if self.has_memory:
-            hidden = hidden + self.memory(self.memory_norm(hidden), documents)
+            hidden = hidden + self.memory(self.memory_norm(hidden), documents, cache)
         normalised = self.moe_norm(hidden)
         # The logits leave through the block's return value, so that they are counted once when it is recomputed.
         return hidden + self.moe(normalised), router_logits(self.moe, normalised)

@@ -8,14 +8,18 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from model.cache import LAYER_TYPE, NUMBER_OF_STATES
+
 PRESET_FOLDER = Path(__file__).parent / "configs"
 VOCABULARY_MULTIPLE = 128
+BLOCK_LOCAL = "block_local"  # the attention function that model/attention.py registers
 AT_LEAST_ONE = (
-    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "sliding_window",
-    "deformable_taps", "deformable_range", "deformable_groups", "moe_intermediate_size",
-    "shared_expert_intermediate_size", "memory_hidden_size", "memory_num_layers", "memory_stride", "memory_every",
-    "embedding_kernel_size", "embedding_components",
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "deformable_taps", "deformable_groups", "moe_intermediate_size", "shared_expert_intermediate_size",
+    "memory_hidden_size", "memory_num_layers", "memory_stride", "memory_every", "embedding_components",
 )  # fmt: skip
+# With 1, a part would see the present token only, and its cache would be empty.
+AT_LEAST_TWO = ("sliding_window", "deformable_range", "embedding_kernel_size")
 
 
 @strict
@@ -38,7 +42,7 @@ class LiquidConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
-    use_cache: bool = False
+    use_cache: bool = True
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 2
@@ -76,12 +80,22 @@ class LiquidConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.used_vocab_size is None:
             self.used_vocab_size = self.vocab_size
-        super().__post_init__(**kwargs)
+        super().__post_init__(attn_implementation=kwargs.pop("attn_implementation", None) or BLOCK_LOCAL, **kwargs)
         self._validate()
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches make of each layer (model/cache.py)."""
+        return [LAYER_TYPE] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """How many convolution and recurrent states transformers' caches make room for in each layer."""
+        return NUMBER_OF_STATES
 
     @classmethod
     def from_preset(cls, name_or_path: str, **overrides) -> LiquidConfig:
@@ -120,8 +134,9 @@ class LiquidConfig(PreTrainedConfig):
             if not condition:
                 raise ValueError(message)
 
-        for name in AT_LEAST_ONE:
-            require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be at least 1")
+        for least, names in ((1, AT_LEAST_ONE), (2, AT_LEAST_TWO)):
+            for name in names:
+                require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}; it must be at least {least}")
         for divided, divisor in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),

@@ -16,7 +16,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Cache
 
+from model.cache import CONVOLUTION, with_past
 from model.configuration import LiquidConfig
 from model.documents import Documents
 from model.projection import ResidualProjection, TapProjection
@@ -27,8 +29,9 @@ BLOCK = 32
 class DeformableConvolution(nn.Module):
     """`[B, T, D]` → `[B, T, D]`; no tap reaches before its document's beginning."""
 
-    def __init__(self, config: LiquidConfig):
+    def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
+        self.layer_index = layer_index
         self.taps = config.deformable_taps
         self.range = config.deformable_range
         self.groups = config.deformable_groups
@@ -37,8 +40,10 @@ class DeformableConvolution(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.out_proj = ResidualProjection(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, documents: Documents, past_key_values: Cache | None = None) -> torch.Tensor:
         signal, gate = self.in_proj(hidden).chunk(2, dim=-1)
+        if past_key_values is not None:
+            signal = with_past(past_key_values, signal, self.layer_index, CONVOLUTION, self.range - 1)
         weights = self.tap_weights(hidden, documents)
         mixed = banded_convolution(signal.unflatten(-1, (self.groups, -1)), weights)
         return self.out_proj(self.norm(mixed.flatten(2)) * F.silu(gate))
@@ -57,10 +62,11 @@ class DeformableConvolution(nn.Module):
 def banded_convolution(signal: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """y_tg = Σ_r weights_tgr signal_{t-r,g} as one batched product with a banded matrix a block of tokens.
 
-    `signal` `[B, T, G, C]`, `weights` `[B, T, G, R]` → `[B, T, G, C]`. The first tokens' missing past counts as zero.
+    `signal` `[B, P + T, G, C]` (up to R-1 tokens of the past in front), `weights` `[B, T, G, R]` → `[B, T, G, C]`. What
+    is missing of the past counts as zero.
     """
-    tokens, reach = signal.shape[1], weights.shape[-1]
-    block = min(BLOCK, tokens)
+    tokens, reach = weights.shape[1], weights.shape[-1]
+    block = max(min(BLOCK, tokens), reach - 1)
     blocks = math.ceil(tokens / block)
     surplus = blocks * block - tokens
     # Row i of the band holds the weights at columns i … i+R-1: padding each row by L and cutting the rows one shorter
@@ -68,7 +74,9 @@ def banded_convolution(signal: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     band = F.pad(weights.flip(-1), (0, 0, 0, 0, 0, surplus)).unflatten(1, (blocks, block)).transpose(2, 3)
     width = block + reach - 1
     band = F.pad(band, (0, block)).flatten(-2)[..., : block * width].unflatten(-1, (block, width))
-    past = F.pad(signal, (0, 0, 0, 0, reach - 1, surplus))
-    window = past.unfold(1, width, block)  # [B, n, G, C, width]
-    mixed = torch.matmul(band, window.transpose(-1, -2))  # [B, n, G, L, C]
+    # Each block's signal behind the last R-1 tokens of the block before.
+    past = signal.shape[1] - tokens
+    own = F.pad(signal, (0, 0, 0, 0, block - past, surplus)).unflatten(1, (blocks + 1, block))
+    window = torch.cat((own[:, :-1, block - (reach - 1) :], own[:, 1:]), dim=2).transpose(2, 3)  # [B, n, G, width, C]
+    mixed = torch.matmul(band, window)  # [B, n, G, L, C]
     return mixed.transpose(2, 3).flatten(1, 2)[:, :tokens]

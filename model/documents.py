@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,11 @@ class Documents:
     """The documents in a batch of packed or padded rows.
 
     `positions` `[B, T]`: position of a token in its text (rotary positions, the embedding's length rule).
-    `offset` `[B, T]`: tokens of the same document before this one in the row (what a tap or a block may reach back to).
+    `offset` `[B, T]`: tokens of the same document before this one (what a tap or a block may reach back to).
     `number` `[B, T]`: which document of the batch a token belongs to, counted over all rows from 0.
     `first_token` `[N]`: index of each document's first token in the flattened `[B * T]` batch.
-    `lengths` `[N]`: each document's tokens.
+    `lengths` `[N]`: each document's tokens in this batch.
+    `carried` `[B]`: tokens of a row's first document that went before, in the cache; None without a cache.
     """
 
     positions: torch.Tensor
@@ -26,34 +28,49 @@ class Documents:
     number: torch.Tensor
     first_token: torch.Tensor
     lengths: torch.Tensor
+    carried: torch.Tensor | None = None
 
     @classmethod
-    def from_positions(cls, positions: torch.Tensor) -> Documents:
-        """A document begins wherever a position is 0, and at the beginning of every row."""
+    def from_positions(cls, positions: torch.Tensor, past: int | None = None) -> Documents:
+        """A document begins wherever a position is 0, and at the beginning of every row.
+
+        With a cache of `past` tokens, a row whose first position is not 0 goes on with the document in the cache.
+        """
         batch, tokens = positions.shape
         index = torch.arange(tokens, device=positions.device).expand(batch, tokens)
         begins = positions == 0
         begins[:, 0] = True
         first_in_row = torch.where(begins, index, 0).cummax(dim=1).values
         offset = index - first_in_row
+        carried = None
+        if past is not None:
+            carried = positions[:, 0].clamp(max=past)
+            offset = offset + torch.where(first_in_row == 0, carried.unsqueeze(1), 0)
         number = begins.flatten().cumsum(0).sub(1).view(batch, tokens)
         first_token = begins.flatten().nonzero().squeeze(1)
         lengths = torch.diff(first_token, append=first_token.new_tensor([batch * tokens]))
-        return cls(positions, offset, number, first_token, lengths)
+        return cls(positions, offset, number, first_token, lengths, carried)
+
+    @property
+    def goes_on(self) -> torch.Tensor:
+        """Which tokens belong to a document that began in an earlier call, bool `[B, T]`; needs a cache."""
+        return (self.number == self.number[:, :1]) & (self.carried > 0).unsqueeze(1)
 
 
-def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None) -> torch.Tensor:
+def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None, past: int = 0) -> torch.Tensor:
     """Give every run of padding positions of its own from 0, so that it is a document of its own.
 
-    `attention_mask` `[B, T]` is 1 on text and 0 on padding; `position_ids` (or None) are the text's positions. Used
-    for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
+    `attention_mask` `[B, past + T]` is 1 on text and 0 on padding; `position_ids` `[B, T]` (or None) are the text's
+    positions. Used for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
+    Raises `ValueError` for padding inside a text.
     """
     text = attention_mask.bool()
     if bool((text[:, :-1] & ~text[:, 1:]).cumsum(1)[:, :-1].logical_and(text[:, 2:]).any()):
         raise ValueError("attention_mask has padding inside a text; pack texts with position_ids that restart at 0")
     if position_ids is None:
-        position_ids = (text.cumsum(1) - 1).clamp(min=0)
+        position_ids = (text.cumsum(1) - 1).clamp(min=0)[:, past:]
+    text = text[:, past:]
     index = torch.arange(text.shape[1], device=text.device).expand_as(text)
-    before = torch.nn.functional.pad(text[:, :-1], (1, 0), value=True)
+    before = F.pad(text[:, :-1], (1, 0), value=True)
     first_of_run = torch.where(~text & before, index, 0).cummax(dim=1).values
     return torch.where(text, position_ids, index - first_of_run)

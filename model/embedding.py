@@ -20,7 +20,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import Cache
 
+from model.cache import EMBEDDING, with_past
 from model.configuration import LiquidConfig
 from model.documents import Documents
 
@@ -38,10 +40,13 @@ class LiquidEmbedding(nn.Module):
         # a, b (through a softplus, so that both stay positive) and d of the rule for ρ
         self.rule = nn.Parameter(torch.empty(3))
 
-    def forward(self, embedded: torch.Tensor, documents: Documents) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, embedded: torch.Tensor, documents: Documents, past_key_values: Cache | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the compressed embeddings `[B, T, D]`, the reconstruction error and the ratio ρ, both fp32 `[B, T]`."""
-        mixed = embedded + F.silu(self.gate(embedded)) * self._convolve(embedded, documents)
-        ratio = self._retained_ratio(embedded.detach().float(), documents)
+        convolved = self._convolve(embedded, documents, past_key_values)
+        mixed = embedded + F.silu(self.gate(embedded)) * convolved
+        ratio = self._retained_ratio(embedded.detach().float(), documents, past_key_values)
         components = self.config.embedding_components
         order = torch.arange(components, device=embedded.device) + 0.5
         mask = torch.sigmoid((components * ratio.unsqueeze(-1) - order) / self.config.embedding_temperature)
@@ -49,20 +54,31 @@ class LiquidEmbedding(nn.Module):
         error = (self._normalise(output.float()) - self._normalise(embedded.detach().float())).square().mean(-1)
         return output, error, ratio
 
-    def _convolve(self, embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
-        tokens = embedded.shape[1]
+    def _convolve(self, embedded: torch.Tensor, documents: Documents, cache: Cache | None) -> torch.Tensor:
+        tokens, past = embedded.shape[1], self.config.embedding_kernel_size - 1
+        zeros = F.pad(embedded, (0, 0, past, 0))
+        reached = zeros if cache is None else with_past(cache, embedded, 0, EMBEDDING, past)
         total = embedded * self.convolution[0]
-        for tap in range(1, min(self.config.embedding_kernel_size, tokens)):
-            earlier = F.pad(embedded[:, : tokens - tap], (0, 0, tap, 0))
+        for tap in range(1, past + 1):
             inside = (documents.offset >= tap).unsqueeze(-1)
+            earlier = reached[:, past - tap : past - tap + tokens]
             total = total + torch.where(inside, earlier, 0.0) * self.convolution[tap]
         return total
 
-    def _retained_ratio(self, embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def _retained_ratio(self, embedded: torch.Tensor, documents: Documents, cache: Cache | None) -> torch.Tensor:
         with torch.no_grad():
-            novelty = self._novelty(embedded, documents)
-            complexity = sum_in_document(novelty.double().unsqueeze(-1), documents).squeeze(-1).float()
-            complexity = complexity / (documents.offset + 1)
+            known = None if cache is None else cache.get_recurrent_state(0, EMBEDDING)
+            known = (None, None) if known is None else known.split((embedded.shape[-1], 1), dim=-1)
+            # In double, because a document's sum is a difference of row sums: in fp32 a token's novelty would depend on
+            # its row's other documents.
+            wide = embedded.double()
+            total = sum_in_document(wide, documents, known[0])
+            novelty = self._novelty(wide, total - wide, documents)
+            complexity = sum_in_document(novelty.unsqueeze(-1), documents, known[1])
+            if cache is not None:
+                newest = torch.cat((total[:, -1], complexity[:, -1]), dim=-1)
+                cache.update_recurrent_state(newest, 0, state_idx=EMBEDDING)
+            complexity = complexity.squeeze(-1).float() / (documents.offset + 1)
             length = torch.log1p(documents.positions.float()) / math.log(self.config.max_position_embeddings)
         rule = self.rule.float()
         a, b = F.softplus(rule[0]), F.softplus(rule[1])
@@ -70,21 +86,24 @@ class LiquidEmbedding(nn.Module):
         return minimum + (1 - minimum) * torch.sigmoid(a * length + b * complexity + rule[2])
 
     @staticmethod
-    def _novelty(embedded: torch.Tensor, documents: Documents) -> torch.Tensor:
-        # A sum has the direction of the mean, which is all that a cosine sees. In double, because a document's sum is
-        # a difference of row sums: in fp32 a token's novelty would depend on its row's other documents.
-        wide = embedded.double()
-        earlier = sum_in_document(wide, documents) - wide
-        cosine = F.cosine_similarity(wide, earlier, dim=-1)
-        return torch.where(documents.offset == 0, 1.0, 1.0 - cosine).float()
+    def _novelty(embedded: torch.Tensor, earlier: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """1 - cos of each token and the sum of those before: a sum has the mean's direction, all that a cosine sees."""
+        cosine = F.cosine_similarity(embedded, earlier, dim=-1)
+        return torch.where(documents.offset == 0, 1.0, 1.0 - cosine)
 
     def _normalise(self, vectors: torch.Tensor) -> torch.Tensor:
         return vectors * torch.rsqrt(vectors.square().mean(-1, keepdim=True) + self.config.rms_norm_eps**2)
 
 
-def sum_in_document(values: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """Running sum over each document of `[B, T, D]` values, the token itself included."""
+def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Tensor | None = None) -> torch.Tensor:
+    """Running sum over each document of `[B, T, D]` values, the token itself included.
+
+    `known` `[B, D]`: the sums over the tokens in the cache, for the documents that go on from it.
+    """
     total = values.cumsum(dim=1)
-    index = torch.arange(values.shape[1], device=values.device) - documents.offset
-    before = F.pad(total, (0, 0, 1, 0)).gather(1, index.unsqueeze(-1).expand_as(total))
+    index = torch.arange(values.shape[1], device=values.device)
+    first = torch.where(documents.offset > index, 0, index - documents.offset)
+    before = F.pad(total, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand_as(total))
+    if known is not None:
+        before = before - torch.where(documents.goes_on.unsqueeze(-1), known.unsqueeze(1), 0.0)
     return total - before

@@ -20,12 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
 PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
 CHUNK_TOKENS = 2048
+# Logits that are widened to fp32 at a time: what a CPU's cache holds; few calls on a GPU.
+SLICE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass
@@ -95,11 +96,38 @@ def _chunk_sums(
     head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, focal_gamma: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     asked = targets != -100
-    logits = head(states[asked]).float()
-    negative_log_likelihood = F.cross_entropy(logits, targets[asked], reduction="none")
+    negative_log_likelihood = NegativeLogLikelihood.apply(head(states[asked]), targets[asked])
     # expm1 keeps (1 - p) exact where p is nearly 1; where it is 0, a power below 1 has no finite gradient.
     missing = (-torch.expm1(-negative_log_likelihood)).clamp(min=torch.finfo(torch.float32).eps)
     return negative_log_likelihood.sum(), (missing**focal_gamma * negative_log_likelihood).sum()
+
+
+class NegativeLogLikelihood(torch.autograd.Function):
+    """-log p of each target in fp32, from `[n, V]` logits and `[n]` targets, never holding the logits in fp32.
+
+    Cross entropy's own kernels pass over an fp32 copy of all logits several times; here a slice is widened, used and
+    forgotten while it is in the cache, and the gradient softmax - onehot is written in the logits' dtype.
+    """
+
+    @staticmethod
+    def forward(context, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        rows = max(1, SLICE_ELEMENTS.get(logits.device.type, 2**26) // logits.shape[1])
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        normaliser = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(rows)])
+        context.save_for_backward(logits, targets, normaliser)
+        context.rows = rows
+        return normaliser - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+    @staticmethod
+    def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logits, targets, normaliser = context.saved_tensors
+        result = torch.empty_like(logits)
+        tensors = (logits, targets.unsqueeze(1), normaliser.unsqueeze(1), gradient.unsqueeze(1), result)
+        for part, target, total, weight, out in zip(*(x.split(context.rows) for x in tensors), strict=True):
+            surplus = (part.to(total.dtype) - total).exp_()
+            surplus.scatter_add_(1, target, surplus.new_full((1, 1), -1.0).expand_as(target))
+            out.copy_(surplus.mul_(weight))
+        return result, None
 
 
 def regularisation_sums(

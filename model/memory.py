@@ -6,25 +6,44 @@ completed block before its own (zero in the first), so nothing of the block itse
     s_j = LSTM(mean(x_{jS} … x_{jS+S-1})),   out_t = σ(W_g x_t) * W_o s_{⌊t/S⌋-1}
 
 After Hochreiter & Schmidhuber 1997. All documents' blocks go through one call of `nn.LSTM`.
+
+Legend: B rows, T tokens, N documents, n completed blocks of all documents, M LSTM layers of size H.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import Cache
 
+from model.cache import MEMORY
 from model.configuration import LiquidConfig
 from model.documents import Documents
 from model.projection import ResidualProjection
 
 
+@dataclass(frozen=True)
+class MemoryState:
+    """What the memory carries from one call to the next: h and c `[M, N, H]`, the unfinished block's sum `[N, D]`.
+
+    A row per document of the batch; zeros for those that begin in it.
+    """
+
+    hidden: torch.Tensor
+    cell: torch.Tensor
+    partial: torch.Tensor
+
+
 class LSTMMemory(nn.Module):
     """`[B, T, D]` → what each token reads from its document's memory, `[B, T, D]`."""
 
-    def __init__(self, config: LiquidConfig):
+    def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
+        self.layer_index = layer_index
         self.stride = config.memory_stride
         self.lstm = nn.LSTM(
             config.hidden_size, config.memory_hidden_size, num_layers=config.memory_num_layers, batch_first=True
@@ -32,38 +51,138 @@ class LSTMMemory(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.out_proj = ResidualProjection(config.memory_hidden_size, config.hidden_size)
 
-    def forward(self, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
-        stride = self.stride
-        blocks = (documents.lengths - 1) // stride  # of each document, those that some token reads; [N]
-        counts = blocks.cpu()
-        owner = torch.repeat_interleave(blocks)  # of each block, its document
-        base = blocks.cumsum(0) - blocks  # of each document, its first block
-        within = torch.arange(len(owner), device=hidden.device) - base[owner]
-        inside = documents.first_token[owner] + within * stride
-        index = inside.unsqueeze(1) + torch.arange(stride, device=hidden.device)
-        means = hidden.flatten(0, 1)[index].mean(1)  # [blocks, D]
-        states = self._run(means, owner, within, counts)  # [blocks, memory]
-        # Read through the small projection before spreading the states over tokens; row 0 is what a first block reads.
-        read = F.pad(self.out_proj(states), (0, 0, 1, 0))
-        block = documents.offset // stride
-        row = torch.where(block == 0, 0, base[documents.number] + block)
-        return torch.sigmoid(self.gate(hidden)) * read[row]
+    def forward(self, hidden: torch.Tensor, documents: Documents, past_key_values: Cache | None = None) -> torch.Tensor:
+        blocks = Blocks.of(documents, self.stride)
+        before = None if past_key_values is None else self._recall(past_key_values, hidden, documents)
+        states, after = self._run(self._means(hidden, blocks, before), blocks, before)
+        if past_key_values is not None:
+            self._remember(past_key_values, hidden, documents, blocks, before, after)
+        # Read through the small projection before spreading the states over tokens. The rows behind the blocks' are what
+        # each document's first block reads.
+        entered = states.new_zeros(1, states.shape[1]) if before is None else before.hidden[-1]
+        read = self.out_proj(torch.cat((states, entered)))
+        return torch.sigmoid(self.gate(hidden)) * read[blocks.read_by(documents, per_document=before is not None)]
+
+    def _means(self, hidden: torch.Tensor, blocks: Blocks, before: MemoryState | None) -> torch.Tensor:
+        """Each completed block's mean, `[n, D]`."""
+        index = blocks.first_token.unsqueeze(1) + torch.arange(self.stride, device=hidden.device)
+        flat = hidden.flatten(0, 1)
+        if before is None:
+            return flat[index].mean(1)
+        inside = (index >= blocks.document_begins.unsqueeze(1)).unsqueeze(-1)
+        sums = torch.where(inside, flat[index.clamp(min=0)], 0.0).sum(1)
+        return (sums + torch.where((blocks.within == 0).unsqueeze(1), before.partial[blocks.owner], 0.0)) / self.stride
 
     def _run(
-        self, means: torch.Tensor, owner: torch.Tensor, within: torch.Tensor, counts: torch.Tensor
-    ) -> torch.Tensor:
-        """The LSTM over each document's blocks: `[blocks, D]` → `[blocks, memory]`, in one call without padding steps.
+        self, means: torch.Tensor, blocks: Blocks, before: MemoryState | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """The LSTM over each document's blocks, in one call without padding steps.
 
+        `[n, D]` → the state after each block `[n, H]`, and h and c `[M, N', H]` of the N' documents that completed one.
         Where no document has a block it runs on one step of zeros all the same: under ZeRO-3 a rank that skipped it
         would leave the others waiting for its weights.
         """
-        having = counts > 0
+        having = blocks.counts > 0
         if not having.any():
             states, _ = self.lstm(means.new_zeros(1, 1, means.shape[1]))
-            return states[0]
-        row = (having.cumsum(0) - 1).to(owner.device)[owner]
-        padded = means.new_zeros(int(having.sum()), int(counts.max()), means.shape[1])
-        padded[row, within] = means
-        packed = pack_padded_sequence(padded, counts[having], batch_first=True, enforce_sorted=False)
-        states, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
-        return states[row, within]
+            return states[0, :0], None
+        row = (having.cumsum(0) - 1).to(means.device)[blocks.owner]
+        padded = means.new_zeros(int(having.sum()), int(blocks.counts.max()), means.shape[1])
+        padded[row, blocks.within] = means
+        packed = pack_padded_sequence(padded, blocks.counts[having], batch_first=True, enforce_sorted=False)
+        chosen = having.to(means.device)
+        initial = (
+            None if before is None else (before.hidden[:, chosen].contiguous(), before.cell[:, chosen].contiguous())
+        )
+        states, after = self.lstm(packed, initial)
+        return pad_packed_sequence(states, batch_first=True)[0][row, blocks.within], after
+
+    def _recall(self, cache: Cache, hidden: torch.Tensor, documents: Documents) -> MemoryState:
+        """Each document's state at the beginning of this call: the cache's for a row's first one that goes on."""
+        layers, size, width = self.lstm.num_layers, self.lstm.hidden_size, hidden.shape[-1]
+        flat = hidden.new_zeros(len(documents.lengths), 2 * layers * size + width)
+        known = cache.get_recurrent_state(self.layer_index, MEMORY)
+        if known is not None:
+            goes_on = (documents.carried > 0).unsqueeze(1)
+            flat = flat.index_copy(0, documents.number[:, 0], torch.where(goes_on, known, 0.0))
+        states, partial = flat.split((2 * layers * size, width), dim=1)
+        state, cell = states.unflatten(1, (2, layers, size)).permute(1, 2, 0, 3)
+        return MemoryState(state, cell, partial)
+
+    def _remember(
+        self,
+        cache: Cache,
+        hidden: torch.Tensor,
+        documents: Documents,
+        blocks: Blocks,
+        before: MemoryState,
+        after: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> None:
+        """Keep the state of each row's last document in the cache."""
+        having = (blocks.counts > 0).nonzero().squeeze(1).to(hidden.device)
+        states = [before.hidden, before.cell]
+        if after is not None:
+            states = [old.index_copy(1, having, new) for old, new in zip(states, after, strict=True)]
+        last = documents.number[:, -1]
+        # the tokens behind the last completed block; all of the document's where it completed none
+        unfinished = blocks.unfinished[last].clamp(max=documents.lengths[last]).unsqueeze(1)
+        newest = hidden[:, -min(self.stride, hidden.shape[1]) :]
+        age = torch.arange(newest.shape[1] - 1, -1, -1, device=hidden.device)
+        partial = torch.where((age < unfinished).unsqueeze(-1), newest, 0.0).sum(1)
+        completed_none = (blocks.counts.to(hidden.device)[last] == 0).unsqueeze(1)
+        partial = partial + torch.where(completed_none, before.partial[last], 0.0)
+        flat = torch.stack(states)[:, :, last].permute(2, 0, 1, 3).flatten(1)
+        cache.update_recurrent_state(torch.cat((flat, partial), dim=1), self.layer_index, state_idx=MEMORY)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks that the documents of a batch complete in it.
+
+    `counts` `[N]` (on the CPU): how many each document completes. `unfinished` `[N]`: its tokens behind the last of them.
+    Of each block `[n]`: `owner`, its document; `within`, its number in that document, from 0; `first_token`, index of
+    its first token in the flattened batch (before `document_begins` where it began in an earlier call).
+    """
+
+    stride: int
+    counts: torch.Tensor
+    unfinished: torch.Tensor
+    owner: torch.Tensor
+    within: torch.Tensor
+    first_token: torch.Tensor
+    document_begins: torch.Tensor
+
+    @classmethod
+    def of(cls, documents: Documents, stride: int) -> Blocks:
+        phase = torch.zeros_like(documents.lengths)
+        if documents.carried is not None:
+            phase[documents.number[:, 0]] = documents.carried % stride
+        completed = (phase + documents.lengths) // stride
+        owner = torch.repeat_interleave(completed)
+        within = torch.arange(len(owner), device=owner.device) - (completed.cumsum(0) - completed)[owner]
+        begins = documents.first_token[owner]
+        return cls(
+            stride=stride,
+            counts=completed.cpu(),
+            unfinished=(phase + documents.lengths) % stride,
+            owner=owner,
+            within=within,
+            first_token=begins - phase[owner] + within * stride,
+            document_begins=begins,
+        )
+
+    def read_by(self, documents: Documents, per_document: bool) -> torch.Tensor:
+        """Which row of the states each token reads, `[B, T]`: the block before its own, of those completed in this call.
+
+        Where there is none, the row behind the last block's, or with `per_document` the document's row among those.
+        """
+        total = len(self.owner)
+        block = documents.offset // self.stride
+        entered = torch.full_like(block, total)
+        if per_document:
+            earlier = torch.zeros_like(documents.lengths)
+            earlier[documents.number[:, 0]] = documents.carried // self.stride
+            block = block - earlier[documents.number]
+            entered = entered + documents.number
+        first = F.pad(self.counts.cumsum(0)[:-1], (1, 0)).to(block.device)
+        return torch.where(block == 0, entered, first[documents.number] + block - 1)

@@ -6,18 +6,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from model.attention import RotaryPositions
+from model.attention import RotaryPositions, local_mask
 from model.block import LiquidBlock
+from model.cache import check_cache
 from model.configuration import LiquidConfig
 from model.documents import Documents, positions_from_mask
 from model.embedding import LiquidEmbedding
 from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
 from model.metrics import routing_statistics
-from model.moe import Experts
+from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
 
 
@@ -26,6 +27,7 @@ class LiquidModelOutput(ModelOutput):
     """`last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's two figures `[B, T]`."""
 
     last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
     router_logits: torch.Tensor | None = None
     reconstruction_error: torch.Tensor | None = None
     retained_ratio: torch.Tensor | None = None
@@ -41,6 +43,7 @@ class LiquidCausalLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
     loss_sums: dict[str, torch.Tensor] | None = None
     statistics: dict[str, torch.Tensor] | None = None
 
@@ -52,8 +55,17 @@ class LiquidPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LiquidBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_attention_backend = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
     # A recurrent state cannot be rolled back: transformers then refuses assisted decoding.
     _is_stateful = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """The experts can (model/moe.py); transformers would look for that in this file's text."""
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -71,6 +83,8 @@ class LiquidPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, ResidualProjection):
             init.normal_(module.weight, std=residual_deviation)
+        elif isinstance(module, Router):
+            init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=deviation)
             init.normal_(module.down_proj, std=residual_deviation)
@@ -100,30 +114,59 @@ class LiquidModel(LiquidPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> LiquidModelOutput:
         """`input_ids` `[B, T]` (or their `inputs_embeds` `[B, T, D]`) → `LiquidModelOutput`.
 
-        Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask` `[B, T]`.
-        Raises `ValueError` when both or neither of ids and embeddings are given.
+        Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask`
+        `[B, P + T]`, P the tokens in the cache. With `use_cache` (default: the configuration's, except in training) the
+        output's `past_key_values` go on from each row's last document.
+        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, and for a
+        cache that was not made for this model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        batch, tokens = embedded.shape[:2]
-        if attention_mask is not None:
-            position_ids = positions_from_mask(attention_mask, position_ids)
-        elif position_ids is None:
-            position_ids = torch.arange(tokens, device=embedded.device)
-        documents = Documents.from_positions(position_ids.expand(batch, tokens))
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None:
+            check_cache(past_key_values)
+        documents = self._documents(embedded, attention_mask, position_ids, past_key_values)
 
-        hidden, reconstruction_error, retained_ratio = self.liquid_embedding(embedded, documents)
+        hidden, reconstruction_error, retained_ratio = self.liquid_embedding(embedded, documents, past_key_values)
         rotation = self.rotary(documents.positions, hidden.dtype)
+        mask = local_mask(self.config, hidden, documents, past_key_values)
         router_logits = []
         for layer in self.layers:
-            hidden, logits = layer(hidden, rotation, documents)
+            hidden, logits = layer(hidden, rotation, documents, mask, past_key_values=past_key_values)
             router_logits.append(logits)
-        return LiquidModelOutput(self.norm(hidden), torch.stack(router_logits), reconstruction_error, retained_ratio)
+        return LiquidModelOutput(
+            self.norm(hidden), past_key_values, torch.stack(router_logits), reconstruction_error, retained_ratio
+        )
+
+    @staticmethod
+    def _documents(
+        embedded: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> Documents:
+        batch, tokens = embedded.shape[:2]
+        past = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is not None:
+            if attention_mask.shape != (batch, past + tokens):
+                raise ValueError(
+                    f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be {(batch, past + tokens)}: a "
+                    "row for each text, with 1 or 0 for each token in the cache and in this call"
+                )
+            position_ids = positions_from_mask(attention_mask, position_ids, past)
+        elif position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=embedded.device)
+        return Documents.from_positions(position_ids.expand(batch, tokens), past=None if cache is None else past)
 
 
 class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
@@ -143,9 +186,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
-        past_key_values: object | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         running_means: RunningMeans | None = None,
@@ -155,9 +198,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
         `running_means`: the state around which the usage and budget terms are expanded; without it they have no gradient.
         """
-        if past_key_values is not None or use_cache:
-            raise ValueError("this model decodes without a cache: call it with use_cache=False")
-        output = self.model(input_ids, attention_mask, position_ids, inputs_embeds)
+        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         loss = logits = sums = statistics = None
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -170,7 +211,12 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
             logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)
-        return LiquidCausalLMOutput(loss, logits, sums, statistics)
+        return LiquidCausalLMOutput(loss, logits, output.past_key_values, sums, statistics)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+        """Leave the mask `[B, P + T]` as it is: the model makes attention's own from it, also for a static cache."""
+        return attention_mask
 
     def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the ids that the tokenizer knows."""
@@ -188,7 +234,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
             config.embedding_target_ratio,
         )  # fmt: skip
-        statistics = routing_statistics(output.router_logits, output.retained_ratio, text, config.num_experts_per_tok)
+        statistics = routing_statistics(
+            output.router_logits, output.retained_ratio, text, config.num_experts_per_tok, balancing_bias(self)
+        )
         return language | regularisation, statistics
 
     def _text(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.attention import LocalAttention, RotaryPositions
+from model.attention import LocalAttention, RotaryPositions, local_mask
 from model.block import LiquidBlock
 from model.convolution import DeformableConvolution
 from model.documents import Documents, positions_from_mask
@@ -18,8 +18,11 @@ def apply(component: torch.nn.Module, hidden: torch.Tensor, positions: torch.Ten
     """Call any component on hidden states `[B, T, D]` and return its main output."""
     documents = Documents.from_positions(positions)
     rotation = RotaryPositions(component.sizes)(positions, hidden.dtype)
-    if isinstance(component, LocalAttention | LiquidBlock):
-        output = component(hidden, rotation, documents)
+    mask = local_mask(component.sizes, hidden, documents, None)
+    if isinstance(component, LocalAttention):
+        output = component(hidden, rotation, mask)
+    elif isinstance(component, LiquidBlock):
+        output = component(hidden, rotation, documents, mask)
     elif isinstance(component, MixtureOfExperts):
         output = component(hidden)
     else:
@@ -32,7 +35,8 @@ def apply(component: torch.nn.Module, hidden: torch.Tensor, positions: torch.Ten
 )
 def component(request, config):
     torch.manual_seed(0)
-    made = request.param(config, 0) if request.param is LiquidBlock else request.param(config)
+    layer = () if request.param in (LiquidEmbedding, MixtureOfExperts) else (0,)
+    made = request.param(config, *layer)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     made.sizes = config

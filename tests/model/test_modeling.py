@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
+from data_pipeline.tokenization import train_tokenizer
 from model import LiquidConfig, LiquidForCausalLM
 from model.configuration import preset_names
 
@@ -21,31 +22,40 @@ def test_unused_ids_are_never_predicted(model, ids):
     logits = model(ids).logits
     assert logits.shape[-1] == 128
     assert (logits[..., 101:] == torch.finfo(logits.dtype).min).all()
-    sampled = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0, use_cache=False)
+    sampled = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0)
     assert sampled.max() < 101
 
 
 def test_generation_is_repeated_argmax(model, ids):
-    prompt = ids[:1, :9]
-    generated = model.generate(
-        prompt, max_new_tokens=6, do_sample=False, use_cache=False, eos_token_id=[], pad_token_id=1
-    )
+    generated = model.generate(ids[:1, :9], max_new_tokens=6, do_sample=False, eos_token_id=[], pad_token_id=1)
     for length in range(9, 15):
         assert generated[0, length] == model(generated[:, :length]).logits[0, -1].argmax()
 
 
-def test_a_padded_batch_generates_what_its_rows_generate_alone(model, ids):
-    mask = torch.ones_like(ids[:2, :12])
-    mask[0, :5] = 0
-    options = {"max_new_tokens": 8, "do_sample": False, "use_cache": False, "eos_token_id": [], "pad_token_id": 1}
-    batch = model.generate(ids[:2, :12], attention_mask=mask, **options)
-    alone = model.generate(ids[:1, 5:12], **options)
-    assert torch.equal(batch[0, 12:], alone[0, 7:])
+def test_transformers_pipeline_generates_text(config, tmp_path):
+    tokenizer = train_tokenizer(["What is 7 plus 5?", "It is 12."] * 3, vocab_size=300)
+    model = LiquidForCausalLM(config.sized_for(len(tokenizer)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    generate = pipeline("text-generation", model=str(tmp_path))
+    prompts = ["What is 7", "It"]
+    answers = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
+    for prompt, (answer,) in zip(prompts, answers, strict=True):
+        assert answer["generated_text"].startswith(prompt)
 
 
-def test_decoding_with_a_cache_is_refused_rather_than_wrong(model, ids):
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model(ids, use_cache=True)
+@pytest.mark.slow
+def test_compiled_the_logits_and_gradients_are_the_same(model, ids):
+    model.train()
+    gradients, losses = [], []
+    for run in (model, torch.compile(model)):
+        model.zero_grad()
+        losses.append(run(ids, labels=ids).loss)
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    for plain, compiled in zip(*gradients, strict=True):
+        torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=1e-3)
 
 
 def test_every_parameter_gets_a_gradient(model, ids):
@@ -104,6 +114,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128():
         ({"num_experts_per_tok": 9}, "num_experts_per_tok .9. must lie between 1 and num_experts .8."),
         ({"embedding_target_ratio": 0.2}, "embedding_minimum_ratio"),
         ({"memory_stride": 0}, "memory_stride is 0"),
+        ({"deformable_range": 1}, "deformable_range is 1; it must be at least 2"),
         ({"used_vocab_size": 60000}, "used_vocab_size"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
     ],
