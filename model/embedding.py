@@ -1,8 +1,8 @@
 """The liquid embedding: a token table, causal convolutions and an adaptive bottleneck.
 
-With table rows e_t, convolved x_t, R ordered components and a document's tokens t = 0, 1, …:
+With table rows e_t at unit size (rms), convolved x_t, R ordered components and a document's tokens t = 0, 1, …:
 
-    x_t  = e_t + silu(g_t) * Σ_j K_j * e_{t-j}              (depthwise, taps never leave the document)
+    x_t  = e_t + silu(W_g e_t) * Σ_j K_j * e_{t-j}          (depthwise, taps never leave the document)
     n_t  = 1 - cos(e_t, mean(e_0 … e_{t-1})), n_0 = 1        (novelty: scale-free, detached)
     c_t  = mean(n_0 … n_t)                                   (complexity of the document so far)
     ρ_t  = r_min + (1 - r_min) σ(a log1p(t) / log(max) + b c_t + d),   a, b > 0
@@ -10,7 +10,9 @@ With table rows e_t, convolved x_t, R ordered components and a document's tokens
     y_t  = U (m_t * V x_t)
 
 Short or simple beginnings keep few components, long or complex texts keep more. The reconstruction error
-‖rms(y_t) - rms(e_t)‖² / D against the detached table row keeps the bottleneck faithful.
+‖rms(y_t) - e_t‖² / D against the detached table row keeps the bottleneck faithful. Unit size is what keeps tokens
+apart while training begins: table rows begin at rms 0.02, and the layers' first steps write a common direction of
+rms 1 and more, the unigram's, over them.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class LiquidEmbedding(nn.Module):
         self, embedded: torch.Tensor, documents: Documents, past_key_values: Cache | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the compressed embeddings `[B, T, D]`, the reconstruction error and the ratio ρ, both fp32 `[B, T]`."""
+        embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=self.config.rms_norm_eps)
         convolved = self._convolve(embedded, documents, past_key_values)
         mixed = embedded + F.silu(self.gate(embedded)) * convolved
         ratio = self._retained_ratio(embedded.detach().float(), documents, past_key_values)
@@ -51,7 +54,8 @@ class LiquidEmbedding(nn.Module):
         order = torch.arange(components, device=embedded.device) + 0.5
         mask = torch.sigmoid((components * ratio.unsqueeze(-1) - order) / self.config.embedding_temperature)
         output = F.linear(F.linear(mixed, self.compress) * mask.to(mixed.dtype), self.expand)
-        error = (self._normalise(output.float()) - self._normalise(embedded.detach().float())).square().mean(-1)
+        normalised = F.rms_norm(output.float(), output.shape[-1:], eps=self.config.rms_norm_eps)
+        error = (normalised - embedded.detach().float()).square().mean(-1)
         return output, error, ratio
 
     def _convolve(self, embedded: torch.Tensor, documents: Documents, cache: Cache | None) -> torch.Tensor:
@@ -90,9 +94,6 @@ class LiquidEmbedding(nn.Module):
         """1 - cos of each token and the sum of those before: a sum has the mean's direction, all that a cosine sees."""
         cosine = F.cosine_similarity(embedded, earlier, dim=-1)
         return torch.where(documents.offset == 0, 1.0, 1.0 - cosine)
-
-    def _normalise(self, vectors: torch.Tensor) -> torch.Tensor:
-        return vectors * torch.rsqrt(vectors.square().mean(-1, keepdim=True) + self.config.rms_norm_eps**2)
 
 
 def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Tensor | None = None) -> torch.Tensor:

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
 PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
-CHUNK_TOKENS = 2048
+CHUNK_TOKENS = 1024
 # Logits that are widened to fp32 at a time: what a CPU's cache holds; few calls on a GPU.
 SLICE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 

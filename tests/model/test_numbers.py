@@ -33,24 +33,29 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
             yield from tensors_in(part)
 
 
-def modules_with_an_overflow(model: torch.nn.Module, **inputs) -> list[str]:
-    """Run the model and name the modules that returned something that is not finite, in the order of their running."""
-    names = []
+def outputs_of_modules(model: torch.nn.Module, **inputs) -> dict[str, list[torch.Tensor]]:
+    """Run the model and return the tensors that each module returned, by its name, in the order of their running."""
+    outputs = {}
 
-    def look(name: str):
+    def keep(name: str):
         def hook(module, arguments, output):
-            if not all(tensor.isfinite().all() for tensor in tensors_in(output)):
-                names.append(name)
+            outputs[name] = list(tensors_in(output))
 
         return hook
 
-    handles = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules()]
     try:
         model(**inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return names
+    return outputs
+
+
+def modules_with_an_overflow(model: torch.nn.Module, **inputs) -> list[str]:
+    """Run the model and name the modules that returned something that is not finite."""
+    outputs = outputs_of_modules(model, **inputs)
+    return [name for name, tensors in outputs.items() if not all(tensor.isfinite().all() for tensor in tensors)]
 
 
 def enlarge_stream(model: LiquidForCausalLM) -> None:
@@ -112,11 +117,17 @@ def test_a_large_residual_stream_passes_every_part_of_the_model_in_fp16(model, i
 @torch.no_grad()
 def test_a_large_residual_stream_gives_in_fp16_what_it_gives_in_fp32(model, ids):
     enlarge_stream(model)
-    expected = model(ids, labels=ids)
-    given = model.half()(ids, labels=ids)
-    # A branch adds about 1 to a stream of 10,000, where fp16 counts in steps of 8: it is lost, in fp32 it hardly counts.
-    torch.testing.assert_close(given.logits[..., :101].float(), expected.logits[..., :101], atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(given.loss, expected.loss, atol=0, rtol=2e-3)
+    expected, expected_loss = outputs_of_modules(model, input_ids=ids), model(ids, labels=ids).loss
+    model.half()
+    given, given_loss = outputs_of_modules(model, input_ids=ids), model(ids, labels=ids).loss
+    # Not the experts: where two are nearly as good, rounding may choose the other.
+    parts = ("attention", "convolution", "memory", "gate", "_norm", "lm_head")
+    compared = [name for name in expected if name.endswith(parts)]
+    assert len(compared) > 20
+    for name in compared:
+        close = {"atol": 2e-2, "rtol": 2e-2, "msg": name}
+        torch.testing.assert_close(given[name][0].float(), expected[name][0], **close)
+    torch.testing.assert_close(given_loss, expected_loss, atol=0, rtol=2e-3)
 
 
 def test_a_large_residual_stream_has_finite_gradients_in_fp16(model, ids):

@@ -1,0 +1,155 @@
+"""What one layer and one training step cost on a CPU as texts grow; by hand: `python -m tests.benchmarks.linear`.
+
+Memory is what torch allocates, which is exact and the same in every run; the profiler says hello on stderr. Time is that
+of one thread (threads that wait for one another spin, which CPU time would count) in a process that keeps the memory it
+frees, as training does: without, zeroing new pages makes the longest text a fifth slower.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from model import LiquidConfig, LiquidForCausalLM, LiquidModel
+from model.loss import LossWeights
+
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
+HIDDEN, HEADS, KEY_VALUE_HEADS = 256, 4, 1
+LED_VOCABULARY = 50_266
+STEP_TOKENS = 8192
+MEGABYTE = 2**20
+# What launcher/environment.py tells glibc, in the form that must be set before a process begins.
+ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_NUM_THREADS": "1"}
+
+
+def liquid_layer() -> LiquidModel:
+    """`base` at half its width with a single layer, every branch in it; it is fed with embeddings."""
+    torch.manual_seed(0)
+    config = LiquidConfig(
+        vocab_size=128, hidden_size=HIDDEN, num_hidden_layers=1, max_position_embeddings=max(LENGTHS),
+        num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, sliding_window=512, deformable_groups=4,
+        moe_intermediate_size=512, shared_expert_intermediate_size=256, memory_hidden_size=128, memory_every=1,
+        embedding_components=HIDDEN,
+    )  # fmt: skip
+    return LiquidModel(config).train()
+
+
+class FullAttention(nn.Module):
+    """What local attention replaces: `[B, T, D]` → `[B, T, D]`, each token attending to all before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.query_key_value = nn.Linear(HIDDEN, HIDDEN * (HEADS + 2 * KEY_VALUE_HEADS) // HEADS, bias=False)
+        self.out_proj = nn.Linear(HIDDEN, HIDDEN, bias=False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        heads = self.query_key_value(hidden).unflatten(-1, (-1, HIDDEN // HEADS)).transpose(1, 2)
+        query, key, value = heads.split((HEADS, KEY_VALUE_HEADS, KEY_VALUE_HEADS), dim=1)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
+
+
+def forward_and_backward(module: nn.Module, tokens: int) -> None:
+    """One pass of a layer over a text of so many tokens, with gradients for its input and its parameters."""
+    hidden = torch.full((1, tokens, HIDDEN), 0.02).normal_().requires_grad_()
+    output = module(inputs_embeds=hidden)[0] if isinstance(module, LiquidModel) else module(hidden)
+    output.square().sum().backward()
+
+
+def training_step(model: LiquidForCausalLM, ids: torch.Tensor, plain: bool) -> dict[str, torch.Tensor]:
+    """Forward and backward of the cross entropy alone, on a model without gradients; returns them by name.
+
+    `plain` holds the logits of all tokens in fp32 and hands them to `F.cross_entropy`, as the textbook has it.
+    """
+    model.loss_weights = LossWeights(focal=0.0, reconstruction=0.0, budget=0.0, expert_usage=0.0, z_loss=0.0)
+    if plain:
+        hidden = model.model(ids).last_hidden_state[0, :-1]
+        loss = F.cross_entropy(model.lm_head(hidden)[:, : model.config.used_vocab_size].float(), ids[0, 1:])
+    else:
+        loss = model(ids, labels=ids).loss
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def tiny_model(tokens: int, recompute: bool) -> LiquidForCausalLM:
+    """The preset `tiny` with LED's vocabulary, in training."""
+    torch.manual_seed(0)
+    config = LiquidConfig.from_preset("tiny", max_position_embeddings=tokens).sized_for(LED_VOCABULARY)
+    model = LiquidForCausalLM(config).train()
+    if recompute:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def cpu_seconds(step: Callable[[], object], repeats: int) -> float:
+    """CPU time; the least of several, since other processes only ever add to it."""
+    times = []
+    for _ in range(repeats):
+        begin = time.process_time()
+        step()
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def peak_bytes(step: Callable[[], object]) -> int:
+    """The most memory that a step has allocated at a time, beyond what there was before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
+
+
+def time_growth(short: int, long: int, repeats: int) -> float:
+    """How many times the CPU time of a short text a long one takes in the liquid layer."""
+    layer = liquid_layer()
+    forward_and_backward(layer, long)  # leaves memory, gradients and libraries' buffers behind
+    seconds = [cpu_seconds(partial(forward_and_backward, layer, tokens), repeats) for tokens in (short, long)]
+    return seconds[1] / seconds[0]
+
+
+def layer_table() -> str:
+    """Seconds and megabytes of either layer at every length, and how much the longest costs beside the shortest."""
+    rows = ["tokens | liquid layer s | MB | full attention s | MB"]
+    layers = liquid_layer(), FullAttention()
+    for layer in layers:
+        forward_and_backward(layer, LENGTHS[-1])  # leaves memory, gradients and libraries' buffers behind
+    costs = []
+    for tokens in LENGTHS:
+        steps = [partial(forward_and_backward, layer, tokens) for layer in layers]
+        repeats = 5 if tokens <= 4096 else 3
+        costs.append([cost for step in steps for cost in (cpu_seconds(step, repeats), peak_bytes(step) / MEGABYTE)])
+        rows.append("{:>6,} | {:>14.2f} | {:>6,.0f} | {:>16.2f} | {:>6,.0f}".format(tokens, *costs[-1]))
+    growth = [last / first for first, last in zip(costs[0], costs[-1], strict=True)]
+    rows.append("growth | {:>13.1f}x | {:>5.1f}x | {:>15.1f}x | {:>5.1f}x".format(*growth))
+    return "\n".join(rows)
+
+
+def loss_table() -> str:
+    """Peak memory of a training step with the loss in chunks and with all logits, and how they compare."""
+    rows = [f"a step of tiny, {STEP_TOKENS:,} tokens, {LED_VOCABULARY:,} words | chunked MB | plain MB | ratio"]
+    ids = torch.randint(4, LED_VOCABULARY, (1, STEP_TOKENS), generator=torch.Generator().manual_seed(0))
+    for recompute in (True, False):
+        chunked, plain = (
+            peak_bytes(partial(training_step, tiny_model(STEP_TOKENS, recompute), ids, plain))
+            for plain in (False, True)
+        )
+        name = "recomputing activations" if recompute else "keeping activations"
+        rows.append(f"{name:>42} | {chunked / MEGABYTE:>10,.0f} | {plain / MEGABYTE:>8,.0f} | {plain / chunked:.1f}x")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **ENVIRONMENT})
+    print(layer_table())
+    print()
+    print(loss_table())

@@ -1,0 +1,118 @@
+"""The corpus of the quality benchmark: split by question, one tokenizer for all models, packed rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+import torch
+from transformers import AutoTokenizer
+
+from data_pipeline.clean import clean
+from data_pipeline.errors import DataError
+from data_pipeline.loader import IGNORE_INDEX, BatchStream, position_ids, supervised
+from data_pipeline.prepare import ROWS_PER_CHUNK, prepare
+from data_pipeline.shards import ShardFolder
+from data_pipeline.sources import open_source
+from data_pipeline.tokenization import train_tokenizer
+
+SEQ_LEN = 512
+ROWS_PER_STEP = 8
+TOKENS_PER_STEP = ROWS_PER_STEP * SEQ_LEN
+VOCAB_SIZE = 8192
+VALIDATION_SHARE = 40  # one question in so many
+TOKENIZER_ROWS = 20_000  # the training rows that the tokenizer is fitted to
+VALIDATION_ROWS = 200
+VALIDATION_BATCH = 10  # rows
+CURVE_BATCHES = 5  # of the validation, for the curve while training
+ORDER_SEED = 1
+
+
+@dataclass(frozen=True)
+class ValidationBatch:
+    """Rows as the loader gives them, and the UTF-8 bytes of the text that their targets stand for."""
+
+    rows: dict[str, torch.Tensor]
+    text_bytes: int
+
+
+def prepare_corpus(data: str, folder: Path) -> None:
+    """Make `training` and `validation` shards of `data` under `folder`, or leave alone what is there of the same data.
+
+    Raises `DataError` where the folder was made of other data.
+    """
+    source = open_source(data)
+    made_of = folder / "source.json"
+    if made_of.exists():
+        if json.loads(made_of.read_text()) != source.identity:
+            raise DataError(f"{folder} was made of other data than {data}: give another --out, or remove it")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        training = _split(source, folder)
+        texts = (text for row in training.head(TOKENIZER_ROWS).select("question", "answer").iter_rows() for text in row)
+        train_tokenizer(texts, VOCAB_SIZE).save_pretrained(folder / "tokenizer")
+        made_of.write_text(json.dumps(source.identity))  # last: it completes the two files and the tokenizer
+    for part in ("training", "validation"):
+        prepare(f"{folder}/{part}.parquet", folder / part, tokenizer=str(folder / "tokenizer"), seq_len=SEQ_LEN)
+
+
+def _split(source, folder: Path) -> pl.DataFrame:
+    """Write the rows of a share of the questions apart, cleaned; returns the others, which are for training."""
+    frames = [frame.with_columns(clean(pl.col("question", "answer"))) for frame in source.batches(ROWS_PER_CHUNK)]
+    rows = pl.concat(frames)
+    # By the question, so that none is learnt with one answer and asked for with another.
+    apart = pl.Series([_number_of(question) % VALIDATION_SHARE == 0 for question in rows["question"]])
+    rows.filter(apart).write_parquet(folder / "validation.parquet")
+    training = rows.filter(~apart)
+    training.write_parquet(folder / "training.parquet")
+    return training
+
+
+def _number_of(question: str) -> int:
+    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "little")
+
+
+def training_stream(folder: Path) -> BatchStream:
+    """The training batches, in the same order for every model and seed."""
+    return BatchStream(
+        ShardFolder(folder / "training"), seed=ORDER_SEED, global_batch_rows=ROWS_PER_STEP,
+        micro_batch_rows=ROWS_PER_STEP, rank=0, world_size=1,
+    )  # fmt: skip
+
+
+def validation_batches(folder: Path) -> list[ValidationBatch]:
+    """The first rows of the validation shards."""
+    shards = ShardFolder(folder / "validation")
+    token_bytes = _token_bytes(shards)
+    batches = []
+    for first in range(0, min(VALIDATION_ROWS, shards.num_rows), VALIDATION_BATCH):
+        rows = [_row(shards, row) for row in range(first, min(first + VALIDATION_BATCH, shards.num_rows))]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
+        batches.append(ValidationBatch(batch, int(token_bytes[targets].sum())))
+    return batches
+
+
+def _row(shards: ShardFolder, row: int) -> dict[str, torch.Tensor]:
+    tokens, spans = shards.read(row)
+    input_ids = torch.from_numpy(tokens.astype("int64"))
+    asked = torch.from_numpy(supervised(spans, len(tokens), "all"))
+    return {
+        "input_ids": input_ids,
+        "labels": torch.where(asked, input_ids, IGNORE_INDEX),
+        "position_ids": torch.from_numpy(position_ids(spans, len(tokens))),
+    }
+
+
+def _token_bytes(shards: ShardFolder) -> torch.Tensor:
+    """The bytes of text that each token stands for, `[vocabulary]`: none for special tokens, though they are targets.
+
+    A byte-level BPE writes a token with one character a byte, so this is exact also where a row's end cuts a character.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(shards.tokenizer_path)
+    lengths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(shards.vocab_size)))])
+    lengths[tokenizer.all_special_ids] = 0
+    return lengths
