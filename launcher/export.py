@@ -88,7 +88,6 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
     model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-        use_cache=False,
     )  # fmt: skip
     return model.eval()
 

@@ -64,7 +64,6 @@ def answer(
             ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=max_new_tokens,
-            use_cache=False,
             **sampling,
         )
         for index, row in zip(chosen, output[:, width:].tolist(), strict=True):

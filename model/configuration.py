@@ -99,7 +99,7 @@ class LiquidConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name_or_path: str, **overrides) -> LiquidConfig:
-        """Read a preset (`tiny`, `base`) or a YAML file of fields; keyword arguments win over both.
+        """Read a preset (model/configs) or a YAML file of fields; keyword arguments win over both.
 
         Raises `ValueError` naming the presets there are, or the field that is not one.
         """

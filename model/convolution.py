@@ -2,11 +2,12 @@
 
 Legend: B rows, T tokens, D channels in G groups, K taps a group, R the range of delays, L tokens in a block.
 
-    d_tgk = (R - 1) σ(·),  α_tgk = softmax_k(·)               (from the token, in fp32)
+    d_tgk = (R - 1) σ(·),  α_tgk = linear, of either sign       (from the token, in fp32)
     w_tgr = Σ_k α_tgk max(0, 1 - |d_tgk - r|),  r = 0 … R-1   (linear interpolation as "hat" weights)
     y_tg  = Σ_r w_tgr u_{t-r,g},   out = W_o(rms(y) * silu(z))
 
-After Dai et al. 2017 (deformable convolution), in one dimension and causal. The sum over r is a banded matrix product.
+After Dai et al. 2017 (deformable convolution), in one dimension and causal; strengths without a softmax after Xiong et
+al. 2024 (DCNv4), the norm behind them keeps their scale. The sum over r is a banded matrix product.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class DeformableConvolution(nn.Module):
         delay = (self.range - 1) * torch.sigmoid(delay)
         reach = torch.arange(self.range, device=hidden.device)
         hats = (1 - (delay.unsqueeze(-1) - reach).abs()).clamp(min=0)
-        weights = (strength.softmax(-1).unsqueeze(-1) * hats).sum(3)
+        weights = (strength.unsqueeze(-1) * hats).sum(3)
         inside = documents.offset[..., None, None] >= reach
         return torch.where(inside, weights, 0.0).to(hidden.dtype)
 

@@ -10,7 +10,7 @@ With table rows e_t at unit size (rms), convolved x_t, R ordered components and 
     y_t  = U (m_t * V x_t)
 
 Short or simple beginnings keep few components, long or complex texts keep more. The reconstruction error
-‖rms(y_t) - e_t‖² / D against the detached table row keeps the bottleneck faithful. Unit size is what keeps tokens
+‖rms(y_t) - e_t‖² / D = 2 - 2 cos(y_t, e_t) against the detached table row keeps the bottleneck faithful. Unit size is what keeps tokens
 apart while training begins: table rows begin at rms 0.02, and the layers' first steps write a common direction of
 rms 1 and more, the unigram's, over them.
 """
@@ -54,8 +54,7 @@ class LiquidEmbedding(nn.Module):
         order = torch.arange(components, device=embedded.device) + 0.5
         mask = torch.sigmoid((components * ratio.unsqueeze(-1) - order) / self.config.embedding_temperature)
         output = F.linear(F.linear(mixed, self.compress) * mask.to(mixed.dtype), self.expand)
-        normalised = F.rms_norm(output.float(), output.shape[-1:], eps=self.config.rms_norm_eps)
-        error = (normalised - embedded.detach().float()).square().mean(-1)
+        error = 2 * (1 - cosine(output.float(), embedded.detach().float()))
         return output, error, ratio
 
     def _convolve(self, embedded: torch.Tensor, documents: Documents, cache: Cache | None) -> torch.Tensor:
@@ -77,7 +76,8 @@ class LiquidEmbedding(nn.Module):
             # its row's other documents.
             wide = embedded.double()
             total = sum_in_document(wide, documents, known[0])
-            novelty = self._novelty(wide, total - wide, documents)
+            # 1 - cos of a token and the sum before it, which has the direction of the mean, all that a cosine sees
+            novelty = torch.where(documents.offset == 0, 1.0, 1 - cosine(wide, total - wide))
             complexity = sum_in_document(novelty.unsqueeze(-1), documents, known[1])
             if cache is not None:
                 newest = torch.cat((total[:, -1], complexity[:, -1]), dim=-1)
@@ -89,11 +89,11 @@ class LiquidEmbedding(nn.Module):
         minimum = self.config.embedding_minimum_ratio
         return minimum + (1 - minimum) * torch.sigmoid(a * length + b * complexity + rule[2])
 
-    @staticmethod
-    def _novelty(embedded: torch.Tensor, earlier: torch.Tensor, documents: Documents) -> torch.Tensor:
-        """1 - cos of each token and the sum of those before: a sum has the mean's direction, all that a cosine sees."""
-        cosine = F.cosine_similarity(embedded, earlier, dim=-1)
-        return torch.where(documents.offset == 0, 1.0, 1.0 - cosine)
+
+def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Cosine of `[B, T, D]` vectors, `[B, T]`; 0 where one is zero. Three reductions, where torch's divides the vectors."""
+    lengths = torch.linalg.vector_norm(first, dim=-1) * torch.linalg.vector_norm(second, dim=-1)
+    return torch.einsum("btd,btd->bt", first, second) / lengths.clamp(min=torch.finfo(first.dtype).eps)
 
 
 def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,9 +102,9 @@ def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Ten
     `known` `[B, D]`: the sums over the tokens in the cache, for the documents that go on from it.
     """
     total = values.cumsum(dim=1)
-    index = torch.arange(values.shape[1], device=values.device)
-    first = torch.where(documents.offset > index, 0, index - documents.offset)
-    before = F.pad(total, (0, 0, 1, 0)).gather(1, first.unsqueeze(-1).expand_as(total))
+    before = total.flatten(0, 1)[documents.first_token] - values.flatten(0, 1)[documents.first_token]  # [N, D]
     if known is not None:
-        before = before - torch.where(documents.goes_on.unsqueeze(-1), known.unsqueeze(1), 0.0)
-    return total - before
+        first = documents.number[:, 0]
+        goes_on = (documents.carried > 0).unsqueeze(1)
+        before = before.index_add(0, first, torch.where(goes_on, -known, 0.0))
+    return total - before[documents.number]

@@ -25,4 +25,4 @@ class TapProjection(nn.Linear):
         delay = torch.arange(self.taps) + 0.5
         share = (delay / max(self.delay_range - 1, 1)).clamp(max=0.95)
         logit = torch.log(share / (1 - share)).repeat(self.groups)
-        return torch.cat((logit, torch.zeros_like(logit)))
+        return torch.cat((logit, torch.ones_like(logit)))

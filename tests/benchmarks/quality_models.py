@@ -24,9 +24,10 @@ from model.embedding import LiquidEmbedding
 from model.loss import LossWeights, RunningMeans, language_loss_sums, total_loss
 from model.metrics import count_tokens
 from model.moe import Experts, balancing_bias, set_balancing_bias, updated_balancing_bias
-from tests.benchmarks.quality_data import ValidationBatch
+from tests.benchmarks.quality_data import VOCAB_SIZE, ValidationBatch
 
 BALANCING_RATE = RunConfig().balancing_rate
+LARGEST_DIFFERENCE = 0.03  # of total and of active parameters
 SPEED_WARM_UP = 3  # steps that are not counted
 
 
@@ -51,12 +52,15 @@ class UncompressedEmbedding(nn.Module):
     def __init__(self, liquid: LiquidEmbedding):
         super().__init__()
         self.gate, self.convolution = liquid.gate, liquid.convolution
-        self.ratio = liquid.config.embedding_target_ratio  # on target, the budget term is zero
+        self.config = liquid.config
 
     def forward(self, embedded: torch.Tensor, documents: Documents, *unused, **also_unused) -> tuple[torch.Tensor, ...]:
+        embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=self.config.rms_norm_eps)
+        embedded = F.rms_norm(embedded, embedded.shape[-1:])
         mixed = F.silu(self.gate(embedded)) * depthwise_convolution(embedded, self.convolution, documents)
         error = torch.zeros(embedded.shape[:2], device=embedded.device)
-        return embedded + mixed, error, torch.full_like(error, self.ratio)
+        on_target = torch.full_like(error, self.config.embedding_target_ratio)  # the budget term is then zero
+        return embedded + mixed, error, on_target
 
 
 class NoExpert(nn.Module):
@@ -157,6 +161,21 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
     unused = 1 - model.config.num_experts_per_tok / model.config.num_experts
     return {"total": total, "active": round(total - routed * unused)}
+
+
+def check_sizes() -> None:
+    """Raise `ValueError` where the models that are compared are no longer of one size."""
+    with torch.device("meta"):
+        counts = {
+            name: count_parameters(VARIANTS[name].build(VOCAB_SIZE)) for name in VARIANTS.keys() - ABLATIONS.keys()
+        }
+    for name, count in counts.items():
+        for kind, number in count.items():
+            if abs(number / counts["tiny"][kind] - 1) > LARGEST_DIFFERENCE:
+                raise ValueError(
+                    f"{name} has {number:,} {kind} parameters and tiny {counts['tiny'][kind]:,}, which is more than "
+                    f"{LARGEST_DIFFERENCE:.0%} apart: adapt its sizes in VARIANTS"
+                )
 
 
 class LiquidObjective:

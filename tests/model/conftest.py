@@ -5,6 +5,9 @@ import torch
 
 from model import LiquidConfig, LiquidForCausalLM
 
+# A second thread only costs at these sizes, and much where tests share their cores.
+torch.set_num_threads(1)
+
 SIZES = {
     "vocab_size": 128,
     "used_vocab_size": 101,

@@ -17,7 +17,6 @@ def gathered_taps(convolution, hidden, signal, documents):
     """The deformable sum by its definition: every tap gathers its two neighbours and interpolates between them."""
     delay, strength = convolution.tap_proj(hidden).unflatten(-1, (2, convolution.groups, convolution.taps)).unbind(2)
     delay = (convolution.range - 1) * torch.sigmoid(delay)
-    strength = strength.softmax(-1)
     output = torch.zeros_like(signal)
     for row in range(signal.shape[0]):
         for token in range(signal.shape[1]):

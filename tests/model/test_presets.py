@@ -9,7 +9,7 @@ from model.size import ParameterCount, count_parameters
 
 LED_VOCABULARY = 50_266
 PARAMETERS = {
-    "tiny": ParameterCount(total=13_219_395, active=12_334_659),
+    "tiny": ParameterCount(total=13_219_651, active=12_334_915),
     "base": ParameterCount(total=209_873_155, active=96_626_947),
     "1b": ParameterCount(total=1_017_607_171, active=312_964_099),
     "8b-a1b": ParameterCount(total=7_902_519_299, active=1_107_746_819),
