@@ -320,8 +320,11 @@ def main() -> None:
         prepare_corpus(options.data, benchmark.corpus)
         results = {part: getattr(benchmark, part)() for part in PARTS if options.only in (None, part)}
         speed = benchmark.speed() if results.keys() != {"sweep"} else {}
-    except subprocess.CalledProcessError:
-        sys.exit("a run failed, see above; the finished ones are kept, and the same command goes on with the others")
+    except subprocess.CalledProcessError as error:
+        sys.exit(
+            f"a run ended with {error.returncode} (its message is above; -9: killed, often for want of memory); "
+            "the finished ones are kept, and the same command goes on with the others"
+        )
     report = "\n".join("\n".join(TABLES[part](result, speed)) + "\n" for part, result in results.items())
     (options.out / "report.md").write_text(report)
     print(report)
