@@ -24,7 +24,6 @@ from model.configuration import BLOCK_LOCAL, LiquidConfig
 from model.documents import Documents
 from model.projection import ResidualProjection
 
-
 # Up to this window two matrix products and a softmax take a CPU half the time of its fused kernel.
 SMALL_WINDOW = 128
 

@@ -51,11 +51,6 @@ class Documents:
         lengths = torch.diff(first_token, append=first_token.new_tensor([batch * tokens]))
         return cls(positions, offset, number, first_token, lengths, carried)
 
-    @property
-    def goes_on(self) -> torch.Tensor:
-        """Which tokens belong to a document that began in an earlier call, bool `[B, T]`; needs a cache."""
-        return (self.number == self.number[:, :1]) & (self.carried > 0).unsqueeze(1)
-
 
 def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None, past: int = 0) -> torch.Tensor:
     """Give every run of padding positions of its own from 0, so that it is a document of its own.

@@ -123,8 +123,8 @@ class LiquidModel(LiquidPreTrainedModel):
         Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask`
         `[B, P + T]`, P the tokens in the cache. With `use_cache` (default: the configuration's, except in training) the
         output's `past_key_values` go on from each row's last document.
-        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, and for a
-        cache that was not made for this model.
+        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for a
+        cache that was not made for this model, and for one under gradient checkpointing.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -135,6 +135,8 @@ class LiquidModel(LiquidPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
             check_cache(past_key_values)
+            if self.training and self.layers[0].gradient_checkpointing:
+                raise ValueError("layers that are computed again cannot fill a cache: call eval(), or use_cache=False")
         documents = self._documents(embedded, attention_mask, position_ids, past_key_values)
 
         hidden, reconstruction_error, retained_ratio = self.liquid_embedding(embedded, documents, past_key_values)

@@ -121,8 +121,9 @@ def test_every_expert_and_router_moves_in_one_step(trained, config):
     for name, weight in after.items():
         if ".experts." in name:
             for expert in range(len(weight)):
-                # weight decay alone would move it by 1e-3 of itself; an update moves single weights by the rate
-                assert (weight[expert] - before[name][expert]).abs().max() > 1e-3, (name, expert)
+                # weight decay alone would move it by 1e-3 of itself, 1e-4 at most; an update moves single weights by the
+                # rate, or somewhat less where gradients are as small as Adam's epsilon
+                assert (weight[expert] - before[name][expert]).abs().max() > 4e-4, (name, expert)
                 moved += 1
         elif ".router." in name or ".shared_experts." in name:
             assert (weight - before[name]).abs().max() > 1e-3, name

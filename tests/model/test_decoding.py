@@ -132,6 +132,9 @@ def test_a_mask_that_leaves_the_cached_tokens_out_is_refused(model, ids):
         model(ids[:, :1], attention_mask=torch.ones(3, 1), past_key_values=cache)
 
 
-def test_training_keeps_no_cache(model, ids):
+def test_training_keeps_no_cache_and_recomputed_layers_take_none(model, ids):
     model.train()
     assert model(ids, labels=ids).past_key_values is None
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model(ids, use_cache=True)
