@@ -67,7 +67,7 @@ class LiquidConfig(PreTrainedConfig):
     # LSTM memory
     memory_hidden_size: int = 256
     memory_num_layers: int = 2
-    memory_stride: int = 8
+    memory_stride: int = 16
     memory_every: int = 4
 
     # adaptively compressed embedding

@@ -138,6 +138,7 @@ ABLATIONS = {
     "no-delays": LiquidVariant(surgery=fix_taps),
     "no-memory": LiquidVariant({"memory_every": 1000}),
     "memory-stride-1": LiquidVariant({"memory_stride": 1}),
+    "memory-stride-8": LiquidVariant({"memory_stride": 8}),
     "memory-stride-32": LiquidVariant({"memory_stride": 32}),
     "memory-every-layer": LiquidVariant({"memory_every": 1}),
     "memory-every-2nd-layer": LiquidVariant({"memory_every": 2}),
