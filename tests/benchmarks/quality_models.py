@@ -140,7 +140,6 @@ ABLATIONS = {
     "memory-stride-1": LiquidVariant({"memory_stride": 1}),
     "memory-stride-8": LiquidVariant({"memory_stride": 8}),
     "memory-stride-32": LiquidVariant({"memory_stride": 32}),
-    "memory-every-layer": LiquidVariant({"memory_every": 1}),
     "memory-every-2nd-layer": LiquidVariant({"memory_every": 2}),
     "no-compression": LiquidVariant(surgery=remove_compression),
     "no-shared-expert": LiquidVariant(surgery=remove_shared_experts),

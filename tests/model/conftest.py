@@ -5,9 +5,6 @@ import torch
 
 from model import LiquidConfig, LiquidForCausalLM
 
-# A second thread only costs at these sizes, and much where tests share their cores.
-torch.set_num_threads(1)
-
 SIZES = {
     "vocab_size": 128,
     "used_vocab_size": 101,
@@ -31,6 +28,15 @@ SIZES = {
     "embedding_components": 16,
     "embedding_temperature": 1.0,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A second thread only costs at these sizes, and much where tests share their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

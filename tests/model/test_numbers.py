@@ -12,15 +12,6 @@ LARGE = 1e4  # its square, 1e8, is far beyond fp16's largest number, 65,504
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """At these sizes threads only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
     """All floating-point tensors in what a module returned."""
     if isinstance(value, torch.Tensor):
