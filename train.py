@@ -119,10 +119,12 @@ def train_step(engine, stream, state, config, monitor, stop) -> None:
     state.running_means = means.updated(
         (totals["routing"] / tokens).float(), (totals["retained_ratio"] / tokens).float()
     )
-    # Also where fp16 overflowed and the weights stayed: the load is a finite count of what these weights choose.
-    bias = updated_balancing_bias(torch.tensor(state.balancing_bias), totals["load"], config.balancing_rate)
-    set_balancing_bias(engine.module, bias)
-    state.balancing_bias = bias.tolist()
+    bias = torch.tensor(state.balancing_bias)
+    # Also where fp16's gradients overflowed and the weights stayed; not where the forward did, whose choices mean nothing.
+    if totals["routing"].isfinite().all():
+        bias = updated_balancing_bias(bias, totals["load"], config.balancing_rate)
+        set_balancing_bias(engine.module, bias)
+        state.balancing_bias = bias.tolist()
     values = {**engine_values(engine), "balance/bias_max": bias.abs().max().item()}
     monitor.step_ended(state.step, totals, supervised, tokens, values)
 

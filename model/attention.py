@@ -125,10 +125,11 @@ def block_local_mask(
 ) -> torch.Tensor | BlockMask:
     """transformers' mask function for `block_local`: bool `[B * n, 1, G * L, keys of a block]`, never `[T, T]`.
 
-    While training on CUDA it is flex attention's block mask instead: `block_local_attention` then calls that kernel.
-    Decoding and other forwards without gradients keep to the blocks, since flex attention compiles anew for new lengths.
+    On CUDA, while gradients are recorded, it is flex attention's block mask instead: `block_local_attention` then calls
+    that kernel, which takes heads of 16 and more. Decoding keeps to the blocks: flex attention compiles anew for new
+    lengths.
     """
-    if torch.device(device).type == "cuda" and torch.is_grad_enabled():
+    if torch.device(device).type == "cuda" and torch.is_grad_enabled() and config.head_dim >= 16:
         return flex_attention_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, None, device=device
         )
@@ -210,7 +211,7 @@ def eager_attention(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition, with the weights `[B, H, T, keys]` beside the output: for looking into, not for length."""
+    """Attention by its definition, `[B, T, H, d]` and the weights `[B, H, T, keys]`; quadratic in the length."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1, dtype=torch.float32)
     return (weights.to(query.dtype) @ value).transpose(1, 2), weights

@@ -2,9 +2,10 @@
 
 The configuration calls every layer `hybrid_sliding`, for which transformers' caches hold, in each layer,
 
-    keys, values    `[B, K, W - 1, d]`     attention's window
+    keys, values    `[B, K, W - 1, d]`     attention's window (W in a static cache)
     convolution 0   `[B, D, R - 1]`        the deformable convolution's signal
     recurrent 0     `[B, 2 M H + D]`       the memory's h and c of M layers, and the sum of its unfinished block
+                                           (layers with a memory only)
     convolution 1   `[B, D, K - 1]`        the embedding's taps            (first layer only)
     recurrent 1     `[B, D + 1]` fp64      sums of its embeddings and novelty (first layer only)
 
@@ -25,12 +26,19 @@ EMBEDDING = 1
 NUMBER_OF_STATES = 2
 
 
-def check_cache(cache: Cache) -> None:
-    """Raise `ValueError` for a cache that has no room for this model's states."""
+def check_cache(cache: Cache, window: int, tokens: int) -> None:
+    """Raise `ValueError` for a cache that has no room for this model's states, or for `tokens` more."""
     if not cache.layers or not isinstance(cache.layers[0], LinearAttentionCacheLayerMixin):
         raise ValueError(
             f"{type(cache).__name__} was made without this model's configuration and holds keys and values only; "
             "make it as DynamicCache(config=model.config)"
+        )
+    # A static cache shorter than the window takes its own length for the window.
+    room = getattr(cache.layers[0], "max_cache_len", window)
+    if room < window and cache.get_seq_length() + tokens > room:
+        raise ValueError(
+            f"the static cache has room for {room} tokens and gets {cache.get_seq_length() + tokens}; "
+            f"make it with max_cache_len of all that will be read and written (from {window} on, any length fits)"
         )
 
 

@@ -28,7 +28,7 @@ class LiquidConfig(PreTrainedConfig):
 
     The vocabulary is stored in two numbers: `used_vocab_size`, what the tokenizer knows, and `vocab_size`, that number
     rounded up to a multiple of 128, which is what the table and the head hold. Ids from `used_vocab_size` upwards get
-    a logit of minus infinity. Raises `ValueError` with the fix for sizes that do not fit together.
+    the lowest logit there is. Raises `ValueError` with the fix for sizes that do not fit together.
     """
 
     model_type = "liquid"

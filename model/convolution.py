@@ -2,7 +2,7 @@
 
 Legend: B rows, T tokens, D channels in G groups, K taps a group, R the range of delays, L tokens in a block.
 
-    d_tgk = (R - 1) σ(·),  α_tgk = linear, of either sign       (from the token, in fp32)
+    d_tgk = (R - 1) σ(·),  α_tgk = linear, of either sign       (linear in the token; what follows in fp32)
     w_tgr = Σ_k α_tgk max(0, 1 - |d_tgk - r|),  r = 0 … R-1   (linear interpolation as "hat" weights)
     y_tg  = Σ_r w_tgr u_{t-r,g},   out = W_o(rms(y) * silu(z))
 

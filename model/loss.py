@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
@@ -119,6 +120,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
         return normaliser - logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
     @staticmethod
+    @once_differentiable
     def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, normaliser = context.saved_tensors
         result = torch.empty_like(logits)

@@ -134,7 +134,7 @@ class LiquidModel(LiquidPreTrainedModel):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None:
-            check_cache(past_key_values)
+            check_cache(past_key_values, self.config.sliding_window, embedded.shape[1])
             if self.training and self.layers[0].gradient_checkpointing:
                 raise ValueError("layers that are computed again cannot fill a cache: call eval(), or use_cache=False")
         documents = self._documents(embedded, attention_mask, position_ids, past_key_values)
@@ -246,7 +246,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Which tokens are not padding, bool `[B, T]`: padding takes no part in routing statistics or regularisation."""
         if attention_mask is not None:
-            return attention_mask.bool()
-        if input_ids is None:
+            return attention_mask[:, -labels.shape[1] :].bool()
+        if input_ids is None or self.config.pad_token_id is None:
             return torch.ones_like(labels, dtype=torch.bool)
         return input_ids != self.config.pad_token_id

@@ -56,7 +56,6 @@ class UncompressedEmbedding(nn.Module):
 
     def forward(self, embedded: torch.Tensor, documents: Documents, *unused, **also_unused) -> tuple[torch.Tensor, ...]:
         embedded = F.rms_norm(embedded, embedded.shape[-1:], eps=self.config.rms_norm_eps)
-        embedded = F.rms_norm(embedded, embedded.shape[-1:])
         mixed = F.silu(self.gate(embedded)) * depthwise_convolution(embedded, self.convolution, documents)
         error = torch.zeros(embedded.shape[:2], device=embedded.device)
         on_target = torch.full_like(error, self.config.embedding_target_ratio)  # the budget term is then zero

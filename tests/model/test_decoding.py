@@ -77,7 +77,7 @@ def test_generation_with_a_cache_writes_what_it_writes_without(model, ids, optio
 
 
 def test_beams_take_their_state_along(model, ids):
-    """Sampling beams reorders the cache often; each sequence's score must be that of its own tokens."""
+    """Beam search reorders the cache often; each sequence's score must be that of its own tokens."""
     torch.manual_seed(0)
     output = model.generate(
         ids[:2, :12], **GREEDY, num_beams=4, num_return_sequences=4, output_scores=True, return_dict_in_generate=True
@@ -123,6 +123,21 @@ def test_assisted_decoding_is_refused(model, ids):
 def test_a_cache_that_knows_nothing_of_the_model_is_refused(model, ids):
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids, past_key_values=DynamicCache())
+
+
+def test_a_static_cache_with_less_room_than_the_window_is_refused_what_does_not_fit(model, ids):
+    cache = StaticCache(model.config, max_cache_len=6)  # the window is 8
+    model(ids[:, :6], past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 6 tokens and gets 7"):
+        model(ids[:, 6:7], past_key_values=cache)
+
+
+def test_the_loss_of_a_part_is_that_of_its_tokens(model, ids):
+    cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+    model(ids[:, :20], past_key_values=cache)
+    part = model(ids[:, 20:], attention_mask=mask, past_key_values=cache, labels=ids[:, 20:])
+    whole = model(ids, labels=torch.where(torch.arange(50) > 20, ids, -100), use_cache=False)
+    torch.testing.assert_close(part.loss_sums["cross_entropy"], whole.loss_sums["cross_entropy"], **CLOSE)
 
 
 def test_a_mask_that_leaves_the_cached_tokens_out_is_refused(model, ids):

@@ -139,6 +139,13 @@ def test_a_model_file_that_cannot_be_used_is_refused(tmp_path, content):
         LiquidConfig.from_preset(str(tmp_path / "m.yaml"))
 
 
+def test_positions_that_count_the_padding_are_refused(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with pytest.raises(ValueError, match="begin at 0 with each text"):
+        model(ids, attention_mask=mask, position_ids=torch.arange(50).expand(3, 50))
+
+
 def test_padding_inside_a_text_is_refused(model, ids):
     mask = torch.ones_like(ids)
     mask[1, 20:25] = 0
