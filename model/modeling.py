@@ -71,8 +71,6 @@ class LiquidPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         deviation = self.config.initializer_range
-        # attention, convolution and experts of every layer write to the residual stream
-        residual_deviation = deviation * (3 * self.config.num_hidden_layers) ** -0.5
         if isinstance(module, LiquidEmbedding):
             init.normal_(module.convolution, std=deviation)
             init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the ratio begins between 0.63 and 0.85
@@ -82,12 +80,12 @@ class LiquidPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TapProjection):
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, ResidualProjection):
-            init.normal_(module.weight, std=residual_deviation)
+            init.zeros_(module.weight)
         elif isinstance(module, Router):
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=deviation)
-            init.normal_(module.down_proj, std=residual_deviation)
+            init.zeros_(module.down_proj)  # as a ResidualProjection
         elif isinstance(module, nn.LSTM):
             for name, bias in module.named_parameters():
                 if name.startswith("bias_ih"):  # a forget gate that begins open (Jozefowicz et al. 2015)

@@ -28,10 +28,14 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def config(trainer) -> RunConfig:
-    """A run that begins with exported weights whose routers choose with a bias already."""
+    """A run that begins with exported weights: routers with a bias already, and no output at zero, as fresh ones are."""
     config = load_run_config(trainer.config)
     data = ShardFolder(config.data)
     model = build_model(config, data)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.05)
     set_balancing_bias(model, 0.02 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
     folder = trainer.folder / "exported"
     shutil.copytree(data.tokenizer_path, folder)
