@@ -48,6 +48,7 @@ from tests.benchmarks.quality_models import ABLATIONS, Trainee, check_sizes, cou
 PARTS = ("speed", "sweep", "seeds", "ablations")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = (0, 1, 2)
+ABLATION_SEEDS = SEEDS[:2]  # one alone says little: initialisations differ by more than most parts do
 CURVE_POINTS = 10
 
 
@@ -132,6 +133,8 @@ class Benchmark:
         return {model: [result for result in results if result["variant"] == model] for model in models}
 
     def best_rates(self) -> dict[str, float]:
+        if self.options.learning_rate:
+            return dict.fromkeys(("tiny", "lfm2moe"), self.options.learning_rate)
         return {model: best_rate(results) for model, results in self.sweep().items()}
 
     def seeds(self) -> dict[str, list[dict]]:
@@ -154,11 +157,14 @@ class Benchmark:
         return {row: [next(results) for _ in runs] for row, runs in rows.items()}
 
     def ablations(self) -> dict[str, list[dict]]:
-        """The run of each ablation, after those of `tiny` itself."""
+        """The runs of each ablation, after those of `tiny` itself."""
         rate, tokens = self.best_rates()["tiny"], self.options.tokens
         default = self.train_all("seeds", [Run("tiny", rate, seed, tokens) for seed in SEEDS])
-        results = self.train_all("ablations", [Run(variant, rate, SEEDS[0], tokens) for variant in ABLATIONS])
-        return {"tiny": default} | {result["variant"]: [result] for result in results}
+        runs = [Run(variant, rate, seed, tokens) for seed in ABLATION_SEEDS for variant in ABLATIONS]
+        results = self.train_all("ablations", runs)
+        return {"tiny": default} | {
+            variant: [result for result in results if result["variant"] == variant] for variant in ABLATIONS
+        }
 
     def train_all(self, part: str, runs: list[Run]) -> list[dict]:
         results = self.results(part, {run.name: asdict(run) for run in runs}, self.options.workers, self.threads)
@@ -261,17 +267,18 @@ def seeds_table(seeds: dict[str, list[dict]], speed: dict) -> list[str]:
 
 def ablations_table(ablations: dict[str, list[dict]], speed: dict) -> list[str]:
     lines = [
-        "`tie`: the difference is no larger than that of the default's own seeds.", "",
+        f"Means of {len(ABLATION_SEEDS)} seeds; `tie`: the difference is no larger than that of the default's own seeds.", "",
         "| variant | parameters | bits/byte | difference | step time |", "|---|---|---|---|---|",
     ]  # fmt: skip
     default = [result["bits_per_byte"] for result in ablations["tiny"]]
-    for variant, (first, *_) in ablations.items():
-        difference = first["bits_per_byte"] - default[0]
+    for variant, results in ablations.items():
+        first, compared = results[0], results[: len(ABLATION_SEEDS)]
+        mean = sum(result["bits_per_byte"] for result in compared) / len(compared)
+        difference = mean - sum(default[: len(ABLATION_SEEDS)]) / len(ABLATION_SEEDS)
         tie = " tie" if variant != "tiny" and abs(difference) <= max(default) - min(default) else ""
         time_taken = "1" if variant == "tiny" else relative_time(speed, variant)
         lines.append(
-            f"| {variant} | {first['parameters']['total']:,} | {first['bits_per_byte']:.4f} | {difference:+.4f}{tie} "
-            f"| {time_taken} |"
+            f"| {variant} | {first['parameters']['total']:,} | {mean:.4f} | {difference:+.4f}{tie} | {time_taken} |"
         )
     return lines
 
@@ -298,6 +305,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--only", choices=PARTS, help="do this part, and what it needs, alone (default: all)")
     add("--tokens", type=int, default=1_000_000, help="of a run of seeds and ablations (default: %(default)s)")
     add("--sweep-tokens", type=int, default=250_000, help="of a run of the sweep (default: %(default)s)")
+    add("--learning-rate", type=float, help="of seeds and ablations (default: each model's best of the sweep)")
     add("--speed-steps", type=int, default=20, help="of each model of a pair (default: %(default)s)")
     add("--workers", type=int, default=2, help="runs at once, except in speed (default: %(default)s)")
     add("--threads", type=int, help="of each run; speed takes workers x threads (default: cores / workers)")
