@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import BatchStream
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from launcher.config import DEFAULT_CONFIG
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group

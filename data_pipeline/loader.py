@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 
 SHARDS_PER_BLOCK = 16  # rows are shuffled within blocks of this many shards, so that reading stays local
 IGNORE_INDEX = -100  # what the loss leaves out

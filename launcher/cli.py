@@ -112,7 +112,7 @@ def _add_verify(commands) -> None:
 
 
 def _verify(options) -> None:
-    from data_pipeline.shards import verify
+    from data_pipeline.verification import verify
 
     _print_counts(options.folder, verify(options.folder))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from data_pipeline.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.prepare import prepare
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from launcher.checkpoint import find_checkpoint, read_manifest, set_aside_later
 from launcher.config import RunConfig, load_run_config
 from launcher.deepspeed_config import resolve_deepspeed_config

@@ -15,7 +15,7 @@ from data_pipeline.clean import clean
 from data_pipeline.errors import DataError
 from data_pipeline.loader import IGNORE_INDEX, BatchStream, position_ids, supervised
 from data_pipeline.prepare import ROWS_PER_CHUNK, prepare
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from data_pipeline.sources import open_source
 from data_pipeline.tokenization import train_tokenizer
 

@@ -5,7 +5,7 @@ import torch
 from data_pipeline.clean import clean_text
 from data_pipeline.errors import DataError
 from data_pipeline.loader import SHARDS_PER_BLOCK, BatchStream, RowOrder, position_ids, supervised
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from data_pipeline.tokenization import decode_answer, load_tokenizer
 
 # Two pieces, the second without its answer, then three tokens of padding.

@@ -12,8 +12,9 @@ import webdataset
 from data_pipeline.clean import clean_text
 from data_pipeline.errors import DataError
 from data_pipeline.prepare import prepare
-from data_pipeline.shards import ShardFolder, verify
+from data_pipeline.reader import ShardFolder
 from data_pipeline.tokenization import decode_answer, load_tokenizer
+from data_pipeline.verification import verify
 
 
 def contents(folder):

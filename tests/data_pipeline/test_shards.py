@@ -9,7 +9,9 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.packing import PackedRow
-from data_pipeline.shards import ShardFolder, read_index, token_dtype, verify, write_shard
+from data_pipeline.reader import ShardFolder
+from data_pipeline.shards import read_index, token_dtype, write_shard
+from data_pipeline.verification import verify
 
 
 @pytest.fixture

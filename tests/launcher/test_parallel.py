@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data_pipeline.loader import BatchStream
-from data_pipeline.shards import ShardFolder
+from data_pipeline.reader import ShardFolder
 from launcher.checkpoint import TrainState
 from launcher.config import RunConfig, load_run_config
 from launcher.export import load_run
