@@ -70,21 +70,25 @@ class LiquidPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        deviation = self.config.initializer_range
+        if isinstance(module, ResidualProjection):
+            init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            # Unit-size inputs give unit-size outputs (LeCun et al. 1998), which the residual stream of unit size needs.
+            # (The head's weight is the table's, which takes its place afterwards.)
+            init.normal_(module.weight, std=module.in_features**-0.5)
         if isinstance(module, LiquidEmbedding):
-            init.normal_(module.convolution, std=deviation)
+            init.normal_(module.convolution, std=self.config.initializer_range)
             init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the ratio begins between 0.63 and 0.85
-            # The bottleneck begins as a rotation and its inverse: nothing is lost but what the mask takes.
+            # Two rotations. Were the second the first one's inverse, the head, tied to the table, would begin by
+            # predicting that each token repeats, and training by unlearning that.
             init.orthogonal_(module.compress)
-            init.copy_(module.expand, module.compress.T)
+            init.orthogonal_(module.expand)
         elif isinstance(module, TapProjection):
             init.copy_(module.bias, module.initial_bias())
-        elif isinstance(module, ResidualProjection):
-            init.zeros_(module.weight)
         elif isinstance(module, Router):
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, std=deviation)
+            init.normal_(module.gate_up_proj, std=self.config.hidden_size**-0.5)
             init.zeros_(module.down_proj)  # as a ResidualProjection
         elif isinstance(module, nn.LSTM):
             for name, bias in module.named_parameters():

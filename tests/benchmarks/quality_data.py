@@ -25,6 +25,7 @@ TOKENS_PER_STEP = ROWS_PER_STEP * SEQ_LEN
 VOCAB_SIZE = 8192
 VALIDATION_SHARE = 40  # one question in so many
 TOKENIZER_ROWS = 20_000  # the training rows that the tokenizer is fitted to
+FIRST_VALIDATION_ROW = 400  # the rows before it have served to choose between variants of the model
 VALIDATION_ROWS = 200
 VALIDATION_BATCH = 10  # rows
 CURVE_BATCHES = 5  # of the validation, for the curve while training
@@ -84,12 +85,15 @@ def training_stream(folder: Path) -> BatchStream:
 
 
 def validation_batches(folder: Path) -> list[ValidationBatch]:
-    """The first rows of the validation shards."""
+    """The rows of the validation shards that figures are reported on."""
     shards = ShardFolder(folder / "validation")
     token_bytes = _token_bytes(shards)
     batches = []
-    for first in range(0, min(VALIDATION_ROWS, shards.num_rows), VALIDATION_BATCH):
-        rows = [_row(shards, row) for row in range(first, min(first + VALIDATION_BATCH, shards.num_rows))]
+    end = min(FIRST_VALIDATION_ROW + VALIDATION_ROWS, shards.num_rows)
+    if end <= FIRST_VALIDATION_ROW:
+        raise DataError(f"{folder} has {shards.num_rows} validation rows: more than {FIRST_VALIDATION_ROW} are needed")
+    for first in range(FIRST_VALIDATION_ROW, end, VALIDATION_BATCH):
+        rows = [_row(shards, row) for row in range(first, min(first + VALIDATION_BATCH, end))]
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
         batches.append(ValidationBatch(batch, int(token_bytes[targets].sum())))

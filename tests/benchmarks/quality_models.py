@@ -129,6 +129,8 @@ class Lfm2Variant:
             moe_intermediate_size=self.moe_intermediate_size,
             # Its default of a million is for texts of 128,000 tokens.
             rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
+            # As `tiny`'s layers begin. With its default of 0.02 it is 0.16 bits per byte worse after 250,000 tokens.
+            initializer_range=tiny.hidden_size**-0.5,
         )
         return Lfm2MoeForCausalLM(config)
 
