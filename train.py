@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loader import BatchStream
-from data_pipeline.reader import ShardFolder
+from data_pipeline.prefetch import Prefetcher
 from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from launcher.config import DEFAULT_CONFIG
+from launcher.data_source import open_run_data
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     plan = share_plan(plan)
     config = plan.config
 
-    data = ShardFolder(config.data)
+    data = open_run_data(config)
     stream = BatchStream(
         data, seed=config.seed, global_batch_rows=config.global_batch_rows,
         micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     if plan.checkpoint is not None:
         state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
+    batches = Prefetcher(stream)
 
     run = run or RunFolder(config.output)
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
@@ -72,11 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = "failed"
     try:
         while state.step < config.max_steps and not stop.agreed:
-            train_step(engine, stream, state, config, monitor, stop)
+            train_step(engine, batches, state, config, monitor, stop)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
         outcome = "stopped" if stop.agreed else "done"
     finally:
+        batches.close()
         monitor.close()
         if environment.is_main:
             reasons = {"done": "", "stopped": "signal", "failed": repr(sys.exception())}
@@ -88,19 +91,22 @@ def main(arguments: list[str] | None = None) -> int:
     return STOPPED_AT_A_SIGNAL if stop.agreed else 0
 
 
-def train_step(engine, stream, state, config, monitor, stop) -> None:
+def train_step(engine, batches, state, config, monitor, stop) -> None:
     """Take one global batch through the engine and advance `state`.
 
     The loss is a mean over the global batch's tokens, so their number is agreed on before the first backward, and with
     it whether to stop. DeepSpeed averages gradients over ranks and micro-batches; the factor `scale` makes that a sum.
     """
     monitor.step_begins()
-    micro_batches = [{name: rows.to(engine.device) for name, rows in batch.items()} for batch in stream.next_step()]
+    micro_batches = [{name: rows.to(engine.device) for name, rows in batch.items()} for batch in batches.next_step()]
     pad = engine.module.config.pad_token_id
-    counts = add_up([count_tokens(batch, pad) | {"stop": stop.requested(engine.device)} for batch in micro_batches])
+    counts = add_up([
+        count_tokens(batch, pad) | {"stop": stop.requested(engine.device), "bad_rows": count_empty_rows(batch, pad)}
+        for batch in micro_batches
+    ])  # fmt: skip
     supervised, tokens, stop.agreed = (counts[name].item() for name in ("supervised", "tokens", "stop"))
     state.step += 1
-    state.position = stream.position
+    state.position = batches.position
     if supervised == 0:
         monitor.say(f"step {state.step} is skipped: its batch has no supervised token (loss_on={config.loss_on})")
         return
@@ -126,7 +132,13 @@ def train_step(engine, stream, state, config, monitor, stop) -> None:
         set_balancing_bias(engine.module, bias)
         state.balancing_bias = bias.tolist()
     values = {**engine_values(engine), "balance/bias_max": bias.abs().max().item()}
+    values |= {"data/bad_shard_rows": counts["bad_rows"].item(), "perf/data_seconds": batches.seconds_waited}
     monitor.step_ended(state.step, totals, supervised, tokens, values)
+
+
+def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
+    """The rows of a micro-batch that are all padding, as those of a bad shard come where `on_bad_shard` is skip."""
+    return (batch["input_ids"] == pad).all(dim=1).sum()
 
 
 class StopRequest:

@@ -2,133 +2,128 @@
 
 Every rule leaves mathematics alone: LaTeX, `a < b` and `x<y>z` come out byte for byte as they went in. The rules
 together are idempotent: cleaning what is clean changes nothing.
+
+Most texts need no rule, and no text needs all. So each rule has a pattern that finds the texts that it might change,
+and the union of the patterns finds the texts that need any: one search is all that a clean text costs.
 """
 
-import re
-import unicodedata
 from collections.abc import Callable
-from html import unescape
-from html.entities import html5
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Literal, get_args
 
 import polars as pl
 
-# Line and page separators are not in here: they are white space, and removing them would glue words together.
-CONTROL_CHARACTERS = (
-    r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f"  # C0 and C1
-    r"\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"  # soft hyphen, zero-width, bidi marks, BOM
-)
-LINE_BREAKS = r"\r\n?|[\x0b\x0c\x85\u2028\u2029]"
-HORIZONTAL_SPACE = r"[ \t\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
-# Only references that end in `;`: without it `&parameter` in source code would become `¶meter`.
-ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
+from data_pipeline import characters, markup
+from data_pipeline.errors import DataError
 
-URL_CHARACTER = r"[^\s<>\"`()\[\]{}|\\^]"
-URL_LAST_CHARACTER = r"[^\s<>\"`()\[\]{}|\\^.,;:!?'*]"
-IN_PARENTHESES = rf"\({URL_CHARACTER}*\)"  # .../wiki/Ring_(mathematics)
-URL = (
-    rf"(?:(?:https?|ftp)://|\bwww\.)(?:{URL_CHARACTER}|{IN_PARENTHESES})*"
-    rf"(?:{URL_LAST_CHARACTER}|{IN_PARENTHESES})"
-)
-MAY_HOLD_URL = r"(?i)(?:https?|ftp)://|www\."
-
-_CONTROL_CHARACTERS = re.compile(CONTROL_CHARACTERS)
-_ENTITY = re.compile(ENTITY)
-_REPEATED_AMPERSAND = re.compile(r"&(?:amp;)+")
-_MARKDOWN_LINK = re.compile(rf"!?\[([^\[\]]*)\]\(\s*<?{URL}>?(?:\s+[\"'][^\"'\n]*[\"'])?\s*\)", re.IGNORECASE)
-_URL_AND_BRACKETS = re.compile(
-    rf"[ \t]?(?:\(\s*{URL}\s*\)|\[\s*{URL}\s*\]|<\s*{URL}\s*>|{URL})",
-    re.IGNORECASE,
-)
+UnicodeForm = Literal["NFC", "NFKC"]
+Newlines = Literal["keep", "space"]
 
 
-def remove_control_characters(text: pl.Expr) -> pl.Expr:
-    """Removes C0 and C1 controls, zero-width characters, soft hyphens, byte order marks and direction marks."""
-    return text.str.replace_all(CONTROL_CHARACTERS, "")
+@dataclass(frozen=True)
+class CleaningOptions:
+    """What of cleaning is a matter of choice; raises DataError for a value that does not exist.
+
+    unicode_form: NFC only composes; NFKC also replaces compatibility forms: ﬁ becomes fi, but x² becomes x2, too.
+    newlines: `keep` keeps them, with one blank line at most; `space` makes each text one line.
+    """
+
+    unicode_form: UnicodeForm = "NFC"
+    newlines: Newlines = "keep"
+
+    def __post_init__(self):
+        for name, choices in (("unicode_form", get_args(UnicodeForm)), ("newlines", get_args(Newlines))):
+            if (value := getattr(self, name)) not in choices:
+                raise DataError(f"cleaning's {name} is {value!r}: set it to {' or '.join(choices)}")
 
 
-def normalize_unicode(text: pl.Expr) -> pl.Expr:
-    """Composes characters (NFC); compatibility forms such as the 2 of x² stay."""
-    return text.str.normalize("NFC")
+@dataclass(frozen=True)
+class Rule:
+    """A rule of cleaning: called with a string expression, it gives the expression of the cleaned strings.
+
+    pattern: a regular expression (of polars) that matches every text that `apply` would change.
+    """
+
+    pattern: str
+    apply: Callable[[pl.Series], pl.Series]
+
+    def __call__(self, text: pl.Expr) -> pl.Expr:
+        return text.map_batches(self.apply_where_needed, return_dtype=pl.String, is_elementwise=True)
+
+    def apply_where_needed(self, texts: pl.Series) -> pl.Series:
+        return characters.map_rows(texts, texts.str.contains(self.pattern).arg_true(), self.apply)
 
 
-def unescape_html(text: pl.Expr) -> pl.Expr:
-    """Replaces HTML character references by their characters, also those escaped several times."""
-    return _map_matching_rows(text, ENTITY, _unescape_text)
-
-
-def remove_urls(text: pl.Expr) -> pl.Expr:
-    """Removes URLs and the brackets that held nothing else; of a markdown link `[text](url)` the text stays."""
-    return _map_matching_rows(text, MAY_HOLD_URL, _remove_urls_from_text)
-
-
-def normalize_whitespace(text: pl.Expr) -> pl.Expr:
-    """Makes runs of spaces one space, strips every line, and allows one blank line at most; newlines stay."""
-    return (
-        text.str.replace_all(LINE_BREAKS, "\n")
-        .str.replace_all(HORIZONTAL_SPACE + "{2,}", " ")
-        .str.replace_all(HORIZONTAL_SPACE, " ")
-        .str.replace_all(" ?\n ?", "\n")
-        .str.replace_all("\n{3,}", "\n\n")
-        .str.strip_chars(" \n")
-    )
-
-
-RULES: dict[str, Callable[[pl.Expr], pl.Expr]] = {
-    "remove_control_characters": remove_control_characters,
-    "normalize_unicode": normalize_unicode,  # before the next, because NFC makes `;` and `K` of their look-alikes
-    "unescape_html": unescape_html,
-    "remove_urls": remove_urls,
-    "normalize_whitespace": normalize_whitespace,
+DEFAULT_OPTIONS = CleaningOptions()
+# In this order: wrongly decoded text holds control characters that right decoding needs; NFC makes `;` and `K` of
+# their look-alikes, which references need; tags hold URLs.
+RULES: dict[str, Rule] = {
+    "fix_mojibake": Rule(characters.MOJIBAKE, characters.fix_mojibake),
+    "remove_control_characters": Rule(characters.CONTROL_CHARACTERS, characters.remove_control_characters),
+    "normalize_unicode": Rule(characters.NOT_SURELY_NFC, characters.compose),
+    "unescape_html": Rule(markup.ENTITY, markup.unescape_html),
+    "remove_tags": Rule(markup.MAY_HOLD_TAG, markup.remove_tags),
+    "remove_urls": Rule(markup.MAY_HOLD_URL, markup.remove_urls),
+    "normalize_whitespace": Rule(characters.UNTIDY_WHITESPACE, characters.normalize_whitespace),
 }
+RULES_OF_CHARACTERS = 3  # the first ones, which change texts with unusual characters only
 
 
-def clean(text: pl.Expr) -> pl.Expr:
-    """Applies all rules, in order, to a string column."""
-    for rule in RULES.values():
-        text = rule(text)
-    return text
+@cache
+def rules(options: CleaningOptions = DEFAULT_OPTIONS) -> dict[str, Rule]:
+    """The rules that the options ask for, by name, in order; a rule that is not the default's has another name."""
+    instead = {}
+    if options.unicode_form == "NFKC":
+        rule = Rule(characters.NOT_ASCII, characters.compose_compatibly)
+        instead["normalize_unicode"] = ("normalize_unicode_compatibly", rule)
+    if options.newlines == "space":
+        one_line = partial(characters.normalize_whitespace, newlines="space")
+        rule = Rule(characters.UNTIDY_WHITESPACE_OR_NEWLINE, one_line)
+        instead["normalize_whitespace"] = ("normalize_whitespace_to_one_line", rule)
+    return dict(instead.get(name, (name, rule)) for name, rule in RULES.items())
 
 
-def clean_text(text: str) -> str:
-    """Applies all rules to one string, by the same expressions as a corpus."""
-    return pl.DataFrame({"text": [text]}, schema={"text": pl.String}).select(clean(pl.col("text"))).item()
+def rule_names(options: CleaningOptions = DEFAULT_OPTIONS) -> list[str]:
+    """The names of the rules in order: together they say how a text was cleaned."""
+    return list(rules(options))
 
 
-def _map_matching_rows(text: pl.Expr, pattern: str, function: Callable[[str], str]) -> pl.Expr:
-    """Maps a Python function over the rows that match a pattern, so that the other rows don't pay for it."""
-
-    def map_batch(column: pl.Series) -> pl.Series:
-        rows = column.str.contains(pattern).arg_true()
-        if rows.is_empty():
-            return column
-        changed = pl.Series([function(value) for value in column.gather(rows)], dtype=pl.String)
-        return column.scatter(rows, changed)
-
-    return text.map_batches(map_batch, return_dtype=pl.String, is_elementwise=True)
+def clean(text: pl.Expr, options: CleaningOptions = DEFAULT_OPTIONS) -> pl.Expr:
+    """Applies the rules, in order, to a string column until they change nothing; nulls stay."""
+    return text.map_batches(partial(_clean_series, options=options), return_dtype=pl.String, is_elementwise=True)
 
 
-def _character_of(reference: re.Match) -> str:
-    entity = reference[0]
-    return unescape(entity) if entity[1] == "#" else html5.get(entity[1:], entity)
+def clean_text(text: str, options: CleaningOptions = DEFAULT_OPTIONS) -> str:
+    """Cleans one string as a corpus is cleaned."""
+    return _clean_series(pl.Series([text], dtype=pl.String), options).item()
 
 
-def _unescape_text(text: str) -> str:
-    # A character that appears may itself be a control character or an accent, and what it leaves may be a reference
-    # again, so all three rules run until nothing changes.
-    while True:
-        unescaped = _ENTITY.sub(_character_of, _REPEATED_AMPERSAND.sub("&amp;", text))
-        unescaped = unicodedata.normalize("NFC", _CONTROL_CHARACTERS.sub("", unescaped))
-        if unescaped == text:
-            return text
-        text = unescaped
+@cache
+def _whole(options: CleaningOptions) -> Rule:
+    """All rules as one, that applies them in order, once."""
+    in_order = list(rules(options).values())
+    # Few texts hold any unusual character, so that one search saves those for each of the rules about them.
+    of_characters, others = in_order[:RULES_OF_CHARACTERS], in_order[RULES_OF_CHARACTERS:]
+    steps = [Rule(characters.UNUSUAL_CHARACTERS, partial(_apply_in_order, of_characters)), *others]
+    return Rule("|".join(rule.pattern for rule in in_order), partial(_apply_in_order, steps))
 
 
-def _remove_urls_from_text(text: str) -> str:
-    # Links nest, and the text around a removed URL may form a reference, an accented letter or a URL with what follows.
-    while True:
-        without, links = _MARKDOWN_LINK.subn(r"\1", text)
-        if not links:
-            without = _URL_AND_BRACKETS.sub("", text)
-        if without == text:
-            return text
-        text = _unescape_text(without)
+def _apply_in_order(rules: list[Rule], texts: pl.Series) -> pl.Series:
+    for rule in rules:
+        texts = rule.apply_where_needed(texts)
+    return texts
+
+
+def _clean_series(texts: pl.Series, options: CleaningOptions) -> pl.Series:
+    whole = _whole(options)
+    rows = texts.str.contains(whole.pattern).arg_true()
+    texts = texts.clone()
+    # One rule's work may need another's (`&am&shy;p;lt;p>`), so rows go round until the rules leave them as they are.
+    # That ends: no rule undoes another's work, and all but composing make a text shorter or its spaces simpler.
+    while not rows.is_empty():
+        before = texts.gather(rows)
+        after = whole.apply(before)
+        texts.scatter(rows, after)
+        rows = rows.filter((after != before) & after.str.contains(whole.pattern))
+    return texts

@@ -1,5 +1,7 @@
 """Documents to rows of a fixed number of tokens: best fit, and longer documents continue in further rows."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,51 +11,75 @@ SPAN_COLUMNS = ("start", "answer_start", "end", "source", "input_row", "offset")
 
 
 @dataclass(frozen=True)
-class Document:
-    """One document before packing.
+class Documents:
+    """Documents before packing, one behind another.
 
-    ids: `[tokens]`. answer_start: index in ids of the answer's first token. source: index into the source names.
-    input_row: which row of the input it was.
+    ids: `[tokens]`. lengths, answer_starts (index in the document of the answer's first token), sources (index into the
+    source names) and input_rows (which row of the input it was): `[documents]`.
     """
 
     ids: np.ndarray
-    answer_start: int
-    source: int
-    input_row: int
+    lengths: np.ndarray
+    answer_starts: np.ndarray
+    sources: np.ndarray
+    input_rows: np.ndarray
 
 
 @dataclass(frozen=True)
-class PackedRow:
-    """One row.
+class PackedRows:
+    """Rows.
 
-    tokens: `[seq_len]`, padded at its end. spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order; start, answer_start and
-    end are positions in the row, offset is where the piece begins in its document. A piece without a token of the
-    answer has answer_start equal to its end. Padding has no span.
+    tokens: `[rows, seq_len]`, padded at their ends. spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order, a row's behind
+    those of the row before; start, answer_start and end are positions in the row, offset is where the piece begins in
+    its document. A piece without a token of the answer has answer_start equal to its end. Padding has no span.
+    pieces: `[rows]`, how many spans each row has.
     """
 
     tokens: np.ndarray
     spans: np.ndarray
+    pieces: np.ndarray
 
 
-def pack(documents: Sequence[Document], seq_len: int, pad_token_id: int, dtype: type) -> list[PackedRow]:
-    """Packs a group of documents into rows of seq_len tokens; the group bounds the memory that this takes.
+def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type) -> PackedRows:
+    """Pack a group of documents into rows of seq_len tokens; the group bounds the memory that this takes.
 
     A document longer than a row fills whole rows, and its rest is packed like any other piece. Pieces are placed
     longest first, each into the row with the least room that still holds it. Rows come out in the order of their
     first documents, and so do the documents of a row.
     """
-    pieces = [
-        (number, offset, min(seq_len, len(document.ids) - offset))
-        for number, document in enumerate(documents)
-        for offset in range(0, len(document.ids), seq_len)
-    ]
-    rows = best_fit([length for _, _, length in pieces], seq_len)
+    owner, offset, length = _pieces(documents.lengths, seq_len)
+    rows = best_fit(length.tolist(), seq_len)
     rows.sort(key=lambda row: row[0])
-    return [_fill_row([pieces[piece] for piece in row], documents, seq_len, pad_token_id, dtype) for row in rows]
+    pieces = np.array([len(row) for row in rows], dtype=np.int64)
+    order = np.array([piece for row in rows for piece in row], dtype=np.int64)
+    owner, offset, length = owner[order], offset[order], length[order]
+    row_of_piece = np.repeat(np.arange(len(rows)), pieces)
+    ends = np.cumsum(length)
+    starts = ends - length
+    in_row = starts - starts[np.cumsum(pieces) - pieces][row_of_piece]
+
+    tokens = np.full((len(rows), seq_len), pad_token_id, dtype=dtype)
+    target = (row_of_piece * seq_len + in_row).tolist()
+    source = (np.cumsum(documents.lengths) - documents.lengths)[owner] + offset
+    flat = tokens.reshape(-1)
+    for to, begin, size in zip(target, source.tolist(), length.tolist(), strict=True):
+        flat[to : to + size] = documents.ids[begin : begin + size]
+
+    answer = in_row + np.clip(documents.answer_starts[owner] - offset, 0, length)
+    columns = (in_row, answer, in_row + length, documents.sources[owner], documents.input_rows[owner], offset)
+    return PackedRows(tokens, np.stack(columns, axis=1).astype(np.int64), pieces)
+
+
+def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into pieces of a row at most: each piece's document, where it begins in it, and its length."""
+    counts = -(-lengths.astype(np.int64) // seq_len)
+    owner = np.repeat(np.arange(len(lengths)), counts)
+    offset = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * seq_len
+    return owner, offset, np.minimum(seq_len, lengths[owner] - offset)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distributes items of the given lengths over bins, longest first, each into the fullest bin that holds it.
+    """Distribute items of the given lengths over bins, longest first, each into the fullest bin that holds it.
 
     Returns the indices of each bin's items, ascending. Equal lengths are placed in their order, so the result is
     a function of the lengths alone. Lengths lie between 1 and the capacity.
@@ -77,18 +103,3 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bins_with_room[room - length].append(chosen)
             occupied |= 1 << (room - length)
     return [sorted(items) for items in bins]
-
-
-def _fill_row(
-    pieces: list[tuple[int, int, int]], documents: Sequence[Document], seq_len: int, pad_token_id: int, dtype: type
-) -> PackedRow:
-    tokens = np.full(seq_len, pad_token_id, dtype=dtype)
-    spans = np.empty((len(pieces), len(SPAN_COLUMNS)), dtype=np.int64)
-    start = 0
-    for index, (number, offset, length) in enumerate(pieces):
-        document = documents[number]
-        tokens[start : start + length] = document.ids[offset : offset + length]
-        answer_start = start + min(max(document.answer_start - offset, 0), length)
-        spans[index] = (start, answer_start, start + length, document.source, document.input_row, offset)
-        start += length
-    return PackedRow(tokens, spans)

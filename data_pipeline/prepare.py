@@ -1,70 +1,90 @@
-"""The job that makes a shard folder: read, clean, drop, encode, pack and write, one group of rows after another.
+"""The job that makes a shard folder: chunks are encoded, rows selected, groups packed and written, the index last.
 
-Packing and shards never cross a group, and the groups depend on the source and the constants below alone, so the same
-input and settings give the same bytes. Memory holds one group, and a digest of 16 bytes for every kept row, about 100
-bytes a row as Python keeps them.
+    source → chunks ─ encode_chunks ─→ .work/chunk-*.npz ─ select_rows ─→ .work/selection.npz ─ write_groups ─→ shards
+
+Every step leaves files under its final name, so whoever comes next, after a crash too, does only what is missing. What
+a chunk, a group or a shard is depends on the source, the settings and the constants of these modules: the same bytes
+come out whoever does the work, and however many they are.
 """
 
-import hashlib
+from __future__ import annotations
+
+import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import polars as pl
 
-from data_pipeline.clean import RULES, clean
+from data_pipeline.clean import clean
+from data_pipeline.encode_chunks import DROP_REASONS, FATE, Job, Seconds, encode_chunk
+from data_pipeline.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
 from data_pipeline.errors import DataError
-from data_pipeline.folder import finished_index, locked, remove_unfinished
-from data_pipeline.packing import Document, pack
-from data_pipeline.shards import FORMAT_VERSION, TOKENIZER_FOLDER, token_dtype, write_file, write_index, write_shard
+from data_pipeline.folder import (
+    begin_or_continue,
+    claims_folder,
+    finished_index,
+    locked,
+    remove_work,
+    work_folder,
+    write_scratch,
+)
+from data_pipeline.jsonl_source import BYTES_PER_CHUNK
+from data_pipeline.parquet_source import ROWS_PER_CHUNK
+from data_pipeline.select_rows import ROWS_PER_GROUP, SPLITS, Selection, load_selection, select_rows, selection_file
+from data_pipeline.settings import Settings
+from data_pipeline.shards import FORMAT_VERSION, INDEX_NAME, TOKENIZER_FOLDER, write_file, write_index
 from data_pipeline.sources import Source, open_source
+from data_pipeline.team import ALONE, FinishedElsewhere, Member, Team, available_cores
+from data_pipeline.write_groups import folder_of, group_files, write_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ROWS_PER_CHUNK = 8192
-ROWS_PER_GROUP = 65536  # a group ends with the chunk that reaches this many
-DROP_REASONS = ("empty", "duplicate")
-DEFAULT_VOCAB_SIZE = 2000  # of a tokenizer trained on the source
+DEFAULT_SETTINGS = Settings()
 
 
 def prepare(
     source: str | list[str],
     out: str | Path,
+    settings: Settings = DEFAULT_SETTINGS,
     *,
-    tokenizer: str = "train",
-    seq_len: int = 1024,
-    rows_per_shard: int = 4096,
-    vocab_size: int = DEFAULT_VOCAB_SIZE,
+    workers: int | None = None,
+    member: Member = ALONE,
     progress: bool = True,
+    seconds: Seconds | None = None,
 ) -> dict:
-    """Makes a shard folder of a source, or leaves it alone where the same settings have made it; returns its index.
+    """Make a shard folder of a source, or leave it alone where the same settings have made it; returns its index.
 
-    source: as for `open_source`. tokenizer: `train`, a folder or a hub name. seq_len: tokens a row. vocab_size: the
-    upper limit of a trained tokenizer's. progress: show rows and MB/s on stderr. A folder that an interrupted run left
-    is begun anew; a process that finds another one at work on it waits.
-    Raises DataError for bad input, a folder made with other settings, and what the disk refuses.
+    source: as for `open_source`. workers: processes here, all cores that this one may use by default. member: which one
+    of how many jobs that share the work. progress: show rows and MB/s on stderr. seconds: is given what the time went
+    to, added up over processes.
+    Work that an interrupted run has done is kept and gone on from. A process that finds another one at work waits.
+    Raises DataError for bad input, a folder of other settings, and what the disk refuses.
     """
-    out = Path(out)
-    if seq_len < 2:
-        raise DataError(f"seq_len {seq_len} is too short: a row needs at least 2 tokens")
-    if rows_per_shard < 1:
-        raise DataError(f"rows_per_shard {rows_per_shard} is too small: a shard needs at least 1 row")
+    out, seconds = Path(out), Seconds() if seconds is None else seconds
     opened = open_source(source)
-    loaded = None if tokenizer == "train" else _load(tokenizer)
-    config = _config(opened, loaded, seq_len, rows_per_shard, vocab_size)
-    if index := finished_index(out, config):
-        return index
+    if not opened.chunks:
+        raise DataError(f"the source {opened.name} has no rows: check its files")
+    workers = min(workers or available_cores(), len(opened.chunks))
     try:
-        with locked(out):
-            # Another process may have made it while this one waited.
+        with Team(member, workers, out / INDEX_NAME, claims_folder(out)).at_work() as team:
+            tokenizer = None if settings.tokenizer == "train" else _load(settings.tokenizer)
+            config = _config(opened, tokenizer, settings)
             if index := finished_index(out, config):
+                remove_work(out)
                 return index
-            remove_unfinished(out)
-            return _Preparation(opened, out, config, progress).run(loaded)
+            with locked(out, shared=member.count > 1):
+                # Another process may have made it while this one waited.
+                if index := finished_index(out, config):
+                    return index
+                begin_or_continue(out, config, alone=member.count == 1)
+                job = Job(out.resolve(), settings, opened.chunks)
+                return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
+    except FinishedElsewhere:
+        return finished_index(out, config)
     except OSError as error:
         raise DataError(
             f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error})"
@@ -72,158 +92,177 @@ def prepare(
 
 
 class _Preparation:
-    """One run: the source, the folder, and the counts so far."""
+    """One member's way through the steps."""
 
-    def __init__(self, source: Source, out: Path, config: dict, progress: bool) -> None:
-        self.source, self.out, self.config, self.progress = source, out, config, progress
-        self.source_names: dict[str, int] = {}  # to its number, in the order of appearance
-        self.digests: set[bytes] = set()
-        self.rows_in = 0
-        self.dropped: Counter[str] = Counter(dict.fromkeys(DROP_REASONS, 0))
-        self.documents = self.tokens = 0
+    def __init__(self, source: Source, job: Job, config: dict, team: Team, progress: bool, seconds: Seconds) -> None:
+        self.source, self.job, self.config, self.team = source, job, config, team
+        self.progress, self.seconds, self.out = progress, seconds, job.out
 
-    def run(self, tokenizer: "PreTrainedTokenizerFast | None") -> dict:
-        """Fits the tokenizer where none is given, writes the shards, then the index."""
-        tokenizer = tokenizer or self._train_tokenizer()
-        tokenizer_entry = _save_tokenizer(tokenizer, self.out)
-        files = []
-        for number, group in enumerate(self._groups()):
-            files += self._write_group(number, group, tokenizer)
-        if not files:
+    def run(self, tokenizer: PreTrainedTokenizerFast | None) -> dict:
+        self.team.do_once(self._make_tokenizer, (tokenizer,), self._tokenizer_entry_file)
+        self._encode_chunks()
+        with self.seconds.of("select"):
+            self.team.do_once(select_rows, (self.job,), selection_file(self.out))
+        selection = load_selection(self.out)
+        if not any(group.split == "training" for group in selection.groups):
             raise DataError(f"the source {self.source.name} has no row with a question and an answer: check its text")
-        index = {
-            "format_version": FORMAT_VERSION,
-            "config": self.config,
-            "seq_len": self.config["seq_len"],
-            "vocab_size": len(tokenizer),
-            "tokenizer": tokenizer_entry,
-            "sources": list(self.source_names),
-            "counts": {
-                "rows_in": self.rows_in,
-                "rows_dropped": dict(self.dropped),
-                "documents": self.documents,
-                "tokens": self.tokens,
-                "packed_rows": sum(entry["rows"] for entry in files),
-            },
-            "files": files,
-        }
-        write_index(self.out, index)
-        return index
+        with self._bar("packing rows", sum(group.rows for group in selection.groups)) as bar:
 
-    def _train_tokenizer(self) -> "PreTrainedTokenizerFast":
+            def written(number: int, result: dict | None) -> None:
+                bar.update(selection.groups[number].rows)
+                self.seconds.update((result or {}).get("seconds", {}))
+
+            self.team.do(write_group, (self.job,), group_files(self.out, selection), written)
+        self.team.do_once(self._write_indexes, (selection,), self.out / INDEX_NAME)
+        remove_work(self.out)
+        return finished_index(self.out, self.config)
+
+    @property
+    def _tokenizer_entry_file(self) -> Path:
+        return work_folder(self.out) / "tokenizer.json"
+
+    def _make_tokenizer(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
+        """Save the tokenizer, fitted where none is given, and how the index will describe it."""
+        entry = _save_tokenizer(tokenizer or self._train_tokenizer(), self.out)
+        folder = self.out / TOKENIZER_FOLDER
+        if problem := fast_encoder_problem(folder):
+            if tokenizer is not None:  # a fitted one is known to be of another kind, and its corpus is small
+                self._say(f"gigatoken does not know this tokenizer ({problem}): it encodes by itself, more slowly")
+            write_scratch(self.job.mismatch_file, problem.encode())
+        write_scratch(self._tokenizer_entry_file, json.dumps(entry).encode())
+
+    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
         from data_pipeline.tokenization import train_tokenizer
 
-        texts = (
-            text
-            for frame in self._clean_chunks("fitting the tokenizer")
-            for column in ("question", "answer")
-            for text in frame[column]
-        )
-        return train_tokenizer(texts, self.config["tokenizer"]["train_vocab_size"])
+        return train_tokenizer(self._clean_texts(), self.job.settings.vocab_size)
 
-    def _clean_chunks(self, phase: str) -> Iterator[pl.DataFrame]:
-        """Yields the source's chunks with question and answer cleaned, and shows how far it is."""
+    def _clean_texts(self):
+        with self._bar("fitting the tokenizer", self.source.num_rows) as bar:
+            for frame in self.source.frames():
+                cleaned = frame.select(clean(pl.col("question", "answer"), self.job.settings.cleaning))
+                for column in cleaned:
+                    yield from column
+                bar.update(len(frame))
+
+    def _encode_chunks(self) -> None:
+        """Have all chunks encoded; by the tokenizer itself, all of them anew, once the fast encoder was found wrong."""
+        while True:
+            fast = self.job.fast_encoder
+            try:
+                with self._bar("encoding rows", self.source.num_rows) as bar:
+                    megabytes = 0.0
+
+                    def encoded(number: int, result: dict | None) -> None:
+                        nonlocal megabytes
+                        rows = (result or {}).get("rows", self.job.chunks[number].rows or 0)
+                        megabytes += (result or {}).get("bytes", 0) / 1e6
+                        self.seconds.update((result or {}).get("seconds", {}))
+                        bar.update(rows)
+                        elapsed = bar.format_dict["elapsed"]
+                        bar.set_postfix_str(f"{megabytes / elapsed:.1f} MB/s" if elapsed else "")
+
+                    self.team.do(encode_chunk, (self.job,), self.job.chunk_files(), encoded)
+            except EncoderMismatchError:
+                pass  # its finder has left word; another member may have, too
+            if self.job.fast_encoder == fast:
+                return
+            self._say(f"{self.job.mismatch_file.read_text()}: all rows are encoded anew by the tokenizer, more slowly")
+
+    def _write_indexes(self, selection: Selection) -> None:
+        """Write the index of each split, that of the whole folder last."""
+        files = zip(selection.groups, group_files(self.out, selection), strict=True)
+        written = [(group.split, json.loads(file.read_text())) for group, file in files]
+        encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)
+        tokenizer_entry = json.loads(self._tokenizer_entry_file.read_text())
+        dropped = Counter({reason: int((selection.fate == FATE[reason]).sum()) for reason in DROP_REASONS})
+        for split in SPLITS:
+            entries = [entry for entry_split, entry in written if entry_split == split]
+            files = [file for entry in entries for file in entry["files"]]
+            counts = {name: sum(entry[name] for entry in entries) for name in ("documents", "tokens")}
+            counts["packed_rows"] = sum(file["rows"] for file in files)
+            if split == "training":
+                validation = int((selection.fate == FATE["validation"]).sum())
+                totals = {"rows_in": len(selection.fate), "rows_dropped": dict(dropped)}
+                counts = totals | counts | {"validation_documents": validation}
+            elif not files:
+                continue
+            else:
+                tokenizer_entry = tokenizer_entry | {"files": _copy_tokenizer(self.out, folder_of(self.out, split))}
+            write_index(
+                folder_of(self.out, split),
+                {
+                    "format_version": FORMAT_VERSION,
+                    "split": split,
+                    "config": self.config,
+                    "seq_len": self.job.settings.seq_len,
+                    "vocab_size": encoder.vocab_size,
+                    "tokenizer": tokenizer_entry,
+                    "sources": selection.sources,
+                    "counts": counts,
+                    "files": files,
+                },
+            )
+
+    def _bar(self, phase: str, rows: int | None):
         from tqdm import tqdm
 
         # In a log file, a line now and then is enough.
         seconds = 0.1 if sys.stderr.isatty() else 30
-        bar = tqdm(total=self.source.num_rows, desc=phase, unit=" rows", disable=not self.progress, mininterval=seconds)
-        megabytes = 0.0
-        with bar:
-            for frame in self.source.batches(ROWS_PER_CHUNK):
-                texts = ("question", "answer")
-                megabytes += sum(frame.select(pl.col(text).str.len_bytes().sum() for text in texts).row(0)) / 1e6
-                yield frame.with_columns(clean(pl.col(text)) for text in texts)
-                bar.update(len(frame))
-                elapsed = bar.format_dict["elapsed"]
-                bar.set_postfix_str(f"{megabytes / elapsed:.1f} MB/s" if elapsed else "")
+        return tqdm(total=rows, desc=phase, unit=" rows", disable=not self.progress, mininterval=seconds)
 
-    def _groups(self) -> Iterator[list[pl.DataFrame]]:
-        group: list[pl.DataFrame] = []
-        for chunk in self._clean_chunks("packing rows"):
-            group.append(chunk)
-            if sum(map(len, group)) >= ROWS_PER_GROUP:
-                yield group
-                group = []
-        if group:
-            yield group
-
-    def _write_group(self, number: int, chunks: list[pl.DataFrame], tokenizer: "PreTrainedTokenizerFast") -> list[dict]:
-        documents = [document for chunk in chunks for document in self._documents(chunk, tokenizer)]
-        self.documents += len(documents)
-        self.tokens += sum(len(document.ids) for document in documents)
-        rows = pack(documents, self.config["seq_len"], tokenizer.pad_token_id, token_dtype(len(tokenizer)))
-        step = self.config["rows_per_shard"]
-        return [
-            write_shard(self.out, f"shard-{number:05d}-{first // step:03d}", rows[first : first + step])
-            for first in range(0, len(rows), step)
-        ]
-
-    def _documents(self, chunk: pl.DataFrame, tokenizer: "PreTrainedTokenizerFast") -> Iterator[Document]:
-        """Drops rows by reason, counting them, and encodes the others."""
-        from data_pipeline.tokenization import encode_documents
-
-        kept = []
-        for row, (question, answer, source) in enumerate(chunk.select("question", "answer", "source").rows()):
-            if reason := self._reason_to_drop(question, answer):
-                self.dropped[reason] += 1
-            else:
-                source_number = self.source_names.setdefault(source, len(self.source_names))
-                kept.append((question, answer, source_number, self.rows_in + row))
-        self.rows_in += len(chunk)
-        encoded = encode_documents(tokenizer, [row[0] for row in kept], [row[1] for row in kept])
-        for (ids, answer_start), (_, _, source_number, input_row) in zip(encoded, kept, strict=True):
-            yield Document(ids, answer_start, source_number, input_row)
-
-    def _reason_to_drop(self, question: str, answer: str) -> str | None:
-        if not question or not answer:
-            return "empty"
-        # Cleaning leaves no NUL, so it tells where the question ends.
-        digest = hashlib.blake2b(f"{question}\0{answer}".encode(), digest_size=16).digest()
-        if digest in self.digests:
-            return "duplicate"
-        self.digests.add(digest)
-        return None
+    def _say(self, sentence: str) -> None:
+        if self.progress:
+            print(sentence, file=sys.stderr)
 
 
-def _load(name: str) -> "PreTrainedTokenizerFast":
+def _load(name: str) -> PreTrainedTokenizerFast:
     from data_pipeline.tokenization import load_tokenizer
 
     return load_tokenizer(name)
 
 
-def _config(
-    source: Source, tokenizer: "PreTrainedTokenizerFast | None", seq_len: int, rows_per_shard: int, vocab_size: int
-) -> dict:
-    """Gathers all that decides the bytes of the shards, and nothing that differs between machines."""
+def _config(source: Source, tokenizer: PreTrainedTokenizerFast | None, settings: Settings) -> dict:
+    """Gather all that decides the bytes of the shards, and nothing that differs between machines."""
     if tokenizer is None:
-        tokenizer_config = {"train_vocab_size": vocab_size}
+        tokenizer_config = {"train_vocab_size": settings.vocab_size}
     else:
         from data_pipeline.tokenization import fingerprint
 
         tokenizer_config = {"fingerprint": fingerprint(tokenizer)}
+    evaluation_texts = None
+    if settings.decontaminate:
+        from data_pipeline.contamination import EvaluationSet
+
+        evaluation_texts = EvaluationSet(settings.decontaminate).fingerprint
     return {
         "source": source.identity,
         "tokenizer": tokenizer_config,
-        "cleaning": list(RULES),
-        "drop": list(DROP_REASONS),
-        "seq_len": seq_len,
-        "rows_per_shard": rows_per_shard,
+        **settings.config(),
+        "decontaminate": evaluation_texts,
         "rows_per_chunk": ROWS_PER_CHUNK,
+        "bytes_per_chunk": BYTES_PER_CHUNK,
         "rows_per_group": ROWS_PER_GROUP,
     }
 
 
-def _save_tokenizer(tokenizer: "PreTrainedTokenizerFast", out: Path) -> dict:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     from data_pipeline.tokenization import fingerprint
 
     # The backend reports a full disk as a bare Exception, so it writes elsewhere, and our own writer writes here.
     with TemporaryDirectory() as elsewhere:
         tokenizer.save_pretrained(elsewhere)
         contents = {path.name: path.read_bytes() for path in sorted(Path(elsewhere).iterdir())}
-    folder = out / TOKENIZER_FOLDER
+    files = _write_tokenizer_files(out / TOKENIZER_FOLDER, contents)
+    return {"fingerprint": fingerprint(tokenizer), "pad_token_id": tokenizer.pad_token_id, "files": files}
+
+
+def _copy_tokenizer(out: Path, folder: Path) -> list[dict]:
+    contents = {path.name: path.read_bytes() for path in sorted((out / TOKENIZER_FOLDER).iterdir())}
+    return _write_tokenizer_files(folder / TOKENIZER_FOLDER, contents)
+
+
+def _write_tokenizer_files(folder: Path, contents: dict[str, bytes]) -> list[dict]:
     folder.mkdir(exist_ok=True)
-    files = [
+    return [
         {"name": f"{TOKENIZER_FOLDER}/{name}", **write_file(folder / name, [data])} for name, data in contents.items()
     ]
-    return {"fingerprint": fingerprint(tokenizer), "pad_token_id": tokenizer.pad_token_id, "files": files}

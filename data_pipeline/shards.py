@@ -10,80 +10,118 @@ import hashlib
 import io
 import json
 import os
+import socket
 import tarfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.packing import PackedRow
+from data_pipeline.packing import PackedRows
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
 PARTIAL_SUFFIX = ".partial"
 TAR_RECORD_BYTES = tarfile.RECORDSIZE
+BLOCK_BYTES = 2**20
 
 
 def token_dtype(vocab_size: int) -> type:
-    """Gives the smallest of the two token types that holds all ids."""
+    """Give the smallest of the two token types that holds all ids."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
-def write_file(path: Path, parts: Iterable[bytes]) -> dict:
-    """Writes a file under a temporary name, syncs and renames it; returns its bytes and sha256."""
-    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict:
+    """Write a file under a temporary name of this process's own, sync and rename it; returns its bytes and sha256."""
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
     digest, size = hashlib.sha256(), 0
     with partial.open("wb") as file:
-        for part in parts:
-            file.write(part)
-            digest.update(part)
-            size += len(part)
+        for block in _blocks(parts):
+            file.write(block)
+            digest.update(block)
+            size += len(block)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def write_shard(folder: Path, name: str, rows: Sequence[PackedRow]) -> dict:
-    """Writes `name.tar` and `name.offsets.npy`, the same bytes for the same rows; returns the shard's index entry."""
-    offsets = np.empty((len(rows), 2), dtype=np.uint64)
+def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
+    """Join small parts to blocks: a hash and a write of some hundred bytes cost more than copying them."""
+    gathered, size = [], 0
+    for part in parts:
+        gathered.append(part)
+        size += len(part)
+        if size >= BLOCK_BYTES:
+            yield b"".join(gathered)
+            gathered, size = [], 0
+    yield b"".join(gathered)
 
-    def members() -> Iterable[bytes]:
-        position = 0
-        for number, row in enumerate(rows):
-            for column, (kind, array) in enumerate((("tokens", row.tokens), ("spans", row.spans))):
-                data = _npy_bytes(array)
-                header = tarfile.TarInfo(f"{name}-{number:06d}.{kind}.npy")  # its time, user and group are zero
-                header.size = len(data)
-                header_bytes = header.tobuf(format=tarfile.USTAR_FORMAT)
-                offsets[number, column] = position + len(header_bytes)
-                member = header_bytes + data + bytes(-len(data) % tarfile.BLOCKSIZE)
-                position += len(member)
-                yield member
-        end = 2 * tarfile.BLOCKSIZE
-        yield bytes(end + -(position + end) % TAR_RECORD_BYTES)
 
-    tar = write_file(folder / f"{name}.tar", members())
+def write_shard(folder: Path, name: str, rows: PackedRows) -> dict:
+    """Write `name.tar` and `name.offsets.npy`, the same bytes for the same rows; returns the shard's index entry."""
+    tokens = np.ascontiguousarray(rows.tokens)
+    spans = np.ascontiguousarray(rows.spans, dtype=np.int64)
+    span_ends = np.cumsum(rows.pieces)
+    kinds = sorted(set(rows.pieces.tolist()))
+    # The members of a shard differ in their name's number and their data: what they share is made once.
+    tokens_start = _Start(f"{name}-%06d.tokens.npy", tokens[:1].reshape(-1))
+    spans_starts = {count: _Start(f"{name}-%06d.spans.npy", spans[:count]) for count in kinds}
+    offsets = np.empty((len(tokens), 2), dtype=np.uint64)
+    parts, position = [], 0
+    for number, (count, end) in enumerate(zip(rows.pieces.tolist(), span_ends.tolist(), strict=True)):
+        for column, (start, array) in enumerate(
+            ((tokens_start, tokens[number]), (spans_starts[count], spans[end - count : end]))
+        ):
+            header, data_at, padding = start.of(number)
+            parts += (header, array.data.cast("B"), padding)
+            offsets[number, column] = position + data_at
+            position += len(header) + array.nbytes + len(padding)
+    closing = 2 * tarfile.BLOCKSIZE
+    parts.append(bytes(closing + -(position + closing) % TAR_RECORD_BYTES))
+    tar = write_file(folder / f"{name}.tar", parts)
     offsets_file = write_file(folder / f"{name}.offsets.npy", [_npy_bytes(offsets)])
     return {
         "name": f"{name}.tar",
-        "rows": len(rows),
+        "rows": len(tokens),
         **tar,
         "offsets": {"name": f"{name}.offsets.npy", **offsets_file},
     }
 
 
+class _Start:
+    """What stands in a tar before the data of an array of one shape: a tar header, then an npy header."""
+
+    def __init__(self, pattern: str, array: np.ndarray) -> None:
+        npy_header = _npy_bytes(array)[: -array.nbytes]
+        size = len(npy_header) + array.nbytes
+        header = tarfile.TarInfo(pattern % 0)  # its time, user and group are zero
+        header.size = size
+        self._digits_at = pattern.index("%")
+        self._sum_at = 148  # of the header's bytes, the checksum's own counted as spaces: six octal digits
+        self._header = bytearray(header.tobuf(format=tarfile.USTAR_FORMAT) + npy_header)
+        self._sum = int(self._header[self._sum_at : self._sum_at + 6], 8)
+        self._padding = bytes(-size % tarfile.BLOCKSIZE)
+
+    def of(self, number: int) -> tuple[bytes, int, bytes]:
+        """Give the headers of member `number`, where in them the array's file begins, and what follows its data."""
+        digits = b"%06d" % number
+        self._header[self._digits_at : self._digits_at + 6] = digits
+        self._header[self._sum_at : self._sum_at + 6] = b"%06o" % (self._sum + sum(digits) - 6 * ord("0"))
+        return bytes(self._header), tarfile.BLOCKSIZE, self._padding
+
+
 def write_index(folder: Path, index: dict) -> None:
-    """Writes the index, which completes the folder; everything it names must be durable under its final name."""
+    """Write the index, which completes the folder; everything it names must be durable under its final name."""
     _sync_folder(folder)
     write_file(folder / INDEX_NAME, [(json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()])
     _sync_folder(folder)
 
 
 def read_index(folder: Path) -> dict:
-    """Reads the index of a finished folder; raises DataError where there is none, or one of another format."""
+    """Read the index of a finished folder; raises DataError where there is none, or one of another format."""
     if not folder.is_dir():
         raise DataError(f"there is no shard folder {folder}: make it with `lfm prepare SOURCE --out {folder}`")
     path = folder / INDEX_NAME
@@ -104,7 +142,7 @@ def read_index(folder: Path) -> dict:
 
 
 def files_of(index: dict) -> list[dict]:
-    """Lists the name, bytes and sha256 of every file of the folder except the index."""
+    """List the name, bytes and sha256 of every file of the folder except the index."""
     return [*index["files"], *(shard["offsets"] for shard in index["files"]), *index["tokenizer"]["files"]]
 
 

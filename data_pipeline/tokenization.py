@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from data_pipeline.errors import DataError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and reading shards doesn't need it
@@ -94,23 +92,6 @@ def train_tokenizer(
     backend.train_from_iterator(texts, trainer)
     backend.add_special_tokens([AddedToken(MASK_TOKEN, lstrip=True, normalized=False, special=True)])
     return _prepare(backend, FIRST_SPECIAL_TOKENS | {"mask_token": MASK_TOKEN})
-
-
-def encode_documents(
-    tokenizer: "PreTrainedTokenizerFast", questions: list[str], answers: list[str]
-) -> list[tuple[np.ndarray, int]]:
-    """Encodes pairs as `<s> question <sep> answer </s>`.
-
-    Returns for each pair its ids, uint32 `[tokens]`, and the index of the answer's first token.
-    """
-    with special_tokens_as_text(tokenizer) as backend:
-        encodings = backend.encode_batch_fast(questions + answers, add_special_tokens=False)
-    bos, sep, eos = tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.eos_token_id
-    documents = []
-    for question, answer in zip(encodings[: len(questions)], encodings[len(questions) :], strict=True):
-        ids = [bos, *question.ids, sep, *answer.ids, eos]
-        documents.append((np.array(ids, dtype=np.uint32), len(question) + 2))
-    return documents
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", question: str) -> list[int]:

@@ -10,6 +10,8 @@ import os
 import sys
 
 from launcher.errors import ConfigurationError, one_sentence_errors
+from launcher.folder_commands import add_inspect, add_verify
+from launcher.prepare_command import add_prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training: deepspeed train.py --deepspeed_config ds_configs/zero3.json [--config run.yaml] [key=value ...]",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_fetch, _add_prepare, _add_verify, _add_export, _add_generate, _add_evaluate):
+    for add in (_add_fetch, add_prepare, add_verify, add_inspect, _add_export, _add_generate, _add_evaluate):
         add(commands)
     return parser
 
@@ -74,58 +76,6 @@ def _fetch(options) -> None:
                 "is reached, a login node for example"
             ) from error
         print(f"{name} is in {target}")
-
-
-def _add_prepare(commands) -> None:
-    parser = _command(
-        commands, "prepare", _prepare, "Clean, tokenize and pack question/answer rows into WebDataset shards.",
-        "lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --seq-len 2048 --out data/webinstruct",
-    )  # fmt: skip
-    parser.add_argument(
-        "source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset name, or parquet / jsonl files or folders with question and answer columns",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", required=True, default=argparse.SUPPRESS, help="folder for the shards, the tokenizer and index.json"
-    )
-    parser.add_argument(
-        "--tokenizer", help="a folder or hub name of an LED tokenizer, or 'train' to fit one (default: train for the "
-        "sample, allenai/led-base-16384 otherwise)", default=argparse.SUPPRESS,
-    )  # fmt: skip
-    parser.add_argument("--seq-len", type=int, help="tokens in a packed row (default: 256 for the sample, else 2048)",
-                        default=argparse.SUPPRESS)  # fmt: skip
-
-
-def _prepare(options) -> None:
-    from data_pipeline.prepare import prepare
-
-    is_sample = options.source == ["sample"]
-    tokenizer = getattr(options, "tokenizer", "train" if is_sample else "allenai/led-base-16384")
-    seq_len = getattr(options, "seq_len", 256 if is_sample else 2048)
-    source = options.source[0] if len(options.source) == 1 else options.source
-    _print_counts(options.out, prepare(source, options.out, tokenizer=tokenizer, seq_len=seq_len))
-
-
-def _add_verify(commands) -> None:
-    parser = _command(commands, "verify", _verify, "Recount and rehash a shard folder.", "lfm verify data/sample")
-    parser.add_argument("folder", help="a folder made by lfm prepare")
-
-
-def _verify(options) -> None:
-    from data_pipeline.verification import verify
-
-    _print_counts(options.folder, verify(options.folder))
-
-
-def _print_counts(folder: str, index: dict) -> None:
-    counts = index["counts"]
-    reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts["rows_dropped"].items())
-    filled = counts["tokens"] / (counts["packed_rows"] * index["seq_len"])
-    print(
-        f"{folder}: {counts['rows_in']:,} rows = {counts['documents']:,} packed + "
-        f"{sum(counts['rows_dropped'].values()):,} dropped ({reasons}); {counts['tokens']:,} tokens in "
-        f"{counts['packed_rows']:,} packed rows of {index['seq_len']} ({filled:.1%} filled)"
-    )
 
 
 def _add_export(commands) -> None:

@@ -29,6 +29,22 @@ class Preparation:
 
 
 @dataclass
+class WeightedData:
+    """One folder of a mixture; its share of the rows is its weight over the sum of all weights."""
+
+    path: str
+    weight: float
+
+
+@dataclass
+class DataCache:
+    """Where shards behind a URL are kept: a folder on the machine's own disk (null: among its temporary files)."""
+
+    folder: str | None = None
+    gigabytes: float = 50.0
+
+
+@dataclass
 class Schedule:
     """Cosine annealing with warm restarts after the warm-up (Loshchilov & Hutter 2017)."""
 
@@ -49,7 +65,9 @@ class Precision:
 class RunConfig:
     """All that a run depends on beside the DeepSpeed JSON; the README has a line on each key."""
 
-    data: str = "data/sample"
+    data: str | list[WeightedData] = "data/sample"
+    on_bad_shard: str = "refuse"
+    data_cache: DataCache = field(default_factory=DataCache)
     output: str = "runs/sample"
     model: str = "tiny"
     seed: int = 1234
@@ -91,6 +109,12 @@ class RunConfig:
             raise ConfigurationError(f"schedule.minimum_ratio is {self.schedule.minimum_ratio}; it must be in [0, 1]")
         if self.schedule.steps is not None and self.schedule.steps < 1:
             raise ConfigurationError(f"schedule.steps is {self.schedule.steps}; it must be at least 1")
+        if self.on_bad_shard not in ("refuse", "skip"):
+            raise ConfigurationError(f"on_bad_shard is {self.on_bad_shard!r}; it must be 'refuse' or 'skip'")
+        if not 0 < self.data_cache.gigabytes < math.inf:
+            raise ConfigurationError(
+                f"data_cache.gigabytes is {self.data_cache.gigabytes}; it must be above 0, and finite"
+            )
         if self.loss_on not in ("all", "answer"):
             raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
         if self.schedule.cycles < 1 or self.schedule.multiplier < 1:
@@ -161,6 +185,9 @@ def _build(cls: type, fields: dict, prefix: str, where: str):
             nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
             raise ConfigurationError(f"unknown key {prefix}{name} in {where}; did you mean {prefix}{nearest[0]}?")
         values[name] = _convert(hints[name], value, f"{prefix}{name}", where)
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # neither is there
+    if missing := [name for name in required if name not in values]:
+        raise ConfigurationError(f"{prefix}{missing[0]} is missing in {where}")
     return cls(**values)
 
 
@@ -168,7 +195,11 @@ def _convert(hint, value, key: str, where: str):
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
-        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+        options = [option for option in typing.get_args(hint) if option is not type(None)]
+        hint = next((o for o in options if (typing.get_origin(o) is list) == isinstance(value, list)), options[0])
+    if typing.get_origin(hint) is list:
+        (element,) = typing.get_args(hint)
+        return [_convert(element, entry, f"{key}[{index}]", where) for index, entry in enumerate(value)]
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
             raise ConfigurationError(f"{key} in {where} is a section of keys, not the value {value!r}")

@@ -8,14 +8,17 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
+from data_pipeline.team import Member
 from launcher.errors import ConfigurationError
+
+if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
+    import torch
 
 LONGEST_COMPILATION = 600  # seconds; one operator takes about half a minute
 
@@ -32,6 +35,8 @@ class Environment:
 
     @property
     def device(self) -> torch.device:
+        import torch
+
         if not torch.cuda.is_available():
             return torch.device("cpu")
         # A launcher may show each process its own GPU alone, or all of them.
@@ -70,8 +75,49 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
     return Environment(rank, world_size, local_rank, int(local_size or world_size), launcher)
 
 
+def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, bool]:
+    """This job's share of a preparation, and whether it shares the machine with others of mpirun.
+
+    The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array.
+    Raises `ConfigurationError` where MPI cannot be used.
+    """
+    variables = os.environ if variables is None else variables
+    rank, size, by_mpirun = 0, 1, False
+    if "OMPI_COMM_WORLD_SIZE" in variables:
+        rank, size, by_mpirun = *_mpi_place(int(variables["OMPI_COMM_WORLD_SIZE"])), True
+    elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
+        rank, size = int(variables["SLURM_PROCID"]), int(variables["SLURM_NTASKS"])
+    elif "PMI_SIZE" in variables:
+        rank, size, by_mpirun = *_mpi_place(int(variables["PMI_SIZE"])), True
+    task, tasks = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in variables:
+        named = [int(variables[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")]
+        task, tasks = (named[0] - named[1]) // named[2], named[3]
+    return Member(task * size + rank, tasks * size), by_mpirun
+
+
+def _mpi_place(expected: int) -> tuple[int, int]:
+    everyone, MPI = _mpi_world(expected)
+    place = everyone.rank, everyone.size
+    MPI.Finalize()  # the ranks share work through files; finalizing at the end would make a failing rank wait for all
+    return place
+
+
 def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Environment:
     """Ranks as MPI counts them; rank 0's address and a free port of it are sent to the others."""
+    everyone, MPI = _mpi_world(expected)
+    neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
+    address = socket.gethostname() if neighbours.size < everyone.size else "127.0.0.1"
+    meeting = everyone.bcast((address, str(free_port())) if everyone.rank == 0 else None)
+    variables["MASTER_ADDR"], variables["MASTER_PORT"] = meeting
+    place = Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
+    # That was all. Left to the end of the process, finalizing would make a rank that fails wait for all the others.
+    MPI.Finalize()
+    return place
+
+
+def _mpi_world(expected: int):
+    """MPI's communicator of all ranks, and the module; `ConfigurationError` where they are not as many as started."""
     try:
         from mpi4py import MPI  # only here: importing it starts MPI
     except (ImportError, RuntimeError) as error:
@@ -81,19 +127,12 @@ def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Enviro
         ) from error
     everyone = MPI.COMM_WORLD
     if everyone.size != expected:
-        # Another MPI's mpirun starts every process as a world of its own, and each would train alone.
+        # Another MPI's mpirun starts every process as a world of its own, and each would work alone.
         raise ConfigurationError(
             f"mpirun started {expected} processes, but mpi4py's MPI library sees {everyone.size}; "
             "use the mpirun of the MPI library that mpi4py loads"
         )
-    neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
-    address = socket.gethostname() if neighbours.size < everyone.size else "127.0.0.1"
-    meeting = everyone.bcast((address, str(free_port())) if everyone.rank == 0 else None)
-    variables["MASTER_ADDR"], variables["MASTER_PORT"] = meeting
-    place = Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
-    # That was all. Left to the end of the process, finalizing would make a rank that fails wait for all the others.
-    MPI.Finalize()
-    return place
+    return everyone, MPI
 
 
 def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
@@ -112,6 +151,8 @@ def export_for_torch(environment: Environment) -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     if environment.device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
+            import torch
+
             # By default every process takes all cores, and they fight.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
         _keep_freed_memory()

@@ -12,9 +12,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.prepare import prepare
-from data_pipeline.reader import ShardFolder
+from data_pipeline.remote import is_remote
+from data_pipeline.settings import Settings
 from launcher.checkpoint import find_checkpoint, read_manifest, set_aside_later
 from launcher.config import RunConfig, load_run_config
+from launcher.data_source import open_run_data
 from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -41,8 +43,9 @@ def make_plan(
     Raises `ConfigurationError` or `DataError`.
     """
     config = load_run_config(config_path, overrides)
-    _prepare_if_missing(config)
-    data = ShardFolder(config.data)
+    if isinstance(config.data, str) and not is_remote(config.data):
+        _prepare_if_missing(config)
+    data = open_run_data(config)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
     run = RunFolder(config.output)
@@ -99,4 +102,5 @@ def _prepare_if_missing(config: RunConfig) -> None:
     """Make the data folder where the configuration says how and it is not there yet."""
     if config.prepare is not None and not (Path(config.data) / "index.json").exists():
         print(f"preparing {config.prepare.source} into {config.data}", flush=True)
-        prepare(config.prepare.source, config.data, tokenizer=config.prepare.tokenizer, seq_len=config.prepare.seq_len)
+        settings = Settings(tokenizer=config.prepare.tokenizer, seq_len=config.prepare.seq_len)
+        prepare(config.prepare.source, config.data, settings)

@@ -7,15 +7,18 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import torch
 from transformers import AutoTokenizer
 
 from data_pipeline.clean import clean
+from data_pipeline.collate import ARRAYS, IGNORE_INDEX, collate
 from data_pipeline.errors import DataError
-from data_pipeline.loader import IGNORE_INDEX, BatchStream, position_ids, supervised
-from data_pipeline.prepare import ROWS_PER_CHUNK, prepare
+from data_pipeline.loader import BatchStream
+from data_pipeline.prepare import prepare
 from data_pipeline.reader import ShardFolder
+from data_pipeline.settings import Settings
 from data_pipeline.sources import open_source
 from data_pipeline.tokenization import train_tokenizer
 
@@ -57,12 +60,14 @@ def prepare_corpus(data: str, folder: Path) -> None:
         train_tokenizer(texts, VOCAB_SIZE).save_pretrained(folder / "tokenizer")
         made_of.write_text(json.dumps(source.identity))  # last: it completes the two files and the tokenizer
     for part in ("training", "validation"):
-        prepare(f"{folder}/{part}.parquet", folder / part, tokenizer=str(folder / "tokenizer"), seq_len=SEQ_LEN)
+        prepare(
+            f"{folder}/{part}.parquet", folder / part, Settings(tokenizer=str(folder / "tokenizer"), seq_len=SEQ_LEN)
+        )
 
 
 def _split(source, folder: Path) -> pl.DataFrame:
     """Write the rows of a share of the questions apart, cleaned; returns the others, which are for training."""
-    frames = [frame.with_columns(clean(pl.col("question", "answer"))) for frame in source.batches(ROWS_PER_CHUNK)]
+    frames = [frame.with_columns(clean(pl.col("question", "answer"))) for frame in source.frames()]
     rows = pl.concat(frames)
     # By the question, so that none is learnt with one answer and asked for with another.
     apart = pl.Series([_number_of(question) % VALIDATION_SHARE == 0 for question in rows["question"]])
@@ -93,22 +98,11 @@ def validation_batches(folder: Path) -> list[ValidationBatch]:
     if end <= FIRST_VALIDATION_ROW:
         raise DataError(f"{folder} has {shards.num_rows} validation rows: more than {FIRST_VALIDATION_ROW} are needed")
     for first in range(FIRST_VALIDATION_ROW, end, VALIDATION_BATCH):
-        rows = [_row(shards, row) for row in range(first, min(first + VALIDATION_BATCH, end))]
-        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        rows = shards.gather(np.arange(first, min(first + VALIDATION_BATCH, end)))
+        batch = dict(zip(ARRAYS, torch.from_numpy(collate(rows, shards.pad_token_id, "all")), strict=True))
         targets = batch["labels"][batch["labels"] != IGNORE_INDEX]
         batches.append(ValidationBatch(batch, int(token_bytes[targets].sum())))
     return batches
-
-
-def _row(shards: ShardFolder, row: int) -> dict[str, torch.Tensor]:
-    tokens, spans = shards.read(row)
-    input_ids = torch.from_numpy(tokens.astype("int64"))
-    asked = torch.from_numpy(supervised(spans, len(tokens), "all"))
-    return {
-        "input_ids": input_ids,
-        "labels": torch.where(asked, input_ids, IGNORE_INDEX),
-        "position_ids": torch.from_numpy(position_ids(spans, len(tokens))),
-    }
 
 
 def _token_bytes(shards: ShardFolder) -> torch.Tensor:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.prepare import prepare
+from data_pipeline.settings import Settings
 
-SETTINGS = {"seq_len": 64, "rows_per_shard": 20, "vocab_size": 400, "progress": False}
+SETTINGS = Settings(seq_len=64, rows_per_shard=20, vocab_size=400)
 WORDS = ["the", "sum", "of", "two", "numbers", "is", "greater", "than", "water", "boils", "at", "hundred", "degrees"]
 DIRT = ["&amp;lt;b&gt;", "\u200b", " \u00a0 ", "cafe\u0301", "\r\n\r\n\r\n", "(https://example.org)"]
 DIRT += ["<s>", "</s>", "<mask>", "<sep>", "$x^2 < y_{1}$", "x²"]  # and what must stay
@@ -48,12 +49,12 @@ def corpus(tmp_path_factory, rows) -> Path:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, corpus) -> Path:
     out = tmp_path_factory.mktemp("prepared") / "shards"
-    prepare(str(corpus), out, **SETTINGS)
+    prepare(str(corpus), out, SETTINGS, workers=1, progress=False)
     return out
 
 
 @pytest.fixture(scope="session")
-def settings() -> dict:
+def settings() -> Settings:
     return SETTINGS
 
 

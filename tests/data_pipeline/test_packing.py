@@ -2,51 +2,60 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import Document, best_fit, pack
+from data_pipeline.packing import Documents, best_fit, pack
 
 SEQ_LEN, PAD = 16, 1
 
 
 def documents_of(lengths):
     """Documents whose tokens are all different, so that a token out of place shows."""
-    ends = np.cumsum(lengths) + 10
-    return [
-        Document(np.arange(end - length, end), answer_start=length // 2, source=number % 3, input_row=2 * number)
-        for number, (end, length) in enumerate(zip(ends, lengths, strict=True))
-    ]
+    lengths = np.array(lengths)
+    numbers = np.arange(len(lengths))
+    return Documents(np.arange(lengths.sum()) + 10, lengths, lengths // 2, numbers % 3, 2 * numbers)
+
+
+def rows_of(packed):
+    """Gives each row's tokens and spans."""
+    return list(zip(packed.tokens, np.split(packed.spans, np.cumsum(packed.pieces)[:-1]), strict=True))
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=40))
 def test_pieces_reassemble_to_every_document_exactly_once(lengths):
     documents = documents_of(lengths)
-    found = {document.input_row: [] for document in documents}
-    for row in pack(documents, SEQ_LEN, PAD, np.uint16):
-        assert row.tokens.shape == (SEQ_LEN,)
-        assert row.tokens.dtype == np.uint16
-        assert row.spans[0, 0] == 0
-        assert np.array_equal(row.spans[1:, 0], row.spans[:-1, 2])
-        assert np.all(row.tokens[row.spans[-1, 2] :] == PAD)
-        for start, answer_start, end, source, input_row, offset in row.spans.tolist():
-            found[input_row].append((offset, row.tokens[start:end].tolist(), answer_start - start, source))
-    for document in documents:
-        pieces = sorted(found[document.input_row])
-        assert [token for _, ids, _, _ in pieces for token in ids] == document.ids.tolist()
-        for offset, ids, answer_start, source in pieces:
-            assert source == document.source
-            assert ids == document.ids[offset : offset + len(ids)].tolist()
-            answer = [token for token in ids if token >= document.ids[document.answer_start]]
-            assert ids[answer_start:] == answer
+    found = {input_row: [] for input_row in documents.input_rows.tolist()}
+    packed = pack(documents, SEQ_LEN, PAD, np.uint16)
+    assert packed.tokens.shape == (len(packed.pieces), SEQ_LEN)
+    assert packed.tokens.dtype == np.uint16
+    assert packed.spans.dtype == np.int64
+    for tokens, spans in rows_of(packed):
+        assert spans[0, 0] == 0
+        assert np.array_equal(spans[1:, 0], spans[:-1, 2])
+        assert np.all(tokens[spans[-1, 2] :] == PAD)
+        for start, answer_start, end, source, input_row, offset in spans.tolist():
+            found[input_row].append((offset, tokens[start:end].tolist(), answer_start - start, source))
+    begin = 10
+    for length, answer_at, source, input_row in zip(
+        lengths, documents.answer_starts, documents.sources, documents.input_rows, strict=True
+    ):
+        ids = list(range(begin, begin + length))
+        pieces = sorted(found[int(input_row)])
+        assert [token for _, piece, _, _ in pieces for token in piece] == ids
+        for offset, piece, answer_start, piece_source in pieces:
+            assert piece_source == source
+            assert piece == ids[offset : offset + len(piece)]
+            assert piece[answer_start:] == [token for token in piece if token >= begin + answer_at]
+        begin += length
 
 
 def test_the_answer_of_a_split_document_is_clipped_to_each_piece():
-    rows = pack([Document(np.arange(40), answer_start=20, source=0, input_row=0)], SEQ_LEN, PAD, np.uint16)
-    assert [row.spans[0].tolist() for row in rows] == [[0, 16, 16, 0, 0, 0], [0, 4, 16, 0, 0, 16], [0, 0, 8, 0, 0, 32]]
+    packed = pack(documents_of([40]), SEQ_LEN, PAD, np.uint16)
+    assert packed.spans.tolist() == [[0, 16, 16, 0, 0, 0], [0, 4, 16, 0, 0, 16], [0, 0, 8, 0, 0, 32]]
 
 
 def test_rows_and_their_documents_come_in_the_order_of_the_input():
-    rows = pack(documents_of([9, 3, 12, 7, 4, 10]), SEQ_LEN, PAD, np.uint16)
-    assert [row.spans[:, 4].tolist() for row in rows] == [[0, 6], [2, 10], [4, 8]]
+    packed = pack(documents_of([9, 3, 12, 7, 4, 10]), SEQ_LEN, PAD, np.uint16)
+    assert [spans[:, 4].tolist() for _, spans in rows_of(packed)] == [[0, 6], [2, 10], [4, 8]]
 
 
 def test_an_item_goes_into_the_fullest_bin_that_holds_it():

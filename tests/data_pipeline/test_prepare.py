@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import webdataset
 
@@ -15,6 +17,14 @@ from data_pipeline.prepare import prepare
 from data_pipeline.reader import ShardFolder
 from data_pipeline.tokenization import decode_answer, load_tokenizer
 from data_pipeline.verification import verify
+
+QUIETLY = {"workers": 1, "progress": False}
+
+
+def as_json(settings):
+    """Gives the settings that are plain values, for another process."""
+    plain = ("tokenizer", "vocab_size", "seq_len", "rows_per_shard")
+    return json.dumps({name: getattr(settings, name) for name in plain})
 
 
 def contents(folder):
@@ -36,9 +46,10 @@ def in_process(code, *arguments):
 
 RUN = """
 from data_pipeline.prepare import prepare
+from data_pipeline.settings import Settings
 from data_pipeline.errors import DataError
 try:
-    prepare(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
+    prepare(sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3])), workers=1, progress=False)
 except DataError as error:
     sys.exit(f"one sentence: {error}")
 """
@@ -105,7 +116,7 @@ def test_webdataset_itself_reads_the_same(prepared, rows):
 def test_rows_in_are_packed_rows_and_rows_dropped(prepared, rows):
     counts = ShardFolder(prepared).index["counts"]
     assert counts["rows_in"] == len(rows) == counts["documents"] + sum(counts["rows_dropped"].values())
-    assert counts["rows_dropped"] == {"empty": 3, "duplicate": 20}
+    assert {reason: rows for reason, rows in counts["rows_dropped"].items() if rows} == {"empty": 3, "duplicate": 20}
     verify(prepared)
 
 
@@ -116,14 +127,15 @@ def test_the_index_names_no_path_of_this_machine(prepared, corpus):
 
 
 def test_a_second_run_gives_the_same_bytes(prepared, corpus, settings, tmp_path):
-    prepare(str(corpus), tmp_path / "again", **settings)
+    prepare(str(corpus), tmp_path / "again", settings, **QUIETLY)
     assert contents(tmp_path / "again") == contents(prepared)
 
 
 def test_groups_bound_what_packing_mixes(corpus, rows, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.prepare.ROWS_PER_CHUNK", 50)
-    monkeypatch.setattr("data_pipeline.prepare.ROWS_PER_GROUP", 100)
-    prepare(str(corpus), tmp_path / "out", **settings)
+    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_CHUNK", 50)
+    monkeypatch.setattr("data_pipeline.select_rows.ROWS_PER_GROUP", 100)
+    pl.DataFrame(rows).write_parquet(tmp_path / "corpus.parquet", row_group_size=25)
+    prepare(str(tmp_path / "corpus.parquet"), tmp_path / "out", settings, **QUIETLY)
     folder = ShardFolder(tmp_path / "out")
     packed = [folder.read(row) for row in range(folder.num_rows)]
     assert all(len(set(spans[:, 4] // 100)) == 1 for _, spans in packed)
@@ -134,40 +146,40 @@ def test_groups_bound_what_packing_mixes(corpus, rows, settings, tmp_path, monke
 
 def test_a_finished_folder_is_left_alone(prepared, corpus, settings):
     before = {path: path.stat().st_mtime_ns for path in prepared.rglob("*")}
-    index = prepare(str(corpus), prepared, **settings)
+    index = prepare(str(corpus), prepared, settings, **QUIETLY)
     assert index["counts"]["rows_in"] > 0
     assert {path: path.stat().st_mtime_ns for path in prepared.rglob("*")} == before
 
 
 def test_a_folder_of_another_config_is_refused(prepared, corpus, settings):
     with pytest.raises(DataError, match="was prepared with seq_len = 64 and now seq_len = 32 is asked for"):
-        prepare(str(corpus), prepared, **(settings | {"seq_len": 32}))
+        prepare(str(corpus), prepared, replace(settings, seq_len=32), **QUIETLY)
     with pytest.raises(DataError, match="was prepared with source"):
-        prepare("sample", prepared, **settings)
+        prepare("sample", prepared, settings, **QUIETLY)
     with pytest.raises(DataError, match="was prepared with tokenizer"):
-        prepare(str(corpus), prepared, **settings, tokenizer=str(prepared / "tokenizer"))
+        prepare(str(corpus), prepared, replace(settings, tokenizer=str(prepared / "tokenizer")), **QUIETLY)
 
 
 def test_a_foreign_folder_is_refused_and_not_touched(corpus, settings, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="holds thesis.txt, which `prepare` did not make"):
-        prepare(str(corpus), tmp_path, **settings)
+        prepare(str(corpus), tmp_path, settings, **QUIETLY)
     with pytest.raises(DataError, match="is a file: name a folder"):
-        prepare(str(corpus), tmp_path / "thesis.txt", **settings)
+        prepare(str(corpus), tmp_path / "thesis.txt", settings, **QUIETLY)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_a_foreign_file_in_an_unfinished_folder_is_kept(prepared, corpus, settings, tmp_path):
     out = tmp_path / "out"
-    prepare(str(corpus), out, **settings)
+    prepare(str(corpus), out, settings, **QUIETLY)
     (out / "index.json").unlink()
     (out / "tokenizer" / "notes.txt").write_text("mine")
     names = contents(out)
     with pytest.raises(DataError, match=r"holds tokenizer/notes.txt"):
-        prepare(str(corpus), out, **settings)
+        prepare(str(corpus), out, settings, **QUIETLY)
     assert contents(out) == names
     (out / "tokenizer" / "notes.txt").unlink()
-    prepare(str(corpus), out, **settings)
+    prepare(str(corpus), out, settings, **QUIETLY)
     assert contents(out) == contents(prepared)
 
 
@@ -182,7 +194,7 @@ def kill_at_a_sync(descriptor):
     fsync(descriptor)
 os.fsync = kill_at_a_sync
 """
-    process = in_process(kill + RUN, corpus, tmp_path / "out", json.dumps(settings))
+    process = in_process(kill + RUN, corpus, tmp_path / "out", as_json(settings))
     process.communicate(timeout=60)
     assert process.returncode == -9
     left = contents(tmp_path / "out")
@@ -190,7 +202,7 @@ os.fsync = kill_at_a_sync
     assert "index.json" not in left
     with pytest.raises(DataError, match="is unfinished"):
         ShardFolder(tmp_path / "out")
-    prepare(str(corpus), tmp_path / "out", **settings)
+    prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
     assert contents(tmp_path / "out") == contents(prepared)
 
 
@@ -204,7 +216,7 @@ def slow_sync(descriptor):
     fsync(descriptor)
 os.fsync = slow_sync
 """
-    arguments = (slow + RUN + "print(len(calls))", corpus, tmp_path / "out", json.dumps(settings))
+    arguments = (slow + RUN + "print(len(calls))", corpus, tmp_path / "out", as_json(settings))
     processes = [in_process(*arguments)]
     while not (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists():
         assert processes[0].poll() is None
@@ -221,7 +233,7 @@ os.fsync = slow_sync
 def test_a_disk_that_takes_no_more_is_one_sentence(corpus, settings, tmp_path):
     # A file size limit fails a write in the middle as a full disk does, and leaves room for the tokenizer.
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
-    process = in_process(limit + RUN, corpus, tmp_path / "out", json.dumps(settings | {"rows_per_shard": 1000}))
+    process = in_process(limit + RUN, corpus, tmp_path / "out", as_json(replace(settings, rows_per_shard=1000)))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert errors.startswith(f"one sentence: {tmp_path / 'out'} cannot be written: make room")
@@ -230,24 +242,24 @@ def test_a_disk_that_takes_no_more_is_one_sentence(corpus, settings, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(corpus, settings):
     with pytest.raises(DataError, match="/proc/shards cannot be written"):
-        prepare(str(corpus), "/proc/shards", **settings)
+        prepare(str(corpus), "/proc/shards", settings, **QUIETLY)
 
 
 def test_a_source_without_usable_rows_is_refused(settings, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"question": "q", "answer": ""}\n' * 3)
     with pytest.raises(DataError, match=r"empty.jsonl has no row with a question and an answer"):
-        prepare(str(tmp_path / "empty.jsonl"), tmp_path / "out", **settings)
+        prepare(str(tmp_path / "empty.jsonl"), tmp_path / "out", settings, **QUIETLY)
 
 
 @pytest.mark.parametrize("setting", [{"seq_len": 1}, {"rows_per_shard": 0}, {"vocab_size": 10}])
 def test_a_setting_that_cannot_work_is_refused(corpus, settings, tmp_path, setting):
     ((name, value),) = setting.items()
     with pytest.raises(DataError, match=f"{name} {value} is too s"):
-        prepare(str(corpus), tmp_path / "out", **(settings | setting))
+        prepare(str(corpus), tmp_path / "out", replace(settings, **setting), **QUIETLY)
 
 
 def test_progress_is_shown_on_stderr_alone(corpus, settings, tmp_path, capsys):
-    prepare(str(corpus), tmp_path / "out", **(settings | {"progress": True}))
+    prepare(str(corpus), tmp_path / "out", settings, workers=1)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "fitting the tokenizer" in shown.err
@@ -256,7 +268,7 @@ def test_progress_is_shown_on_stderr_alone(corpus, settings, tmp_path, capsys):
 
 
 def test_the_led_tokenizer_is_used_as_it_is(led_tokenizer, corpus, rows, settings, tmp_path):
-    index = prepare(str(corpus), tmp_path / "out", **(settings | {"tokenizer": led_tokenizer}))
+    index = prepare(str(corpus), tmp_path / "out", replace(settings, tokenizer=led_tokenizer), **QUIETLY)
     assert index["vocab_size"] == 50266
     folder = ShardFolder(tmp_path / "out")
     assert_texts(read_documents(folder.read(row) for row in range(folder.num_rows)), tmp_path / "out", rows)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.packing import PackedRow
+from data_pipeline.packing import PackedRows
 from data_pipeline.reader import ShardFolder
 from data_pipeline.shards import read_index, token_dtype, write_shard
 from data_pipeline.verification import verify
@@ -25,12 +25,14 @@ def change_byte(path, position):
     path.write_bytes(bytes(data))
 
 
-def test_rows_are_read_from_where_the_offsets_say(tmp_path):
+def test_rows_lie_where_the_offsets_say(tmp_path):
     generator = np.random.default_rng(0)
-    rows = [
-        PackedRow(generator.integers(0, 2**16, 32).astype(np.uint16), np.arange(6 * n, dtype=np.int64).reshape(n, 6))
-        for n in (1, 3, 40)
-    ]
+    pieces = np.array([1, 3, 40, 3])
+    rows = PackedRows(
+        generator.integers(0, 2**16, (4, 32)).astype(np.uint16),
+        np.arange(6 * 47, dtype=np.int64).reshape(47, 6),
+        pieces,
+    )
     entry = write_shard(tmp_path, "shard-00000-000", rows)
     offsets = np.load(tmp_path / "shard-00000-000.offsets.npy")
     assert offsets.dtype == np.uint64
@@ -39,11 +41,15 @@ def test_rows_are_read_from_where_the_offsets_say(tmp_path):
         members = tar.getmembers()
         assert [member.offset_data for member in members] == offsets.flatten().tolist()
         assert all(member.mtime == member.uid == member.gid == 0 for member in members)
-        for number, row in enumerate(rows):
-            for member, array in zip(members[2 * number : 2 * number + 2], (row.tokens, row.spans), strict=True):
-                read = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
-                assert read.dtype == array.dtype
-                assert np.array_equal(read, array)
+        kinds = ("tokens", "spans")
+        assert [m.name for m in members] == [
+            f"shard-00000-000-{row:06d}.{kind}.npy" for row in range(4) for kind in kinds
+        ]
+        arrays = zip(rows.tokens, np.split(rows.spans, np.cumsum(pieces)[:-1]), strict=True)
+        for member, array in zip(members, (array for pair in arrays for array in pair), strict=True):
+            read = np.load(io.BytesIO(tar.extractfile(member).read()), allow_pickle=False)
+            assert read.dtype == array.dtype
+            assert np.array_equal(read, array)
     assert entry["bytes"] == len(data)
 
 

@@ -5,7 +5,9 @@ import polars as pl
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources import HubSource, open_source
+from data_pipeline.hub_source import hub_chunks
+from data_pipeline.rows import values_of
+from data_pipeline.sources import open_source
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}", "source": "forum", "index": n} for n in range(10)]
 TEXTS = [(f"q{n}", f"a{n}", "forum") for n in range(10)]
@@ -15,8 +17,8 @@ def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read(source, rows=4):
-    return [row for frame in open_source(source).batches(rows) for row in frame.rows()]
+def read(source):
+    return [row for frame in open_source(source).frames() for row in frame.rows()]
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -33,11 +35,37 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert open_source(str(tmp_path)).num_rows is None
 
 
-def test_batches_have_the_size_asked_for(tmp_path):
+@pytest.mark.parametrize("size", [1, 7, 50, 63, 64, 10_000])
+def test_every_line_is_in_one_chunk_wherever_a_file_is_cut(tmp_path, monkeypatch, size):
+    monkeypatch.setattr("data_pipeline.jsonl_source.BYTES_PER_CHUNK", size)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
-    frames = list(open_source(str(tmp_path)).batches(4))
-    assert [len(frame) for frame in frames] == [4, 4, 2]
-    assert frames[0].schema == dict.fromkeys(("question", "answer", "source"), pl.String)
+    (tmp_path / "b.jsonl").write_text("\n" + json.dumps(ROWS[0]))  # a blank line, and no newline at the end
+    source = open_source(str(tmp_path))
+    assert read(str(tmp_path)) == [*TEXTS, TEXTS[0]]
+    assert len(source.chunks) == sum(-(-file.stat().st_size // size) for file in tmp_path.iterdir())
+    (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{\n")
+    with pytest.raises(DataError, match="a.jsonl, line 11 is not valid JSON"):
+        read(str(tmp_path))
+
+
+def test_row_groups_are_put_together_to_chunks_and_never_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_CHUNK", 5)
+    for group_rows, expected in ((1, [5, 5]), (2, [4, 4, 2]), (3, [3, 3, 4]), (7, [7, 3]), (10, [10])):
+        pl.DataFrame(ROWS).write_parquet(tmp_path / "a.parquet", row_group_size=group_rows)
+        source = open_source(str(tmp_path / "a.parquet"))
+        assert [sum(len(frame) for frame in chunk.frames()) for chunk in source.chunks] == expected
+        assert read(str(tmp_path / "a.parquet")) == TEXTS
+
+
+def test_frames_hold_no_more_rows_than_fit_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.rows.ROWS_PER_FRAME", 4)
+    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_FRAME", 4)
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    pl.DataFrame(ROWS).write_parquet(tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        frames = list(open_source(str(tmp_path / name)).frames())
+        assert [len(frame) for frame in frames] == [4, 4, 2]
+        assert frames[0].schema == dict.fromkeys(("question", "answer", "source"), pl.String)
 
 
 def test_nulls_are_empty_and_a_missing_source_is_the_file(tmp_path):
@@ -46,10 +74,41 @@ def test_nulls_are_empty_and_a_missing_source_is_the_file(tmp_path):
     assert read(str(tmp_path)) == [("q", "", "a.jsonl"), ("", "a", "b.parquet"), ("q", "", "b.parquet")]
 
 
-def test_a_dataset_is_streamed_by_column_name(tmp_path):
-    write_jsonl(tmp_path / "train.jsonl", ROWS)
-    source = HubSource(str(tmp_path))
-    assert [row for frame in source.batches(4) for row in frame.rows()] == TEXTS
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset folder of three files, as the hub would serve it."""
+    for part in range(3):
+        pl.DataFrame(ROWS[4 * part : 4 * part + 4]).write_parquet(tmp_path / f"train-0000{part}-of-00003.parquet")
+    return tmp_path
+
+
+def test_a_dataset_is_streamed_file_by_file_by_column_name(dataset):
+    _, chunks = hub_chunks(str(dataset))
+    texts = [[row for frame in chunk.frames() for row in frame.rows()] for chunk in chunks]
+    assert texts == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
+
+
+def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset, monkeypatch, capsys):
+    _, chunks = hub_chunks(str(dataset))
+    monkeypatch.setattr("data_pipeline.rows.ROWS_PER_FRAME", 2)
+    monkeypatch.setattr("data_pipeline.hub_source.WAITS", (0, 0))
+    faults = [1, 3]  # the connection breaks at these rows' first reading
+
+    def fragile(row, where, default_source):
+        number = int(row["question"][1:])
+        if number in faults:
+            faults.remove(number)
+            raise ConnectionResetError("the peer has gone")
+        return values_of(row, where, default_source)
+
+    monkeypatch.setattr("data_pipeline.hub_source.values_of", fragile)
+    assert [row for frame in chunks[0].frames() for row in frame.rows()] == TEXTS[:4]
+    said = capsys.readouterr().err
+    assert "file 1 of 3 of the hub dataset" in said
+    assert "stopped after 2 rows (the peer has gone)" in said
+    faults += [0, 0, 0]
+    with pytest.raises(DataError, match="stopped after 0 rows: check the network and run again"):
+        list(chunks[0].frames())
 
 
 def test_the_sample_is_deterministic():

@@ -1,10 +1,14 @@
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import polars as pl
 import pytest
 from transformers import AutoTokenizer, LEDTokenizer
 
+from data_pipeline.encoding import DocumentEncoder
 from data_pipeline.errors import DataError
 from data_pipeline.tokenization import (
     decode_answer,
-    encode_documents,
     encode_prompt,
     fingerprint,
     load_tokenizer,
@@ -13,6 +17,16 @@ from data_pipeline.tokenization import (
 
 TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " double  spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
 SPECIAL = "a <s> b</s><mask> <pad><unk> <sep>c"
+
+
+def encode_documents(tokenizer, questions, answers):
+    """Encodes as `prepare` does: ids and answer start of each pair."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        ids, lengths, starts = DocumentEncoder(folder, fast=False).encode(
+            pl.Series(questions, dtype=pl.String), pl.Series(answers, dtype=pl.String)
+        )
+    return list(zip(np.split(ids, np.cumsum(lengths)[:-1]), starts.tolist(), strict=True))
 
 
 def train(**options):

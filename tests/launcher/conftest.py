@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_pipeline.prepare import prepare
+from data_pipeline.settings import Settings
 from launcher.environment import free_port
 
 PROJECT = Path(__file__).parents[2]
@@ -126,7 +127,7 @@ def start(world_size: int, command: list[str], timeout: int = 240) -> list[subpr
 @pytest.fixture(scope="session")
 def sample_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "sample"
-    prepare("sample", folder, tokenizer="train", seq_len=64, progress=False)
+    prepare("sample", folder, Settings(seq_len=64), progress=False)
     return folder
 
 

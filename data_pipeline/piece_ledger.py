@@ -1,0 +1,88 @@
+"""Whether the pieces of all shards together make every document once, and whole."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ShardPieces:
+    """What a shard has to say of its documents; small, as most of them are one piece.
+
+    whole: int64 `[documents in one piece]`, their input rows. parts: int64 `[other pieces, 7]`: input row, offset,
+    length, source, has a token of the answer, begins within the answer, ends its document. documents: how many begin.
+    """
+
+    whole: np.ndarray
+    parts: np.ndarray
+    documents: int
+
+
+def shard_pieces(spans: np.ndarray, closed: np.ndarray) -> ShardPieces:
+    """Gather the pieces of a shard; closed: bool `[pieces]`, whether each ends its document."""
+    starts, answer_starts, ends, sources, input_rows, offsets = spans.T
+    is_whole = (offsets == 0) & closed
+    parts = (input_rows, offsets, ends - starts, sources, answer_starts < ends, answer_starts == starts, closed)
+    return ShardPieces(
+        np.ascontiguousarray(input_rows[is_whole]),
+        np.stack([column[~is_whole].astype(np.int64) for column in parts], axis=1),
+        int((offsets == 0).sum()),
+    )
+
+
+class PieceLedger:
+    """The pieces of all shards; a shard is told by its number in the sequence given.
+
+    folders: which folder each shard is in; a document is in one folder.
+    """
+
+    def __init__(self, shards: Sequence[ShardPieces], folders: Sequence[int]) -> None:
+        whole = np.concatenate([shard.whole for shard in shards])
+        whole_shards = np.repeat(np.arange(len(shards)), [len(shard.whole) for shard in shards])
+        parts = np.concatenate([shard.parts for shard in shards])
+        part_shards = np.repeat(np.arange(len(shards)), [len(shard.parts) for shard in shards])
+        folder = np.asarray(folders)[part_shards]
+        order = np.lexsort((parts[:, 1], folder, parts[:, 0]))
+        self._parts, self._part_shards = parts[order], part_shards[order]
+        self._begins = (np.diff(self._parts[:, 0], prepend=-1) != 0) | (np.diff(folder[order], prepend=-1) != 0)
+        self._rows = np.concatenate([whole, self._parts[self._begins, 0]])
+        self._row_shards = np.concatenate([whole_shards, self._part_shards[self._begins]])
+
+    def problems(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """Yield the numbers of the shards that a fault lies in, and the fault."""
+        broken_rows = self._parts[self._broken(), 0]
+        places = np.isin(self._parts[:, 0], broken_rows)
+        yield from _by_shards(
+            self._parts[places, 0], self._part_shards[places], "doesn't make one whole document of its pieces"
+        )
+        order = np.argsort(self._rows, kind="stable")
+        rows, shards = self._rows[order], self._row_shards[order]
+        again = np.diff(rows, prepend=-1) == 0
+        again[:-1] |= again[1:]
+        yield from _by_shards(rows[again], shards[again], "stands there more than once")
+
+    def _broken(self) -> np.ndarray:
+        """Tell which pieces don't continue what the piece before them begins, bool `[pieces]`."""
+        _, offsets, lengths, sources, has_answer, within_answer, closed = self._parts.T
+        continues = ~self._begins
+        broken = self._begins & (offsets != 0)
+        broken[1:] |= continues[1:] & (
+            (offsets[1:] != offsets[:-1] + lengths[:-1])
+            | (sources[1:] != sources[:-1])
+            | (closed[:-1] == 1)
+            | ((has_answer[:-1] == 1) & (within_answer[1:] == 0))
+        )
+        is_last = np.append(self._begins[1:], True)[: len(broken)]
+        return broken | (is_last & (closed == 0))
+
+
+def _by_shards(rows: np.ndarray, shards: np.ndarray, what: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Join the input rows with the same fault in the same shards into one message. Input rows come in order."""
+    found: dict[tuple[int, ...], list[int]] = {}
+    first_places = np.flatnonzero(np.diff(rows, prepend=-1))
+    for row, at in zip(rows[first_places].tolist(), np.split(shards, first_places[1:]), strict=False):
+        found.setdefault(tuple(sorted(set(at.tolist()))), []).append(row)
+    for at, faulty in found.items():
+        more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
+        yield at, f"input row {faulty[0]}{more} {what}"

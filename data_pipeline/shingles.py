@@ -1,0 +1,157 @@
+"""Words and word n-grams of texts as 64-bit hashes: what near duplicates and contamination are found by.
+
+A word is a run of letters, digits and combining marks, in lower case after NFKC; everything else only separates words.
+Characters of scripts without spaces (Chinese, Japanese, Thai, …) are words of their own. The hashes use integer
+arithmetic alone, so they are the same on every machine; Unicode's tables come with polars and Python, whose versions
+`constraints.txt` fixes.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+NOT_IN_A_WORD = r"[^\p{L}\p{M}\p{N}\x00-\x7f]"  # beyond ASCII, which a table of bytes decides
+WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+LONGEST_WORD = 64  # bytes; what is longer (base64, a URL without its dots) counts as several words
+# Of a block of rows: keeps the arrays in the processor's cache, and memory bounded where rows are whole books.
+BLOCK_ROWS, BLOCK_BYTES = 4096, 8 * 2**20
+MULTIPLIER = np.uint64(0xC4CEB9FE1A85EC53)
+
+
+def _byte_table() -> np.ndarray:
+    table = np.zeros(256, dtype=np.uint8)
+    for byte in range(256):
+        character = chr(byte)
+        table[byte] = byte if byte >= 0x80 else ord(character.lower()) if character.isalnum() else 0
+    return table
+
+
+# Each byte in lower case, 0 where it is in no word. Bytes from 0x80 on are parts of letters: the rest was replaced.
+WORD_BYTES = _byte_table()
+FIRST_BYTES = np.array([(1 << 8 * length) - 1 for length in range(9)], dtype=np.uint64)
+
+
+class Hashes(NamedTuple):
+    """Hashes of the words, or of the n-grams, of several texts in a row.
+
+    values: uint64 `[words]`. offsets: int64 `[texts + 1]`; text i has values[offsets[i]:offsets[i + 1]].
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+
+def words_of(texts: pl.Series) -> Hashes:
+    """Hashes every word of a string column."""
+    texts = _normalize(texts)
+    if texts.is_empty():
+        return Hashes(np.empty(0, dtype=np.uint64), np.zeros(1, dtype=np.int64))
+    array = texts.to_arrow(compat_level=pl.CompatLevel.oldest())  # 64-bit offsets and one buffer of text
+    _, offsets, buffer = array.buffers()
+    offsets = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
+    raw = np.frombuffer(buffer, dtype=np.uint8)[: offsets[-1]]
+    padded = np.zeros(len(raw) + 8, dtype=np.uint8)  # the last word is read in whole steps of 8 bytes too
+    np.take(WORD_BYTES, raw, out=padded[: len(raw)], mode="clip")
+    in_word = padded[: len(raw)] != 0
+    edges = np.flatnonzero(in_word[1:] != in_word[:-1]) + 1
+    if in_word[0]:
+        edges = np.concatenate([[0], edges])
+    starts, lengths = _cut_long_words(edges[::2], edges[1::2] - edges[::2])  # every text ends outside of a word
+    return Hashes(_hash_words(padded, starts, lengths), np.searchsorted(starts, offsets))
+
+
+def blocks_of_words(question: pl.Series, answer: pl.Series) -> Iterator[tuple[slice, Hashes]]:
+    """Yields rows block by block: which, and their words as texts in the order question, answer, question, …
+
+    See `joined`. Where blocks end changes nothing in any row.
+    """
+    end_of_row = (question.str.len_bytes() + answer.str.len_bytes()).cast(pl.Int64).cum_sum().to_numpy()
+    start = 0
+    while start < len(question):
+        before = end_of_row[start - 1] if start else 0
+        fitting = int(np.searchsorted(end_of_row, before + BLOCK_BYTES, side="right"))
+        rows = slice(start, min(max(fitting, start + 1), start + BLOCK_ROWS))
+        questions, answers = question[rows].rename("text"), answer[rows].rename("text")
+        in_turn = np.arange(2 * len(questions)).reshape(2, -1).T.ravel()
+        yield rows, words_of(pl.concat([questions, answers]).gather(in_turn))
+        start = rows.stop
+
+
+def joined(pairs: Hashes) -> Hashes:
+    """Makes each question and its answer one text."""
+    return Hashes(pairs.values, pairs.offsets[::2])
+
+
+def ngrams_of(words: Hashes, n: int) -> Hashes:
+    """Hashes the n-grams of words, none across two texts; a text of fewer than n words has none."""
+    counts = np.maximum(np.diff(words.offsets) - n + 1, 0)
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    if not offsets[-1]:
+        return Hashes(np.empty(0, dtype=np.uint64), offsets)
+    last = len(words.values) - n + 1
+    values = words.values[:last].copy()
+    for place in range(1, n):
+        values *= MULTIPLIER
+        values += words.values[place : last + place]
+    # Computed across texts too, which is cheaper than leaving those out beforehand.
+    inside = np.arange(offsets[-1]) + np.repeat(words.offsets[:-1] - offsets[:-1], counts)
+    return Hashes(mix(values[inside]), offsets)
+
+
+def short_texts_of(words: Hashes, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes as a whole those texts that have words, but fewer than n.
+
+    Returns their indices, int64 `[short]`, and hashes, uint64 `[short]`: of m words, what their m-gram has.
+    """
+    counts = np.diff(words.offsets)
+    short = np.flatnonzero((counts > 0) & (counts < n))
+    starts, counts = words.offsets[short], counts[short]
+    values = words.values[starts]
+    for place in range(1, counts.max(initial=0)):
+        longer = np.flatnonzero(counts > place)
+        values[longer] = values[longer] * MULTIPLIER + words.values[starts[longer] + place]
+    return short, mix(values)
+
+
+def mix(values: np.ndarray) -> np.ndarray:
+    """Spreads every bit of uint64 values over all 64, in place (MurmurHash3's finalizer, a bijection)."""
+    values ^= values >> np.uint64(33)
+    values *= np.uint64(0xFF51AFD7ED558CCD)
+    values ^= values >> np.uint64(33)
+    values *= MULTIPLIER
+    values ^= values >> np.uint64(33)
+    return values
+
+
+def _normalize(texts: pl.Series) -> pl.Series:
+    """Ends every text with a line break, and maps what is beyond ASCII; ASCII is left to the table of bytes."""
+    texts = texts.to_frame("text").select(pl.col("text") + "\n").to_series()
+    others = (texts.str.len_bytes() != texts.str.len_chars()).arg_true()
+    if others.is_empty():
+        return texts
+    mapped = texts.gather(others).str.normalize("NFKC").str.to_lowercase()
+    mapped = mapped.str.replace_all(NOT_IN_A_WORD, " ").str.replace_all(WITHOUT_SPACES, " $0 ")
+    return texts.scatter(others, mapped)
+
+
+def _cut_long_words(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if lengths.max(initial=0) <= LONGEST_WORD:
+        return starts, lengths
+    pieces = -(-lengths // LONGEST_WORD)
+    piece = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    remaining = np.repeat(lengths, pieces) - piece * LONGEST_WORD
+    return np.repeat(starts, pieces) + piece * LONGEST_WORD, np.minimum(remaining, LONGEST_WORD)
+
+
+def _hash_words(padded: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    # Eight bytes at a time from wherever a word begins; no byte in a word is 0, so a short word needs no length.
+    eight_bytes = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded, strides=(1,))
+    values = mix(eight_bytes[starts] & FIRST_BYTES[np.minimum(lengths, 8)])
+    longer = np.flatnonzero(lengths > 8)
+    for place in range(8, LONGEST_WORD, 8):
+        following = eight_bytes[starts[longer] + place] & FIRST_BYTES[np.minimum(lengths[longer] - place, 8)]
+        values[longer] = mix(values[longer] * MULTIPLIER + following)
+        longer = longer[lengths[longer] > place + 8]
+    return values

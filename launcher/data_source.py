@@ -1,0 +1,26 @@
+"""The rows that a run trains on: a shard folder, or several with their weights, here or behind URLs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from data_pipeline.mixture import open_data
+from data_pipeline.reader import RowReader
+from data_pipeline.remote import ShardCache, default_cache_folder
+from launcher.config import RunConfig
+
+
+def open_run_data(config: RunConfig) -> RowReader:
+    """Open the run's `data`; variables such as `$SLURM_TMPDIR` in the cache's folder are those of the machine.
+
+    Raises `DataError` where a folder cannot be opened, or the folders do not go together.
+    """
+    folder = config.data_cache.folder
+    cache = ShardCache(
+        Path(os.path.expandvars(folder)).expanduser() if folder else default_cache_folder(),
+        round(config.data_cache.gigabytes * 1e9),
+    )
+    data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
+    return open_data(data, config.on_bad_shard, cache)

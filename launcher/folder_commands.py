@@ -1,0 +1,99 @@
+"""`lfm verify` and `lfm inspect`: what is in a shard folder, and whether it is whole.
+
+Imports stand inside the commands: `lfm --help` must not wait for numpy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def add_verify(commands) -> None:
+    """Add `lfm verify DIR` to the commands."""
+    parser = _command(
+        commands, "verify", _verify,
+        "Recount and rehash a shard folder with all processors, and name every bad file.", "lfm verify data/sample",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="a folder made by lfm prepare")
+    parser.add_argument(
+        "--workers", type=int, default=argparse.SUPPRESS,
+        help="processes, each of which holds one shard in memory (default: one for each processor this may use)",
+    )  # fmt: skip
+
+
+def add_inspect(commands) -> None:
+    """Add `lfm inspect DIR` to the commands."""
+    parser = _command(
+        commands, "inspect", _inspect, "Show a shard folder's numbers, lengths, fill and sources, and rows as text.",
+        "lfm inspect data/sample --rows 3 --png histograms.png",
+    )  # fmt: skip
+    parser.add_argument("folder", metavar="DIR", help="a folder made by lfm prepare")
+    parser.add_argument("--rows", type=int, default=2, help="how many rows, drawn by --seed, to show as text")
+    parser.add_argument(
+        "--row", type=int, action="append", default=argparse.SUPPRESS, metavar="K",
+        help="show this row as text instead, once or several times",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="for --rows")
+    parser.add_argument("--full", action="store_true", help="whole texts and all sources; otherwise they are shortened")
+    parser.add_argument(
+        "--png", default=argparse.SUPPRESS, metavar="PATH",
+        help="draw histograms too: a file name that ends in .png, or a folder",
+    )  # fmt: skip
+
+
+def _verify(options) -> None:
+    from data_pipeline.verification import bytes_to_verify, verify
+
+    total = bytes_to_verify(options.folder)
+    with _bytes_bar(total, "verifying") as progress:
+        index = verify(options.folder, progress, workers=getattr(options, "workers", None))
+    counts = index["counts"]
+    held_out = counts.get("validation_documents")
+    print(
+        f"{options.folder} is whole: {len(index['files']):,} shards and the tokenizer, {total / 1e6:,.1f} MB; "
+        f"{counts['packed_rows']:,} rows with {counts['documents']:,} documents and {counts['tokens']:,} tokens"
+        + (f"; {held_out:,} documents for validation" if held_out else "")
+    )
+
+
+def _inspect(options) -> None:
+    from data_pipeline.inspection import choose_rows, collect_statistics, report, rows_as_text
+    from data_pipeline.shards import read_index
+    from launcher.errors import ConfigurationError
+
+    if options.rows < 0:
+        raise ConfigurationError(f"--rows {options.rows} is not a number of rows: give 0 or more")
+    rows = getattr(options, "row", None) or choose_rows(options.folder, options.rows, options.seed)
+    texts = list(rows_as_text(options.folder, rows, options.full))  # first, as it finds a wrong number at once
+    total = sum(entry["bytes"] for entry in read_index(Path(options.folder))["files"])
+    with _bytes_bar(total, "reading") as progress:
+        statistics = collect_statistics(options.folder, progress)
+    print("\n\n".join([report(statistics, options.full), *texts]))
+    if hasattr(options, "png"):
+        from data_pipeline.inspection_plots import save_histograms
+
+        print(f"\nhistograms: {save_histograms(statistics, options.png)}")
+
+
+@contextmanager
+def _bytes_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
+    """Show progress in bytes on stderr where somebody is looking."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        yield bar.update
+
+
+def _command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=help, description=help, epilog=f"example: {epilog}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=run)
+    return parser

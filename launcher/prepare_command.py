@@ -1,0 +1,102 @@
+"""`lfm prepare`: its options, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+
+from launcher.environment import detect_member
+
+LED = "allenai/led-base-16384"
+EPILOG = """\
+examples:
+  lfm prepare sample --out data/sample
+  lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct --exclude-sources socratic
+  lfm prepare TIGER-Lab/WebInstructSub --out data/webinstruct --near-duplicates --decontaminate gsm8k/test.jsonl
+
+Several jobs share the work on one folder, and give the bytes that one gives:
+  mpirun -n 4 lfm prepare ...          srun -n 4 lfm prepare ...          sbatch --array=0-7 slurm/prepare.sbatch ...
+An interrupted preparation goes on where it stopped when the same command is given again.
+"""
+
+
+def add_prepare(commands) -> None:
+    parser = commands.add_parser(
+        "prepare", help="Clean, tokenize and pack question/answer rows into WebDataset shards.",
+        description="Clean, tokenize and pack question/answer rows into WebDataset shards.", epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(run=prepare)
+    add = parser.add_argument
+    add("source", nargs="+", metavar="SOURCE",
+        help="'sample', a hub dataset name, or parquet / jsonl files or folders with question and answer columns")  # fmt: skip
+    add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
+    add("--tokenizer", help="a folder or hub name of an LED tokenizer, or 'train' to fit one (default: train for the "
+        f"sample, else {LED})")  # fmt: skip
+    add("--seq-len", type=int, help="tokens in a packed row (default: 256 for the sample, else 2048)")
+    add("--workers", type=int, help="processes (default: one for each core that this job may use; under mpirun 1)")
+    add("--rows-per-shard", type=int, default=4096, help="packed rows in a tar, at most (default: %(default)s)")
+    add("--validation-share", type=float, metavar="SHARE",
+        help="share of the questions whose rows become OUT/validation (default: 0 for the sample, else 0.005)")  # fmt: skip
+    which = parser.add_argument_group("which rows")
+    add = which.add_argument
+    add("--sources", nargs="+", default=(), metavar="NAME", help="keep the rows of these sources alone")
+    add("--exclude-sources", nargs="+", default=(), metavar="NAME", help="drop the rows of these sources")
+    add("--minimum-tokens", type=int, default=1, metavar="N", help="drop shorter documents (default: %(default)s)")
+    add("--long-documents", default="split", choices=("split", "drop"),
+        help="split a document longer than a row into rows that continue it, or drop it (default: %(default)s)")  # fmt: skip
+    add("--near-duplicates", nargs="?", type=float, const=0.8, metavar="SIMILARITY",
+        help="drop rows that share this much of their three-word sequences with an earlier one (Jaccard; 0.8 if not "
+        "given). Exact duplicates are always dropped")  # fmt: skip
+    add("--decontaminate", nargs="+", default=(), metavar="FILE",
+        help="evaluation texts (jsonl, parquet, txt): drop rows that share a 13-word sequence with them")  # fmt: skip
+    text = parser.add_argument_group("cleaning")
+    text.add_argument("--newlines", default="keep", choices=("keep", "space"), help="default: %(default)s")
+    text.add_argument("--unicode-form", default="NFC", choices=("NFC", "NFKC"),
+        help="NFKC also makes x2 of x² (default: %(default)s)")  # fmt: skip
+
+
+def prepare(options: argparse.Namespace) -> None:
+    from data_pipeline.clean import CleaningOptions
+    from data_pipeline.prepare import prepare
+    from data_pipeline.settings import Settings
+
+    is_sample = options.source == ["sample"]
+    settings = Settings(
+        tokenizer=options.tokenizer or ("train" if is_sample else LED),
+        seq_len=_given(options.seq_len, 256 if is_sample else 2048),
+        rows_per_shard=options.rows_per_shard,
+        sources=tuple(options.sources),
+        exclude_sources=tuple(options.exclude_sources),
+        minimum_tokens=options.minimum_tokens,
+        long_documents=options.long_documents,
+        validation_share=_given(options.validation_share, 0.0 if is_sample else 0.005),
+        near_duplicates=options.near_duplicates,
+        decontaminate=tuple(options.decontaminate),
+        cleaning=CleaningOptions(unicode_form=options.unicode_form, newlines=options.newlines),
+    )
+    member, by_mpirun = detect_member()
+    workers = options.workers or (1 if by_mpirun else None)
+    # One of a team shows how far all are.
+    index = prepare(options.source, options.out, settings, workers=workers, member=member, progress=member.index == 0)
+    if member.index == 0:
+        print_counts(options.out, index)
+
+
+def print_counts(folder: str, index: dict) -> None:
+    """Print one line on a folder: rows in, packed and dropped by reason, tokens and how full the rows are."""
+    counts = index["counts"]
+    dropped = counts.get("rows_dropped", {})
+    reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in dropped.items() if number)
+    validation = counts.get("validation_documents", 0)
+    filled = counts["tokens"] / (counts["packed_rows"] * index["seq_len"])
+    print(
+        f"{folder}: {counts['rows_in']:,} rows = {counts['documents']:,} packed"
+        + (f" + {validation:,} for validation" if validation else "")
+        + f" + {sum(dropped.values()):,} dropped"
+        + (f" ({reasons})" if reasons else "")
+        + f"; {counts['tokens']:,} tokens in {counts['packed_rows']:,} packed rows of {index['seq_len']} ({filled:.1%} filled)"
+    )
+
+
+def _given(value, default):
+    return default if value is None else value

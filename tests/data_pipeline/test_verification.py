@@ -1,0 +1,460 @@
+"""Verification, against folders that the test writes itself, with tarfile and numpy alone."""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import verification
+from data_pipeline.errors import DataError
+from data_pipeline.piece_ledger import PieceLedger, ShardPieces
+from data_pipeline.shard_columns import parse_shard
+from data_pipeline.verification import bytes_to_verify, verify
+
+SEQ_LEN, VOCAB_SIZE, ROWS_IN = 16, 50, 40
+BOS, PAD, EOS, SEP = 0, 1, 2, 49
+SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "<sep>"}
+
+Row = tuple[np.ndarray, np.ndarray]  # tokens and spans
+
+
+def document(input_row: int, question: int, answer: int, source: int = 0) -> list[tuple[list[int], int, list[int]]]:
+    """Lays a document out: the ids, the answer's start and [source, input row, offset] of each of its pieces."""
+    ids = [BOS, *range(10, 10 + question), SEP, *range(10, 10 + answer), EOS]
+    return [
+        (ids[first : first + SEQ_LEN], question + 2 - first, [source, input_row, first])
+        for first in range(0, len(ids), SEQ_LEN)
+    ]
+
+
+def row(*pieces: tuple[list[int], int, list[int]]) -> Row:
+    tokens, spans = [], []
+    for ids, answer_start, origin in pieces:
+        start, end = len(tokens), len(tokens) + len(ids)
+        spans.append([start, start + min(max(answer_start, 0), len(ids)), end, *origin])
+        tokens += ids
+    return np.array(tokens + [PAD] * (SEQ_LEN - len(tokens)), dtype=np.uint16), np.array(spans, dtype=np.int64)
+
+
+def sound_shards() -> list[list[Row]]:
+    """Three shards; a document of 25 tokens begins in the first and ends in the second."""
+    long = document(1, 12, 10, source=1)
+    return [
+        [row(*document(0, 3, 4)), row(long[0])],
+        [row(long[1], *document(2, 1, 2)), row(*document(3, 2, 2), *document(4, 2, 3))],
+        [row(*document(5, 4, 9, source=1)), row(*document(6, 1, 1)), row(*document(7, 3, 3))],
+    ]
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def write_shard(folder: Path, stem: str, rows: list[Row]) -> dict:
+    offsets = []
+    with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for number, arrays in enumerate(rows):
+            for kind, array in zip(("tokens", "spans"), arrays, strict=True):
+                member = tarfile.TarInfo(f"{stem}-{number:06d}.{kind}.npy")
+                member.size = len(npy(array))
+                offsets.append(tar.offset + 512)
+                tar.addfile(member, io.BytesIO(npy(array)))
+    (folder / f"{stem}.offsets.npy").write_bytes(npy(np.array(offsets, dtype=np.uint64).reshape(-1, 2)))
+    offsets_entry = {"name": f"{stem}.offsets.npy"}
+    return {"name": f"{stem}.tar", "rows": len(rows), "offsets": offsets_entry}
+
+
+def write_folder(folder: Path, shards: list[list[Row]], **counts: int) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    ids = zip(SPECIAL_TOKENS.values(), (BOS, PAD, EOS, SEP), strict=True)
+    added = [{"content": content, "id": number} for content, number in ids]
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(SPECIAL_TOKENS))
+    rows = [row for shard in shards for row in shard]
+    documents = sum(int((spans[:, 5] == 0).sum()) for _, spans in rows)
+    counts = {
+        "rows_in": ROWS_IN,
+        "rows_dropped": {"empty": 3, "duplicate": ROWS_IN - documents - 3 - counts.get("validation_documents", 0)},
+        "documents": documents,
+        "tokens": sum(int(spans[-1, 2]) for _, spans in rows),
+        "packed_rows": len(rows),
+    } | counts
+    index = {
+        "format_version": 1,
+        "config": {},
+        "seq_len": SEQ_LEN,
+        "vocab_size": VOCAB_SIZE,
+        "sources": ["first", "second"],
+        "counts": counts,
+        "tokenizer": {
+            "fingerprint": "0" * 64,
+            "pad_token_id": PAD,
+            "files": [{"name": f"tokenizer/{name}"} for name in ("tokenizer.json", "tokenizer_config.json")],
+        },
+        "files": [write_shard(folder, f"shard-00000-{number:03d}", shard) for number, shard in enumerate(shards)],
+    }
+    return write_index(folder, index)
+
+
+def write_index(folder: Path, index: dict | None = None) -> Path:
+    """Writes the index with the sizes and hashes that the files have now: whatever they hold is then as meant."""
+    index = index or json.loads((folder / "index.json").read_text())
+    entries = [*index["files"], *(shard["offsets"] for shard in index["files"]), *index["tokenizer"]["files"]]
+    for entry in entries:
+        data = (folder / entry["name"]).read_bytes()
+        entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def flip_bit(path: Path, position: int = 700) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "shards", sound_shards())
+
+
+def message(folder: Path | str, **options) -> str:
+    with pytest.raises(DataError) as error:
+        verify(folder, **options)
+    return str(error.value)
+
+
+def test_a_sound_folder_is_accepted_by_one_process_and_by_several(folder, prepared):
+    index = json.loads((folder / "index.json").read_text())
+    assert verify(folder) == verify(folder, workers=2) == index
+    seen = []
+    verify(prepared, seen.append, workers=2)
+    assert sum(seen) == bytes_to_verify(prepared)
+
+
+def test_every_bad_file_is_named_and_no_other(folder):
+    flip_bit(folder / "shard-00000-000.tar")
+    (folder / "shard-00000-001.tar").write_bytes(b"short")
+    (folder / "shard-00000-001.offsets.npy").unlink()
+    flip_bit(folder / "tokenizer" / "tokenizer_config.json", 3)
+    (folder / "shard-00009-000.tar").touch()
+    expected = {
+        "shard-00000-000.tar has changed since it was written",
+        "shard-00000-001.tar has 5 bytes and the index says",
+        "shard-00000-001.offsets.npy is missing",
+        "tokenizer/tokenizer_config.json has changed",
+        "shard-00009-000.tar is not in the index",
+    }
+    for workers in (1, 3):
+        said = message(folder, workers=workers)
+        assert said.splitlines()[0] == f"{folder} has 5 faults:"
+        for line in said.splitlines()[1:]:
+            (found,) = (part for part in expected if line.startswith(f"  {folder}/{part}"))
+            assert found
+        assert len(said.splitlines()) == 6
+
+
+def test_a_file_that_cannot_be_read_is_named(folder):
+    if os.geteuid() == 0:  # root may read everything, but not a folder as a file
+        (folder / "shard-00000-001.tar").unlink()
+        (folder / "shard-00000-001.tar").mkdir()
+    else:
+        (folder / "shard-00000-001.tar").chmod(0)
+    assert f"{folder}/shard-00000-001.tar cannot be read" in message(folder)
+
+
+def test_a_damaged_index_is_refused(folder):
+    index = json.loads((folder / "index.json").read_text())
+    (folder.parent / "outside.tar").write_bytes((folder / "shard-00000-000.tar").read_bytes())
+    index["files"][0]["name"] = "../outside.tar"
+    (folder / "index.json").write_text(json.dumps(index))
+    assert "outside the folder" in message(folder)
+    (folder / "index.json").write_text(json.dumps({"format_version": 1}))
+    assert "is damaged" in message(folder)
+
+
+def test_columns_are_what_tarfile_and_numpy_read(prepared):
+    index = json.loads((prepared / "index.json").read_text())
+    for entry in index["files"]:
+        tar = np.fromfile(prepared / entry["name"], dtype=np.uint8)
+        offsets = np.load(prepared / entry["offsets"]["name"])
+        shard = parse_shard(entry["name"], tar, offsets, index["seq_len"], np.uint16)
+        with tarfile.open(prepared / entry["name"]) as file:
+            arrays = [np.load(io.BytesIO(file.extractfile(member).read())) for member in file.getmembers()]
+        assert np.array_equal(shard.tokens(0, len(offsets)), np.stack(arrays[::2]))
+        assert np.array_equal(shard.spans, np.concatenate(arrays[1::2]))
+        assert np.array_equal(shard.piece_rows, np.repeat(np.arange(len(offsets)), [len(a) for a in arrays[1::2]]))
+        assert np.array_equal(shard.row_ends, [spans[-1, 2] for spans in arrays[1::2]])
+
+
+def change(part: int, place, value) -> Callable[[list[Row]], None]:
+    """Changes tokens (part 0) or spans (1) of the first row of a shard."""
+
+    def edit(rows: list[Row]) -> None:
+        rows[0][part][place] = value
+
+    return edit
+
+
+WRONG_ROWS = {
+    "a token is beyond the vocabulary": change(0, 3, VOCAB_SIZE),
+    "its padding has tokens": change(0, -1, 10),
+    "a document doesn't begin with <s>": change(0, 0, 10),
+    "an answer doesn't follow <sep>": change(1, (0, 1), 4),
+    "its pieces don't follow one another": change(1, (0, 0), 1),
+    "a piece ends before its start or behind the row": change(1, (0, 2), SEQ_LEN + 1),
+    "an answer begins outside its piece": change(1, (0, 1), 12),
+    "a document ends without an answer": change(1, (0, 1), 10),
+    "a source, input row or offset is negative": change(1, (0, 3), -1),
+    "a source has no name in the index": change(1, (0, 3), 2),
+    "an input row is beyond the rows that were read": change(1, (0, 4), ROWS_IN),
+    "its tokens are not uint16": lambda rows: rows.__setitem__(0, (rows[0][0].astype(np.int16), rows[0][1])),
+    "its spans are not int64": lambda rows: rows.__setitem__(0, (rows[0][0], rows[0][1].astype(np.int32))),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_ROWS)
+def test_rows_that_break_the_format_are_told(tmp_path, what):
+    shards = sound_shards()
+    shards[0] = [row(*document(0, 3, 4)), shards[0][1]]  # 10 tokens: room for padding
+    WRONG_ROWS[what](shards[0])
+    said = message(write_folder(tmp_path / "shards", shards))
+    assert "shard-00000-000.tar breaks the format of shards, row 0: " in said
+    assert what in said
+    assert "\n" not in said
+
+
+def set_bytes(position: int, new: bytes) -> Callable[[bytes], bytes]:
+    return lambda tar: tar[:position] + new + tar[position + len(new) :]
+
+
+def with_valid_checksum(edit: Callable[[bytes], bytes], at: int = 0) -> Callable[[bytes], bytes]:
+    """Mends the checksum of the header at a position."""
+
+    def edited(tar: bytes) -> bytes:
+        tar = edit(tar)
+        header = tar[at : at + 512]
+        total = sum(header[:148]) + 8 * ord(" ") + sum(header[156:])
+        return set_bytes(at + 148, b"%06o" % total)(tar)
+
+    return edited
+
+
+def without_spans(tar: bytes) -> bytes:
+    """Leaves the first row an empty array of spans."""
+    tar = set_bytes(1024 + 124, b"%011o" % 128)(tar)
+    return set_bytes(1536 + 128, bytes(48))(tar.replace(b"(1, 6)", b"(0, 6)", 1))
+
+
+FIRST_NAME = "shard-00000-000-000000.tokens.npy"
+WRONG_TARS = {
+    "another name": (with_valid_checksum(set_bytes(0, b"other")), "leads to no member of the row's name"),
+    "another mode": (with_valid_checksum(set_bytes(100, b"0000755")), "header is not a plain one"),
+    "a link": (with_valid_checksum(set_bytes(156, b"2")), "header is not a plain one"),
+    "a wrong checksum": (set_bytes(148, b"000000"), "header is not a plain one"),
+    "no number": (with_valid_checksum(set_bytes(124, b"0000000024x")), "header is not a plain one"),
+    "another size": (with_valid_checksum(set_bytes(124, b"%011o" % 2000)), "members don't follow one another"),
+    "a longer member": (with_valid_checksum(set_bytes(124, b"%011o" % 162)), "tokens are not uint16"),
+    "longer spans": (with_valid_checksum(set_bytes(1024 + 124, b"%011o" % 178), at=1024), "spans are not int64"),
+    "no spans": (with_valid_checksum(without_spans, at=1024), "spans are not int64"),
+    "filled with other than zeros": (set_bytes(512 + 500, b"x"), "not filled up with zeros"),
+    "something at the end": (lambda tar: tar[:-1] + b"x", "something follows its last row"),
+    "records at its end": (lambda tar: tar + bytes(10240), "blocks, and its 2 rows take"),
+    "half a record": (lambda tar: tar + bytes(512), "no multiple of 10240"),
+    "another first array": (lambda tar: tar.replace(b"(16,)", b"(15,)"), "tokens are not uint16"),
+    "another order": (lambda tar: tar.replace(b"order': False", b"order': True "), "tokens are not uint16"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TARS)
+def test_a_tar_that_is_not_plain_is_told(folder, name):
+    edit, what = WRONG_TARS[name]
+    path = folder / "shard-00000-000.tar"
+    before = path.read_bytes()
+    assert before.startswith(FIRST_NAME.encode())
+    path.write_bytes(edit(before))
+    assert path.read_bytes() != before
+    write_index(folder)
+    said = message(folder)
+    assert said.startswith(f"{path} breaks the format of shards")
+    assert what in said
+
+
+def test_a_member_that_no_offset_leads_to_is_told(folder):
+    path = folder / "shard-00000-002.tar"
+    with tarfile.open(path, "a", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("extra"))
+    write_index(folder)
+    assert "something follows its last row" in message(folder)
+
+
+WRONG_OFFSETS = {
+    "another place": (lambda offsets: offsets + 512, "leads to no member"),
+    "no whole block": (lambda offsets: offsets + 8, "not where a member of the tar can be"),
+    "behind the tar": (lambda offsets: offsets + 2**40, "not where a member of the tar can be"),
+    "other rows first": (lambda offsets: offsets[::-1].copy(), "leads to no member"),
+    "a row less": (lambda offsets: offsets[:-1], "something follows its last row"),
+    "signed": (lambda offsets: offsets.astype(np.int64), "not uint64"),
+    "no rows": (lambda offsets: offsets[:0], "not uint64 [rows, 2]"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_OFFSETS)
+def test_offsets_that_do_not_fit_are_told(folder, name):
+    edit, what = WRONG_OFFSETS[name]
+    path = folder / "shard-00000-002.offsets.npy"
+    path.write_bytes(npy(edit(np.load(path))))
+    write_index(folder)
+    said = message(folder)
+    assert "shard-00000-002.tar" in said
+    assert what in said
+
+
+def test_an_offsets_file_that_is_no_array_is_named(folder):
+    (folder / "shard-00000-002.offsets.npy").write_bytes(b"no array")
+    assert "shard-00000-002.offsets.npy is no array" in message(write_index(folder))
+
+
+def test_a_wrong_number_of_rows_is_told(folder):
+    index = json.loads((folder / "index.json").read_text())
+    index["files"][1]["rows"] += 1
+    assert "it has 2 rows and the index says 3" in message(write_index(folder, index))
+
+
+def rows_of(shards: list[list[Row]], input_row: int) -> list[np.ndarray]:
+    """Gives views of the spans of a document."""
+    return [span for shard in shards for _, spans in shard for span in spans if span[4] == input_row]
+
+
+def begin_an_answer_again(shards: list[list[Row]]) -> None:
+    tokens, spans = shards[1][0]
+    tokens[1] = SEP  # so that the piece alone is sound
+    spans[0, 1] = 2
+
+
+def go_on_after_the_end(shards: list[list[Row]]) -> None:
+    shards[2] += [row(piece) for piece in document(8, 5, 40)]
+    tokens, _ = shards[2][-2]
+    tokens[-1] = EOS
+
+
+@pytest.mark.parametrize(
+    ("edit", "shards_named", "what"),
+    [
+        (lambda shards: rows_of(shards, 1)[1].__setitem__(5, 15), (0, 1), "input row 1 doesn't make one whole"),
+        (lambda shards: rows_of(shards, 1)[1].__setitem__(3, 0), (0, 1), "input row 1 doesn't make one whole"),
+        (begin_an_answer_again, (0, 1), "input row 1 doesn't make one whole"),
+        (go_on_after_the_end, (2,), "input row 8 doesn't make one whole"),
+        (lambda shards: shards[0].pop(), (1,), "input row 1 doesn't make one whole"),
+        (lambda shards: rows_of(shards, 7)[0].__setitem__(4, 0), (0, 2), "input row 0 stands there more than once"),
+        (lambda shards: shards[1].append(shards[2][0]), (1, 2), "input row 5 stands there more than once"),
+    ],
+    ids=[
+        "a gap",
+        "another source",
+        "an answer that stops",
+        "an early end",
+        "a beginning lost",
+        "one number twice",
+        "a row twice",
+    ],
+)
+def test_documents_must_be_whole_and_stand_once(tmp_path, edit, shards_named, what):
+    shards = sound_shards()
+    edit(shards)
+    said = message(write_folder(tmp_path / "shards", shards))
+    assert what in said
+    for number in range(3):
+        assert (f"shard-00000-00{number}.tar" in said) == (number in shards_named)
+
+
+def test_a_lost_end_is_told(tmp_path):
+    shards = sound_shards()
+    shards[1][0] = row(*document(2, 1, 2))
+    said = message(write_folder(tmp_path / "shards", shards))
+    assert "shard-00000-000.tar: input row 1 doesn't make one whole" in said
+
+
+@pytest.mark.parametrize("wrong", [{"documents": 9}, {"tokens": 1}, {"packed_rows": 6}, {"rows_in": 41}])
+def test_counts_must_be_right(tmp_path, wrong):
+    said = message(write_folder(tmp_path / "shards", sound_shards(), **wrong))
+    assert "rows were read" in said if "rows_in" in wrong else f"{next(iter(wrong))} and its index says" in said
+
+
+def with_validation(path: Path, validation_row: int = 20, **counts: int) -> Path:
+    write_folder(path, sound_shards(), **({"validation_documents": 2} | counts))
+    held_out = [[row(*document(validation_row, 2, 2), *document(21, 2, 1))]]
+    write_folder(path / "validation", held_out)
+    return path
+
+
+def test_a_validation_folder_is_verified_too(tmp_path):
+    folder = with_validation(tmp_path / "shards")
+    seen = []
+    assert verify(folder, seen.append)["counts"]["validation_documents"] == 2
+    assert sum(seen) == bytes_to_verify(folder) > bytes_to_verify(folder / "validation") > 0
+    index = json.loads((folder / "validation" / "index.json").read_text())
+    for key in ("rows_in", "rows_dropped"):
+        del index["counts"][key]
+    index["tokenizer"]["files"] = []
+    verify(write_index(folder / "validation", index).parent)
+    assert verify(folder / "validation")["counts"] == index["counts"]
+    flip_bit(folder / "validation" / "shard-00000-000.tar")
+    assert f"{folder}/validation/shard-00000-000.tar has changed" in message(folder)
+
+
+def test_training_and_validation_share_no_input_row(tmp_path):
+    said = message(with_validation(tmp_path / "whole", validation_row=6))
+    assert "whole/shard-00000-002.tar and" in said
+    assert "validation/shard-00000-000.tar: input row 6 stands there more than once" in said
+    path = tmp_path / "parts"
+    shards = sound_shards()
+    write_folder(path, [shards[0], shards[2]], validation_documents=3)
+    write_folder(path / "validation", [shards[1]])
+    assert "validation/shard-00000-000.tar: input row 1 doesn't make one whole document" in message(path)
+
+
+def test_validation_documents_must_be_counted_right(tmp_path):
+    said = message(with_validation(tmp_path / "shards", validation_documents=3))
+    assert "says 3 validation documents and 2 are there" in said
+
+
+def test_a_validation_folder_with_another_tokenizer_is_told(tmp_path):
+    folder = with_validation(tmp_path / "shards")
+    index = json.loads((folder / "validation" / "index.json").read_text())
+    index["tokenizer"]["fingerprint"] = "1" * 64
+    write_index(folder / "validation", index)
+    assert "names another tokenizer" in message(folder)
+
+
+def test_a_folder_behind_a_url_is_refused():
+    assert "s3://bucket/shards is not on this machine" in message("s3://bucket/shards")
+
+
+def end_at_once(*_) -> None:
+    os._exit(9)
+
+
+def test_a_killed_process_is_told(folder, monkeypatch):
+    monkeypatch.setattr(verification, "_check_shard", end_at_once)
+    assert "was killed" in message(folder, workers=2)
+
+
+def test_the_number_of_workers_is_checked(folder):
+    assert "0 workers" in message(folder, workers=0)
+
+
+def test_many_faults_of_one_kind_are_one_message():
+    whole = np.arange(100_000)
+    none = np.empty((0, 7), dtype=np.int64)
+    ledger = PieceLedger([ShardPieces(whole, none, len(whole)), ShardPieces(whole[::2], none, len(whole) // 2)], [0, 0])
+    assert list(ledger.problems()) == [((0, 1), "input row 0 (and 49999 more like it) stands there more than once")]
