@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
-from data_pipeline.clean import clean
+from data_pipeline.clean import CleaningOptions, clean
 from data_pipeline.contamination import EvaluationSet
 from data_pipeline.encoding import DocumentEncoder, EncoderMismatchError
 from data_pipeline.errors import DataError
@@ -138,21 +138,25 @@ def _encode_frame(
         judged[lengths > settings.seq_len] = FATE["too_long"]
     if settings.decontaminate:
         with seconds.of("decontaminate"):
-            texts = _evaluation_set(settings.decontaminate, tuple(map(stamp, settings.decontaminate)))
-            found = texts.contaminated(question, answer)
+            found = evaluation_set(settings).contaminated(question, answer)
         judged[(judged == 0) & found] = FATE["contaminated"]
     fate[kept] = judged
     return {"fate": fate, "ids": ids, "source": _texts_to_array(source), **_spread(columns, kept, len(frame))}
 
 
 def stamp(path: str | Path) -> int:
-    """What changes with a file or folder, for caches that outlive it."""
-    return Path(path).stat().st_mtime_ns
+    """What changes with a file or folder, for caches that outlive it; 0 where it is missing."""
+    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0
+
+
+def evaluation_set(settings: Settings) -> EvaluationSet:
+    """The evaluation texts, cleaned as the corpus is."""
+    return _evaluation_set(settings.decontaminate, settings.cleaning, tuple(map(stamp, settings.decontaminate)))
 
 
 @lru_cache(maxsize=1)
-def _evaluation_set(files: tuple[str, ...], stamps: tuple[int, ...]) -> EvaluationSet:
-    return EvaluationSet(files)
+def _evaluation_set(files: tuple[str, ...], cleaning: CleaningOptions, stamps: tuple[int, ...]) -> EvaluationSet:
+    return EvaluationSet(files, cleaning=partial(clean, options=cleaning))
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from data_pipeline.clean import clean
-from data_pipeline.encode_chunks import DROP_REASONS, FATE, Job, Seconds, encode_chunk
+from data_pipeline.encode_chunks import DROP_REASONS, FATE, Job, Seconds, encode_chunk, evaluation_set
 from data_pipeline.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
 from data_pipeline.errors import DataError
 from data_pipeline.folder import (
@@ -229,11 +229,7 @@ def _config(source: Source, tokenizer: PreTrainedTokenizerFast | None, settings:
         from data_pipeline.tokenization import fingerprint
 
         tokenizer_config = {"fingerprint": fingerprint(tokenizer)}
-    evaluation_texts = None
-    if settings.decontaminate:
-        from data_pipeline.contamination import EvaluationSet
-
-        evaluation_texts = EvaluationSet(settings.decontaminate).fingerprint
+    evaluation_texts = evaluation_set(settings).fingerprint if settings.decontaminate else None
     return {
         "source": source.identity,
         "tokenizer": tokenizer_config,

@@ -24,7 +24,7 @@ TAGS = {
     "train/loss", "train/cross_entropy", "train/focal", "train/reconstruction", "train/budget", "train/expert_usage",
     "train/z_loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second", "perf/step_seconds",
     "model/retained_ratio", "moe/layer_00/load_max_over_mean", "moe/layer_01/load_max_over_mean",
-    "balance/bias_max",
+    "balance/bias_max", "data/bad_shard_rows", "perf/data_seconds",
 }  # fmt: skip
 
 
