@@ -40,7 +40,6 @@ class LiquidConfig(PreTrainedConfig):
     num_hidden_layers: int = 12
     max_position_embeddings: int = 8192
     rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = 1

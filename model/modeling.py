@@ -21,6 +21,8 @@ from model.metrics import routing_statistics
 from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
 
+CONVOLUTION_DEVIATION = 0.02  # of the embedding's taps: they begin all but silent
+
 
 @dataclass
 class LiquidModelOutput(ModelOutput):
@@ -76,8 +78,11 @@ class LiquidPreTrainedModel(PreTrainedModel):
             # Unit-size inputs give unit-size outputs (LeCun et al. 1998), which the residual stream of unit size needs.
             # (The head's weight is the table's, which takes its place afterwards.)
             init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            # As the head it is such a layer, too; and Adam's first steps turn smaller rows about at random.
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
         if isinstance(module, LiquidEmbedding):
-            init.normal_(module.convolution, std=self.config.initializer_range)
+            init.normal_(module.convolution, std=CONVOLUTION_DEVIATION)
             init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the ratio begins between 0.63 and 0.85
             # Two rotations. Were the second the first one's inverse, the head, tied to the table, would begin by
             # predicting that each token repeats, and training by unlearning that.

@@ -60,7 +60,7 @@ def test_a_cache_goes_on_with_the_last_document_of_a_packed_row(model, ids):
 @torch.no_grad()
 def test_other_strides_of_the_memory_decode_as_exactly(config, ids, stride):
     torch.manual_seed(0)
-    other = config.sized_for(config.used_vocab_size, memory_stride=stride, initializer_range=0.2)
+    other = config.sized_for(config.used_vocab_size, memory_stride=stride)
     model = LiquidForCausalLM(other).eval()
     expected = model(ids, use_cache=False).logits[..., :101]
     cache = DynamicCache(config=model.config)
