@@ -14,8 +14,8 @@ import sys
 import torch
 import torch.distributed as dist
 
-from data_pipeline.loader import BatchStream
-from data_pipeline.prefetch import Prefetcher
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.prefetch import Prefetcher
 from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from launcher.config import DEFAULT_CONFIG
 from launcher.data_source import open_run_data

@@ -6,9 +6,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
-from data_pipeline.mixture import open_data
-from data_pipeline.reader import RowReader
-from data_pipeline.remote import ShardCache, default_cache_folder
+from data_pipeline.loading.mixture import open_data
+from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.remote import ShardCache, default_cache_folder
 from launcher.config import RunConfig
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.team import Member
+from data_pipeline.preparation.team import Member
 from launcher.errors import ConfigurationError
 
 if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without

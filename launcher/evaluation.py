@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.clean import clean_text
+from data_pipeline.cleaning.clean import clean_text
 from launcher.errors import ConfigurationError
 from launcher.generation import answer
 from model import LiquidForCausalLM
@@ -31,7 +31,7 @@ class Answered:
 def read_questions(source: str) -> list[dict]:
     """Rows with `question` and `answer`: the sample's held-out split (`sample`) or a JSON-lines file."""
     if source == "sample":
-        from data_pipeline.sample import held_out_rows
+        from data_pipeline.sources.sample import held_out_rows
 
         return held_out_rows()
     try:

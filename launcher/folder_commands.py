@@ -46,7 +46,7 @@ def add_inspect(commands) -> None:
 
 
 def _verify(options) -> None:
-    from data_pipeline.verification import bytes_to_verify, verify
+    from data_pipeline.checking.verification import bytes_to_verify, verify
 
     total = bytes_to_verify(options.folder)
     with _bytes_bar(total, "verifying") as progress:
@@ -61,8 +61,8 @@ def _verify(options) -> None:
 
 
 def _inspect(options) -> None:
-    from data_pipeline.inspection import choose_rows, collect_statistics, report, rows_as_text
-    from data_pipeline.shards import read_index
+    from data_pipeline.checking.inspection import choose_rows, collect_statistics, report, rows_as_text
+    from data_pipeline.shards.format import read_index
     from launcher.errors import ConfigurationError
 
     if options.rows < 0:
@@ -74,7 +74,7 @@ def _inspect(options) -> None:
         statistics = collect_statistics(options.folder, progress)
     print("\n\n".join([report(statistics, options.full), *texts]))
     if hasattr(options, "png"):
-        from data_pipeline.inspection_plots import save_histograms
+        from data_pipeline.checking.inspection_plots import save_histograms
 
         print(f"\nhistograms: {save_histograms(statistics, options.png)}")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data_pipeline.clean import clean_text
-from data_pipeline.tokenization import decode_answer, encode_prompt
+from data_pipeline.cleaning.clean import clean_text
+from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
 from launcher.errors import ConfigurationError
 from launcher.export import load_run
 from model import LiquidForCausalLM

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from data_pipeline.reader import RowReader
-from data_pipeline.tokenization import fingerprint
+from data_pipeline.loading.reader import RowReader
+from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
 from model import LiquidConfig, LiquidForCausalLM

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_pipeline.prepare import prepare
-from data_pipeline.remote import is_remote
-from data_pipeline.settings import Settings
+from data_pipeline.loading.remote import is_remote
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
 from launcher.checkpoint import find_checkpoint, read_manifest, set_aside_later
 from launcher.config import RunConfig, load_run_config
 from launcher.data_source import open_run_data

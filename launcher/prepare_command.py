@@ -56,9 +56,9 @@ def add_prepare(commands) -> None:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    from data_pipeline.clean import CleaningOptions
-    from data_pipeline.prepare import prepare
-    from data_pipeline.settings import Settings
+    from data_pipeline.cleaning.clean import CleaningOptions
+    from data_pipeline.preparation.prepare import prepare
+    from data_pipeline.preparation.settings import Settings
 
     is_sample = options.source == ["sample"]
     settings = Settings(

@@ -12,7 +12,7 @@ os.environ["POLARS_MAX_THREADS"] = "1"  # polars reads it once
 
 import polars as pl
 
-from data_pipeline.clean import RULES, clean
+from data_pipeline.cleaning.clean import RULES, clean
 
 ROWS_PER_CHUNK = 8192
 TEXTS = pl.col("question", "answer")

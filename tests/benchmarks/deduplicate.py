@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from data_pipeline.contamination import EvaluationSet
-from data_pipeline.near_duplicates import BORROWED, NearDuplicateSettings, duplicates, signatures
+from data_pipeline.deduplication.contamination import EvaluationSet
+from data_pipeline.deduplication.near_duplicates import BORROWED, NearDuplicateSettings, duplicates, signatures
 
 CHUNK_ROWS = 8192
 WEBINSTRUCT_ROWS = 2_335_220

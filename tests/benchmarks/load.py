@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline.collate import collate
-from data_pipeline.loader import BatchStream
-from data_pipeline.packing import SPAN_COLUMNS, PackedRows
-from data_pipeline.reader import ShardFolder
-from data_pipeline.shards import FORMAT_VERSION, TOKENIZER_FOLDER, write_index, write_shard
+from data_pipeline.loading.collate import collate
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.shards.format import FORMAT_VERSION, TOKENIZER_FOLDER, write_index, write_shard
+from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 
 SEQ_LEN = 2048
 VOCABULARY = 50_266

@@ -27,10 +27,10 @@ from pathlib import Path
 import polars as pl
 import psutil
 
-from data_pipeline.encode_chunks import Seconds
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
-from data_pipeline.sources import open_source
+from data_pipeline.preparation.encode_chunks import Seconds
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.source import open_source
 
 SLOW_ROWS = 10_000  # of the slow ways: their speed does not depend on how many
 STEPS = ("read", "clean", "encode", "keys", "keep", "load", "pack", "write")

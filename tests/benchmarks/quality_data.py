@@ -12,15 +12,15 @@ import polars as pl
 import torch
 from transformers import AutoTokenizer
 
-from data_pipeline.clean import clean
-from data_pipeline.collate import ARRAYS, IGNORE_INDEX, collate
+from data_pipeline.cleaning.clean import clean
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream
-from data_pipeline.prepare import prepare
-from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import Settings
-from data_pipeline.sources import open_source
-from data_pipeline.tokenization import train_tokenizer
+from data_pipeline.loading.collate import ARRAYS, IGNORE_INDEX, collate
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.source import open_source
+from data_pipeline.tokens.tokenization import train_tokenizer
 
 SEQ_LEN = 512
 ROWS_PER_STEP = 8

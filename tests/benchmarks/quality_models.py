@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Lfm2MoeConfig, Lfm2MoeForCausalLM, PreTrainedModel
 from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeExperts, Lfm2MoeSparseMoeBlock
 
-from data_pipeline.loader import BatchStream
+from data_pipeline.loading.loader import BatchStream
 from launcher.config import RunConfig
 from model import LiquidConfig, LiquidForCausalLM
 from model.convolution import DeformableConvolution

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
 
 SETTINGS = Settings(seq_len=64, rows_per_shard=20, vocab_size=400)
 WORDS = ["the", "sum", "of", "two", "numbers", "is", "greater", "than", "water", "boils", "at", "hundred", "degrees"]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.packing import SPAN_COLUMNS, PackedRows
-from data_pipeline.shards import FORMAT_VERSION, write_index, write_shard
+from data_pipeline.shards.format import FORMAT_VERSION, write_index, write_shard
+from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 
 PAD = 1
 FIRST_ID = 100  # the first token of row r is FIRST_ID + r

@@ -8,9 +8,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from data_pipeline import clean
-from data_pipeline.characters import NOT_SURELY_NFC
-from data_pipeline.clean import RULES, CleaningOptions, clean_text, rule_names, rules
+from data_pipeline.cleaning import clean
+from data_pipeline.cleaning.characters import NOT_SURELY_NFC
+from data_pipeline.cleaning.clean import RULES, CleaningOptions, clean_text, rule_names, rules
 from data_pipeline.errors import DataError
 
 CASES = {
@@ -162,7 +162,7 @@ def test_a_column_is_cleaned_as_its_rows_are_one_by_one_and_the_original_stays()
 
 def test_texts_without_dirt_cost_no_import_of_ftfy():
     code = (
-        "import sys; from data_pipeline.clean import clean_text; clean_text('naïve &lt;p> http://a.b'); "
+        "import sys; from data_pipeline.cleaning.clean import clean_text; clean_text('naïve &lt;p> http://a.b'); "
         "assert 'ftfy' not in sys.modules; clean_text('naÃ¯ve'); assert 'ftfy' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

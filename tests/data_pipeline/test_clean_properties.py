@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import clean
-from data_pipeline.clean import RULES, CleaningOptions, clean_text, rules
+from data_pipeline.cleaning import clean
+from data_pipeline.cleaning.clean import RULES, CleaningOptions, clean_text, rules
 
 # Pieces that rules make from each other: references, accents, mojibake, tags, URLs, brackets and all kinds of space.
 PIECES = st.sampled_from(

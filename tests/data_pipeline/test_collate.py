@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline.collate import IGNORE_INDEX, BatchMemory, collate, source_of_tokens
 from data_pipeline.errors import DataError
-from data_pipeline.packing import PackedRows
+from data_pipeline.loading.collate import IGNORE_INDEX, BatchMemory, collate, source_of_tokens
+from data_pipeline.shards.packing import PackedRows
 
 PAD = 1
 

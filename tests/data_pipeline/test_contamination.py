@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import shingles
-from data_pipeline.contamination import EvaluationSet
+from data_pipeline.deduplication import shingles
+from data_pipeline.deduplication.contamination import EvaluationSet
+from data_pipeline.deduplication.shingles import LONGEST_WORD, words_of
 from data_pipeline.errors import DataError
-from data_pipeline.shingles import LONGEST_WORD, words_of
 
 PASSAGE = (
     "The quick auditor of the northern harbour counted seventeen grey barrels. She wrote their weights into a ledger, "

@@ -8,11 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipeline import inspection
+from data_pipeline.checking import inspection
+from data_pipeline.checking.inspection import choose_rows, collect_statistics, report, rows_as_text
+from data_pipeline.checking.inspection_plots import save_histograms
 from data_pipeline.errors import DataError
-from data_pipeline.inspection import choose_rows, collect_statistics, report, rows_as_text
-from data_pipeline.inspection_plots import save_histograms
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.reader import ShardFolder
 from launcher.folder_commands import add_inspect, add_verify
 
 
@@ -193,7 +193,7 @@ def test_without_matplotlib_the_command_says_what_to_install(statistics, tmp_pat
 
 
 def test_no_heavy_library_is_imported_for_tables():
-    program = "import sys, data_pipeline.inspection, data_pipeline.inspection_plots, data_pipeline.verification\n"
+    program = "import sys; from data_pipeline.checking import inspection, inspection_plots, verification\n"
     program += "sys.exit(bool({'matplotlib', 'torch', 'transformers', 'polars'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from shard_folders import FIRST_ID, PAD, make_folder
 
-from data_pipeline.clean import clean_text
+from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream, ValidationBatches
-from data_pipeline.mixture import open_data
-from data_pipeline.prefetch import Prefetcher
-from data_pipeline.reader import ShardFolder
-from data_pipeline.tokenization import decode_answer, load_tokenizer
+from data_pipeline.loading.loader import BatchStream, ValidationBatches
+from data_pipeline.loading.mixture import open_data
+from data_pipeline.loading.prefetch import Prefetcher
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.tokens.tokenization import decode_answer, load_tokenizer
 
 NAMES = ("input_ids", "labels", "position_ids")
 PROCESSES = multiprocessing.get_context("fork")  # real processes that need not import torch again

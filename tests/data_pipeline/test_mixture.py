@@ -3,9 +3,9 @@ import pytest
 from shard_folders import FIRST_ID, flip_bit, make_folder
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream, ValidationBatches
-from data_pipeline.mixture import Mixture, open_data
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.loader import BatchStream, ValidationBatches
+from data_pipeline.loading.mixture import Mixture, open_data
+from data_pipeline.loading.reader import ShardFolder
 
 
 @pytest.fixture

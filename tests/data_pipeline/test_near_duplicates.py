@@ -7,9 +7,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_pipeline import near_duplicates, shingles
-from data_pipeline.errors import DataError
-from data_pipeline.near_duplicates import (
+from data_pipeline.deduplication import near_duplicates, shingles
+from data_pipeline.deduplication.near_duplicates import (
     BORROWED,
     REPRESENTATIVES,
     NearDuplicateSettings,
@@ -17,6 +16,7 @@ from data_pipeline.near_duplicates import (
     estimated_jaccard,
     signatures,
 )
+from data_pipeline.errors import DataError
 
 DEFAULT = NearDuplicateSettings()
 VOCABULARY = [f"word{number}" for number in range(3000)]

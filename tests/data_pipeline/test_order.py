@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from data_pipeline.order import MIXTURE_BLOCK, SHARDS_PER_BLOCK, MixtureOrder, RowOrder, quotas_of
+from data_pipeline.loading.order import MIXTURE_BLOCK, SHARDS_PER_BLOCK, MixtureOrder, RowOrder, quotas_of
 
 
 def test_every_row_comes_once_an_epoch_and_each_epoch_differs():

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.packing import Documents, best_fit, pack
+from data_pipeline.shards.packing import Documents, best_fit, pack
 
 SEQ_LEN, PAD = 16, 1
 

@@ -8,9 +8,9 @@ import pytest
 from shard_folders import flip_bit, make_folder
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream
-from data_pipeline.prefetch import Prefetcher
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.prefetch import Prefetcher
+from data_pipeline.loading.reader import ShardFolder
 
 
 @pytest.fixture

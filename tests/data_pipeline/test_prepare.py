@@ -11,12 +11,12 @@ import polars as pl
 import pytest
 import webdataset
 
-from data_pipeline.clean import clean_text
+from data_pipeline.checking.verification import verify
+from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import prepare
-from data_pipeline.reader import ShardFolder
-from data_pipeline.tokenization import decode_answer, load_tokenizer
-from data_pipeline.verification import verify
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.tokens.tokenization import decode_answer, load_tokenizer
 
 QUIETLY = {"workers": 1, "progress": False}
 
@@ -38,15 +38,15 @@ def contents(folder):
 
 def in_process(code, *arguments):
     """Starts a Python process that has imported prepare; arguments are sys.argv[1:]."""
-    code = "import os, resource, signal, sys, json\nimport data_pipeline.shards\n" + code
+    code = "import os, resource, signal, sys, json\nimport data_pipeline.shards.format\n" + code
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
 RUN = """
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
 from data_pipeline.errors import DataError
 try:
     prepare(sys.argv[1], sys.argv[2], Settings(**json.loads(sys.argv[3])), workers=1, progress=False)
@@ -132,8 +132,8 @@ def test_a_second_run_gives_the_same_bytes(prepared, corpus, settings, tmp_path)
 
 
 def test_groups_bound_what_packing_mixes(corpus, rows, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_CHUNK", 50)
-    monkeypatch.setattr("data_pipeline.select_rows.ROWS_PER_GROUP", 100)
+    monkeypatch.setattr("data_pipeline.sources.parquet.ROWS_PER_CHUNK", 50)
+    monkeypatch.setattr("data_pipeline.preparation.select_rows.ROWS_PER_GROUP", 100)
     pl.DataFrame(rows).write_parquet(tmp_path / "corpus.parquet", row_group_size=25)
     prepare(str(tmp_path / "corpus.parquet"), tmp_path / "out", settings, **QUIETLY)
     folder = ShardFolder(tmp_path / "out")

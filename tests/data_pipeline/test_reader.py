@@ -9,8 +9,8 @@ import pytest
 from shard_folders import FIRST_ID, PAD, flip_bit, make_folder
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream, ValidationBatches
-from data_pipeline.reader import NO_ROW, ShardFolder
+from data_pipeline.loading.loader import BatchStream, ValidationBatches
+from data_pipeline.loading.reader import NO_ROW, ShardFolder
 
 NAMES = ("input_ids", "labels", "position_ids")
 
@@ -139,7 +139,9 @@ def test_an_unknown_way_with_bad_shards_is_one_sentence(folder):
 
 def test_a_shard_is_hashed_once_and_by_one_thread(folder, monkeypatch):
     hashed = []
-    monkeypatch.setattr("data_pipeline.reader.check_file", lambda file, name, entry: hashed.append(entry["name"]))
+    monkeypatch.setattr(
+        "data_pipeline.loading.reader.check_file", lambda file, name, entry: hashed.append(entry["name"])
+    )
     data = ShardFolder(folder)
     threads = [threading.Thread(target=steps, args=(data, 20)) for _ in range(4)]
     for thread in threads:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import data_pipeline
-from data_pipeline.order import RowOrder
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.order import RowOrder
+from data_pipeline.loading.reader import ShardFolder
 
 PACKAGE = Path(data_pipeline.__file__).parent
 README = (PACKAGE / "README.md").read_text(encoding="utf-8")
@@ -66,5 +66,19 @@ def test_the_index_has_the_fields_that_are_described_and_no_other(prepared):
 
 
 def test_every_file_of_the_package_is_listed():
-    listed = set(re.findall(r"`(\w+\.py)`", README.split("## Which file does what")[1]))
-    assert listed == {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py", "errors.py"}
+    listed = {}
+    for room, files in re.findall(
+        r"^\| `(\w+)/` \| (.*?) \|", README.split("## Which file does what")[1], re.MULTILINE
+    ):
+        listed[room] = set(re.findall(r"`(\w+\.py)`", files))
+    rooms = {path.parent for path in PACKAGE.glob("*/__init__.py")}
+    assert listed == {room.name: {path.name for path in room.glob("*.py")} - {"__init__.py"} for room in rooms}
+
+
+def test_imports_run_one_way():
+    """From a room to those below it alone."""
+    floors = ["checking", "loading", "preparation", "deduplication", "cleaning", "tokens", "shards", "sources"]
+    for place, room in enumerate(floors):
+        for path in (PACKAGE / room).glob("*.py"):
+            reached = set(re.findall(r"(?:from|import) data_pipeline\.(\w+)", path.read_text(encoding="utf-8")))
+            assert reached - {"errors"} <= set(floors[place:]), path

@@ -15,17 +15,17 @@ import pytest
 from shard_folders import flip_bit, make_folder
 
 from data_pipeline.errors import DataError
-from data_pipeline.loader import BatchStream
-from data_pipeline.mixture import open_data
-from data_pipeline.reader import ShardFolder
-from data_pipeline.remote import ShardCache
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.mixture import open_data
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.loading.remote import ShardCache
 
 PROCESSES = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr("data_pipeline.remote.RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr("data_pipeline.loading.remote.RETRY_SECONDS", (0.01, 0.01))
 
 
 @pytest.fixture
@@ -130,9 +130,9 @@ def test_many_processes_share_a_cache_that_holds_a_part_of_the_data(folder, tmp_
     reference = digest(ShardFolder(folder), 90)
 
     def work(rank, pipe):
-        import data_pipeline.reader
+        import data_pipeline.loading.reader
 
-        data_pipeline.reader.MAX_OPEN_SHARDS = 1  # so that little is held open, and much fetched again
+        data_pipeline.loading.reader.MAX_OPEN_SHARDS = 1  # so that little is held open, and much fetched again
         data = ShardFolder(url_of(folder), cache=ShardCache(tmp_path / "cache", limit))
         pipe.send(digest(data, 90, rank, 4))
 

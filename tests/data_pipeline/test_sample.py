@@ -13,14 +13,14 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from data_pipeline.clean import clean
-from data_pipeline.sample import clean_rows, held_out_rows, split, training_rows
+from data_pipeline.cleaning.clean import clean
+from data_pipeline.sources.sample import clean_rows, held_out_rows, split, training_rows
 
 ROOT = Path(__file__).parents[2]
 COLUMNS = ["orig_question", "orig_answer", "question", "answer", "source", "index"]
 PRINT_HASH = """
 import hashlib, json
-from data_pipeline.sample import clean_rows, held_out_rows, training_rows
+from data_pipeline.sources.sample import clean_rows, held_out_rows, training_rows
 text = json.dumps([list(training_rows()), clean_rows(), held_out_rows()])
 print(hashlib.sha256(text.encode()).hexdigest())
 """

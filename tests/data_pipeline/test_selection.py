@@ -8,13 +8,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from data_pipeline.encoding import DocumentEncoder
+from data_pipeline.checking.verification import verify
+from data_pipeline.deduplication.keys import repeated, row_keys
 from data_pipeline.errors import DataError
-from data_pipeline.keys import repeated, row_keys
-from data_pipeline.prepare import prepare
-from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import Settings
-from data_pipeline.verification import verify
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.tokens.encoding import DocumentEncoder
 
 SETTINGS = Settings(seq_len=64, rows_per_shard=50, vocab_size=400)
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
@@ -161,10 +161,10 @@ def test_a_fast_encoder_that_errs_is_found_out_and_replaced(led_tokenizer, tmp_p
         fast.append(len(texts))
         return np.where(np.arange(len(ids)) == 2, ids + 1, ids), offsets
 
-    import data_pipeline.encoding
+    import data_pipeline.tokens.encoding
 
-    real = data_pipeline.encoding._encode_fast
-    monkeypatch.setattr("data_pipeline.encoding._encode_fast", wrong)
+    real = data_pipeline.tokens.encoding._encode_fast
+    monkeypatch.setattr("data_pipeline.tokens.encoding._encode_fast", wrong)
     (tmp_path / "other.jsonl").write_text((tmp_path / "right.jsonl").read_text())
     prepare(str(tmp_path / "other.jsonl"), tmp_path / "other", settings, workers=1)
     said = capsys.readouterr().err
@@ -177,7 +177,7 @@ def test_a_fast_encoder_that_errs_is_found_out_and_replaced(led_tokenizer, tmp_p
 
 
 def test_both_encoders_give_the_same_documents(led_tokenizer, rows, tmp_path):
-    from data_pipeline.tokenization import load_tokenizer
+    from data_pipeline.tokens.tokenization import load_tokenizer
 
     load_tokenizer(led_tokenizer).save_pretrained(tmp_path)
     question, answer = (

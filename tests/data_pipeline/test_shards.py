@@ -7,11 +7,11 @@ import tarfile
 import numpy as np
 import pytest
 
+from data_pipeline.checking.verification import verify
 from data_pipeline.errors import DataError
-from data_pipeline.packing import PackedRows
-from data_pipeline.reader import ShardFolder
-from data_pipeline.shards import read_index, token_dtype, write_shard
-from data_pipeline.verification import verify
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.shards.format import read_index, token_dtype, write_shard
+from data_pipeline.shards.packing import PackedRows
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.hub_source import hub_chunks
-from data_pipeline.rows import values_of
-from data_pipeline.sources import open_source
+from data_pipeline.sources.hub import hub_chunks
+from data_pipeline.sources.rows import values_of
+from data_pipeline.sources.source import open_source
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}", "source": "forum", "index": n} for n in range(10)]
 TEXTS = [(f"q{n}", f"a{n}", "forum") for n in range(10)]
@@ -37,7 +37,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 7, 50, 63, 64, 10_000])
 def test_every_line_is_in_one_chunk_wherever_a_file_is_cut(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("data_pipeline.jsonl_source.BYTES_PER_CHUNK", size)
+    monkeypatch.setattr("data_pipeline.sources.jsonl.BYTES_PER_CHUNK", size)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl").write_text("\n" + json.dumps(ROWS[0]))  # a blank line, and no newline at the end
     source = open_source(str(tmp_path))
@@ -49,7 +49,7 @@ def test_every_line_is_in_one_chunk_wherever_a_file_is_cut(tmp_path, monkeypatch
 
 
 def test_row_groups_are_put_together_to_chunks_and_never_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr("data_pipeline.sources.parquet.ROWS_PER_CHUNK", 5)
     for group_rows, expected in ((1, [5, 5]), (2, [4, 4, 2]), (3, [3, 3, 4]), (7, [7, 3]), (10, [10])):
         pl.DataFrame(ROWS).write_parquet(tmp_path / "a.parquet", row_group_size=group_rows)
         source = open_source(str(tmp_path / "a.parquet"))
@@ -58,8 +58,8 @@ def test_row_groups_are_put_together_to_chunks_and_never_cut(tmp_path, monkeypat
 
 
 def test_frames_hold_no_more_rows_than_fit_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.rows.ROWS_PER_FRAME", 4)
-    monkeypatch.setattr("data_pipeline.parquet_source.ROWS_PER_FRAME", 4)
+    monkeypatch.setattr("data_pipeline.sources.rows.ROWS_PER_FRAME", 4)
+    monkeypatch.setattr("data_pipeline.sources.parquet.ROWS_PER_FRAME", 4)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     pl.DataFrame(ROWS).write_parquet(tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
@@ -90,8 +90,8 @@ def test_a_dataset_is_streamed_file_by_file_by_column_name(dataset):
 
 def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset, monkeypatch, capsys):
     _, chunks = hub_chunks(str(dataset))
-    monkeypatch.setattr("data_pipeline.rows.ROWS_PER_FRAME", 2)
-    monkeypatch.setattr("data_pipeline.hub_source.WAITS", (0, 0))
+    monkeypatch.setattr("data_pipeline.sources.rows.ROWS_PER_FRAME", 2)
+    monkeypatch.setattr("data_pipeline.sources.hub.WAITS", (0, 0))
     faults = [1, 3]  # the connection breaks at these rows' first reading
 
     def fragile(row, where, default_source):
@@ -101,7 +101,7 @@ def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset
             raise ConnectionResetError("the peer has gone")
         return values_of(row, where, default_source)
 
-    monkeypatch.setattr("data_pipeline.hub_source.values_of", fragile)
+    monkeypatch.setattr("data_pipeline.sources.hub.values_of", fragile)
     assert [row for frame in chunks[0].frames() for row in frame.rows()] == TEXTS[:4]
     said = capsys.readouterr().err
     assert "file 1 of 3 of the hub dataset" in said

@@ -11,23 +11,26 @@ from pathlib import Path
 
 import pytest
 
-import data_pipeline.prepare
-from data_pipeline.encode_chunks import load_arrays
+import data_pipeline.preparation.prepare
+from data_pipeline.checking.verification import verify
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
-from data_pipeline.team import Member
-from data_pipeline.verification import verify
+from data_pipeline.preparation.encode_chunks import load_arrays
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.preparation.team import Member
 
 SETTINGS = {"seq_len": 64, "rows_per_shard": 20, "vocab_size": 400, "validation_share": 0.2}
-SMALL = {"data_pipeline.jsonl_source.BYTES_PER_CHUNK": 4000, "data_pipeline.select_rows.ROWS_PER_GROUP": 60}
+SMALL = {
+    "data_pipeline.sources.jsonl.BYTES_PER_CHUNK": 4000,
+    "data_pipeline.preparation.select_rows.ROWS_PER_GROUP": 60,
+}
 SCRIPT = """
 import itertools, json, os, signal, sys
-import data_pipeline.jsonl_source, data_pipeline.select_rows
+import data_pipeline.sources.jsonl, data_pipeline.preparation.select_rows
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
-from data_pipeline.team import Member, Team
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.preparation.team import Member, Team
 
 def run_and_die(team, *arguments):
     for unit in real_run(team, *arguments):
@@ -37,7 +40,7 @@ def run_and_die(team, *arguments):
 
 units, real_run = itertools.count(1), Team._run
 if __name__ == "__main__":
-    data_pipeline.jsonl_source.BYTES_PER_CHUNK, data_pipeline.select_rows.ROWS_PER_GROUP = 4000, 60
+    data_pipeline.sources.jsonl.BYTES_PER_CHUNK, data_pipeline.preparation.select_rows.ROWS_PER_GROUP = 4000, 60
     source, out, settings, member, workers, kill_after = sys.argv[1:]
     kill_after, Team._run = int(kill_after), run_and_die
     try:
@@ -186,8 +189,8 @@ def test_what_is_done_is_not_done_again(start, corpus, expected, tmp_path, monke
         done_now.append(number)
         return real(job, number)
 
-    real = data_pipeline.prepare.encode_chunk
-    monkeypatch.setattr("data_pipeline.prepare.encode_chunk", encode_chunk)
+    real = data_pipeline.preparation.prepare.encode_chunk
+    monkeypatch.setattr("data_pipeline.preparation.prepare.encode_chunk", encode_chunk)
     for name, value in SMALL.items():
         monkeypatch.setattr(name, value)
     prepare(str(corpus), out, Settings(**SETTINGS), workers=1, progress=False)

@@ -5,9 +5,9 @@ import polars as pl
 import pytest
 from transformers import AutoTokenizer, LEDTokenizer
 
-from data_pipeline.encoding import DocumentEncoder
 from data_pipeline.errors import DataError
-from data_pipeline.tokenization import (
+from data_pipeline.tokens.encoding import DocumentEncoder
+from data_pipeline.tokens.tokenization import (
     decode_answer,
     encode_prompt,
     fingerprint,

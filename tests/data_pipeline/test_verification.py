@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline import verification
+from data_pipeline.checking import verification
+from data_pipeline.checking.columns import parse_shard
+from data_pipeline.checking.piece_ledger import PieceLedger, ShardPieces
+from data_pipeline.checking.verification import bytes_to_verify, verify
 from data_pipeline.errors import DataError
-from data_pipeline.piece_ledger import PieceLedger, ShardPieces
-from data_pipeline.shard_columns import parse_shard
-from data_pipeline.verification import bytes_to_verify, verify
 
 SEQ_LEN, VOCAB_SIZE, ROWS_IN = 16, 50, 40
 BOS, PAD, EOS, SEP = 0, 1, 2, 49

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data_pipeline.prepare import prepare
-from data_pipeline.settings import Settings
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
 from launcher.environment import free_port
 
 PROJECT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ MEASURE = """
 import gc, json, sys
 import torch
 import train
-from data_pipeline.loader import BatchStream
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.reader import ShardFolder
 from launcher.config import load_run_config
 from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.engine import build_engine, start_process_group

@@ -2,10 +2,10 @@
 
 import pytest
 
-from data_pipeline.loader import BatchStream
-from data_pipeline.prepare import prepare
-from data_pipeline.reader import ShardFolder
-from data_pipeline.settings import Settings
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.settings import Settings
 from launcher.checkpoint import read_manifest
 from launcher.config import WeightedData, load_run_config
 from launcher.data_source import open_run_data

@@ -6,8 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 
-from data_pipeline.loader import BatchStream
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.loader import BatchStream
+from data_pipeline.loading.reader import ShardFolder
 from launcher.checkpoint import TrainState
 from launcher.config import RunConfig, load_run_config
 from launcher.export import load_run
@@ -36,7 +36,7 @@ def config(trainer) -> RunConfig:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.05)
-    set_balancing_bias(model, 0.02 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    set_balancing_bias(model, 0.1 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
     folder = trainer.folder / "exported"
     shutil.copytree(data.tokenizer_path, folder)
     model.save_pretrained(folder)

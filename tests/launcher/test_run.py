@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.reader import ShardFolder
+from data_pipeline.loading.reader import ShardFolder
 from launcher.checkpoint import find_checkpoint, read_train_state
 from launcher.cli import main as lfm
 from launcher.errors import ConfigurationError

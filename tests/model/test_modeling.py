@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from data_pipeline.tokenization import train_tokenizer
+from data_pipeline.tokens.tokenization import train_tokenizer
 from model import LiquidConfig, LiquidForCausalLM
 from model.configuration import preset_names
 

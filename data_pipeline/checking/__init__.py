@@ -1,0 +1,1 @@
+"""Shard folders proved and looked at."""

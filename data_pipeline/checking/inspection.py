@@ -1,0 +1,261 @@
+"""What is in a shard folder: its numbers as tables, its rows as text."""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.checking.columns import ShardColumns, parse_shard
+from data_pipeline.errors import DataError
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.loading.remote import is_remote
+from data_pipeline.shards.format import TOKENIZER_FOLDER, token_dtype
+
+ROWS_AT_ONCE = 1024
+QUANTILES = (5, 25, 50, 75, 95, 100)
+SOURCES_IN_TABLE = 20
+NAME_WIDTH = 40
+TEXT_HEAD, TEXT_TAIL = 280, 80  # characters that stay of a long text
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The numbers of a folder; 24 bytes a document and 16 a row, whatever the length of their texts.
+
+    question_tokens, answer_tokens, document_sources: int64 `[documents]`; `<s>`, `<sep>` and `</s>` don't count.
+    row_tokens, row_pieces: int64 `[rows]`. source_fill: float64 `[sources]`, how full the rows are that a source's
+    tokens stand in. used_ids: bool `[vocab_size]`.
+    """
+
+    path: Path
+    index: dict
+    source_names: list[str]
+    question_tokens: np.ndarray
+    answer_tokens: np.ndarray
+    document_sources: np.ndarray
+    row_tokens: np.ndarray
+    row_pieces: np.ndarray
+    source_fill: np.ndarray
+    used_ids: np.ndarray
+
+    @cached_property
+    def document_tokens(self) -> np.ndarray:
+        """Tokens of each document with its three special ones, int64 `[documents]`."""
+        return self.question_tokens + self.answer_tokens + 3
+
+    @cached_property
+    def source_tokens(self) -> np.ndarray:
+        """Tokens of each source, float64 `[sources]`."""
+        return np.bincount(self.document_sources, self.document_tokens, len(self.source_names))
+
+
+def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] | None = None) -> Statistics:
+    """Read a shard folder once, one shard after another; holds one shard, and about 120 bytes a document.
+
+    progress: called with the bytes of each tar that is done. Raises DataError where the folder breaks the format; that
+    the files are those that the index means, `verify` proves.
+    """
+    if is_remote(path):
+        raise DataError(f"{path} is not on this machine: copy the folder, and inspect the copy")
+    folder = ShardFolder(path)
+    used = np.zeros(folder.vocab_size, dtype=bool)
+    names = _source_names(folder)
+    source_tokens, source_fill = np.zeros((2, len(names)))
+    pieces, row_tokens, row_pieces = [], [], []
+    for entry in folder.index["files"]:
+        shard = _read_shard(folder, entry)
+        for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
+            used[shard.tokens(first, first + ROWS_AT_ONCE)] = True
+        starts, answer_starts, ends, sources, input_rows, _ = shard.spans.T
+        if sources.max() >= len(names):
+            raise DataError(f"{folder.path / entry['name']} has a source without a name: `lfm verify` the folder")
+        parts = np.stack([answer_starts - starts, ends - answer_starts, sources]).astype(np.int32)
+        pieces.append((input_rows.copy(), parts))  # a view would keep all spans
+        row_tokens.append(shard.row_ends)
+        row_pieces.append(np.bincount(shard.piece_rows))
+        lengths, fill = ends - starts, shard.row_ends[shard.piece_rows] / folder.seq_len
+        source_tokens += np.bincount(sources, lengths, len(names))
+        source_fill += np.bincount(sources, lengths * fill, len(names))
+        if progress:
+            progress(entry["bytes"])
+    questions, answers, sources = _join_pieces(*(np.concatenate(part, axis=-1) for part in zip(*pieces, strict=True)))
+    return Statistics(
+        path=folder.path,
+        index=folder.index,
+        source_names=names,
+        question_tokens=questions,
+        answer_tokens=answers,
+        document_sources=sources,
+        row_tokens=np.concatenate(row_tokens),
+        row_pieces=np.concatenate(row_pieces),
+        source_fill=np.divide(source_fill, source_tokens, out=np.zeros(len(names)), where=source_tokens > 0),
+        used_ids=used,
+    )
+
+
+def _read_shard(folder: ShardFolder, entry: dict) -> ShardColumns:
+    try:
+        tar = np.fromfile(folder.path / entry["name"], dtype=np.uint8)
+        offsets = np.load(io.BytesIO((folder.path / entry["offsets"]["name"]).read_bytes()), allow_pickle=False)
+        return parse_shard(entry["name"], tar, offsets, folder.seq_len, token_dtype(folder.vocab_size))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder.path / entry['name']} cannot be read: `lfm verify` the folder ({error})") from error
+
+
+def _join_pieces(input_rows: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Add up the pieces of each document, int32 `[3, pieces]`: tokens before the answer, tokens from there, source."""
+    order = np.argsort(input_rows, kind="stable")
+    input_rows = input_rows[order]
+    begins = np.flatnonzero(np.diff(input_rows, prepend=-1))
+    before, after = (np.add.reduceat(column[order], begins, dtype=np.int64) for column in parts[:2])
+    return before - 2, after - 1, parts[2][order][begins].astype(np.int64)
+
+
+def _source_names(folder: ShardFolder) -> list[str]:
+    return [name or "(no name)" for name in folder.sources]
+
+
+# Tables
+
+
+def report(statistics: Statistics, full: bool = False) -> str:
+    """Give all tables of a folder as text; full: every source and not only the largest."""
+    return "\n\n".join((summary_table(statistics), length_table(statistics), source_table(statistics, full)))
+
+
+def summary_table(statistics: Statistics) -> str:
+    """Give rows, documents, tokens, fill, vocabulary and what was dropped."""
+    index, rows, pieces = statistics.index, len(statistics.row_tokens), statistics.row_pieces
+    documents, tokens = len(statistics.document_tokens), int(statistics.row_tokens.sum())
+    room = rows * index["seq_len"]
+    continued = int(pieces.sum()) - documents
+    used = int(statistics.used_ids.sum())
+    lines = [
+        ("packed rows", f"{rows:,} of {index['seq_len']:,} tokens, in {_count(len(index['files']), 'shard')}"),
+        ("documents", f"{documents:,}"),
+        ("tokens", f"{tokens:,} of {room:,} ({tokens / room:.2%} filled)"),
+        ("documents a row", f"{pieces.mean():.1f} ({pieces.min()} to {pieces.max()})"),
+        ("pieces that continue", f"{continued:,} of {pieces.sum():,} ({continued / pieces.sum():.2%})"),
+        ("vocabulary", f"{index['vocab_size']:,} ids, {used:,} of them used ({used / index['vocab_size']:.1%})"),
+    ]
+    counts = index["counts"]
+    if "rows_in" in counts:
+        lines.append(("rows read", f"{counts['rows_in']:,}"))
+    if "rows_dropped" in counts:
+        dropped = {reason.replace("_", " "): number for reason, number in counts["rows_dropped"].items() if number}
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
+        lines.append(("rows dropped", f"{sum(dropped.values()):,}" + (f" ({reasons})" if dropped else "")))
+    if "validation_documents" in counts:
+        lines.append(("held out", f"{counts['validation_documents']:,} documents for validation"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join([str(statistics.path), *(f"  {name:{width}}  {value}" for name, value in lines)])
+
+
+def length_table(statistics: Statistics) -> str:
+    """Give quantiles of the lengths of documents, questions and answers, in tokens."""
+    header = ["tokens", "mean", *(f"p{quantile}" for quantile in QUANTILES[:-1]), "max"]
+    rows = []
+    for name in ("document", "question", "answer"):
+        lengths = getattr(statistics, f"{name}_tokens")
+        quantiles = np.percentile(lengths, QUANTILES, method="inverted_cdf")
+        rows.append([name, f"{lengths.mean():,.1f}", *(f"{quantile:,.0f}" for quantile in quantiles)])
+    return _table(header, rows)
+
+
+def source_table(statistics: Statistics, full: bool = False) -> str:
+    """Give documents, tokens, mean lengths and fill of every source, the largest first."""
+    header = ["source", "documents", "tokens", "share", "mean question", "mean answer", "fill of its rows"]
+    tokens = statistics.source_tokens
+    count = len(tokens)
+    documents, questions, answers = (
+        np.bincount(statistics.document_sources, weights, count)
+        for weights in (None, statistics.question_tokens, statistics.answer_tokens)
+    )
+    order = np.argsort(-tokens, kind="stable")
+    named = order if full or count <= SOURCES_IN_TABLE + 1 else order[:SOURCES_IN_TABLE]
+    groups = [(statistics.source_names[source], [source]) for source in named]
+    if len(named) < count:
+        groups.append((f"… {count - len(named)} smaller ones", order[len(named) :]))
+    rows = []
+    for name, sources in groups:
+        its_documents, its_tokens = max(1, documents[sources].sum()), tokens[sources].sum()
+        fill = statistics.source_fill[sources] @ tokens[sources] / max(1, its_tokens)
+        means = (column[sources].sum() / its_documents for column in (questions, answers))
+        rows.append(
+            [shorten_name(name), f"{documents[sources].sum():,.0f}", f"{its_tokens:,.0f}"]
+            + [f"{its_tokens / tokens.sum():.1%}", *(f"{mean:,.1f}" for mean in means), f"{fill:.2%}"]
+        )
+    return _table(header, rows)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(f"{cell:{'>' if place else '<'}{widths[place]}}" for place, cell in enumerate(row)).rstrip()
+        for row in (header, ["─" * width for width in widths], *rows)
+    )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}" + ("" if number == 1 else "s")
+
+
+def shorten_name(name: str) -> str:
+    """Cut the middle out of a long source's name."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 13]}…{name[-12:]}"
+
+
+def _shorten_text(text: str) -> str:
+    left_out = len(text) - TEXT_HEAD - TEXT_TAIL
+    if left_out <= TEXT_TAIL:  # not worth it
+        return text
+    return f"{text[:TEXT_HEAD]} [… {left_out:,} characters …] {text[-TEXT_TAIL:]}"
+
+
+# Rows
+
+
+def choose_rows(path: str | os.PathLike, count: int, seed: int) -> list[int]:
+    """Draw up to `count` different rows of a folder, the same ones for the same seed, in ascending order."""
+    num_rows = ShardFolder(path).num_rows
+    return sorted(np.random.default_rng(seed).choice(num_rows, min(count, num_rows), replace=False).tolist())
+
+
+def rows_as_text(path: str | os.PathLike, rows: Sequence[int], full: bool = False) -> Iterator[str]:
+    """Yield each row with its documents' texts, decoded by the folder's own tokenizer, special tokens and all.
+
+    full: don't shorten long texts. Raises DataError for a row that isn't there.
+    """
+    from tokenizers import Tokenizer
+
+    folder = ShardFolder(path)
+    for row in rows:
+        if not 0 <= row < folder.num_rows:
+            raise DataError(f"{folder.path} has no row {row}: its rows are 0 to {folder.num_rows - 1}")
+    # A validation folder may share the tokenizer of the folder that it is in.
+    homes = (folder.tokenizer_path, folder.path.parent / TOKENIZER_FOLDER)
+    tokenizer = Tokenizer.from_file(str(next(home for home in homes if home.is_dir()) / "tokenizer.json"))
+    for row in rows:
+        yield _row_as_text(folder, tokenizer, row, full)
+
+
+def _row_as_text(folder: ShardFolder, tokenizer, row: int, full: bool) -> str:
+    tokens, spans = folder.read(row)
+    names = _source_names(folder)
+    lines = [f"row {row}: {_count(len(spans), 'piece')}, {spans[-1, 2]:,} of {folder.seq_len:,} tokens"]
+    for number, (start, answer_start, end, source, input_row, offset) in enumerate(spans.tolist(), 1):
+        begins = f", goes on from token {offset:,} of its document" if offset else ""
+        lines.append(
+            f"  {number:>3}  {names[source]}, input row {input_row}, tokens {start:,} to {end - 1:,}, "
+            f"{end - answer_start:,} of them the answer's{begins}"
+        )
+        for ids in (tokens[start:answer_start], tokens[answer_start:end]):
+            if len(ids):
+                text = tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+                text = text if full else _shorten_text(text)
+                lines += [f"       {line}" for line in text.split("\n")]
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""A shard folder's histograms as one PNG picture."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_pipeline.checking.inspection import Statistics, shorten_name
+from data_pipeline.errors import DataError
+from data_pipeline.shards.format import write_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE_NAME = "inspection.png"  # in a folder
+SOURCES_IN_PICTURE, FEW_SOURCES = 25, 8
+BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#666666"
+
+
+def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
+    """Draw lengths, fill and sources; return the picture's path.
+
+    path: a file name that ends in .png, or a folder that gets `inspection.png`. Raises DataError where matplotlib isn't
+    installed or the picture can't be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "histograms need matplotlib, which is not installed here: pip install matplotlib, or leave --png out"
+        ) from error
+    path = Path(path)
+    path = path if path.suffix.lower() == ".png" else path / PICTURE_NAME
+    # Somebody's own style or mathematical text in a source's name must not change the picture.
+    with matplotlib.rc_context(matplotlib.rcParamsDefault | {"text.parse_math": False, "font.size": 9}):
+        panels, size, widths = _arrangement(len(statistics.source_names))
+        figure = Figure(figsize=size, layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
+        FigureCanvasAgg(figure)
+        axes = figure.subplot_mosaic(panels, width_ratios=widths)
+        figure.suptitle(_title(statistics), fontsize=12)
+        _draw_documents(axes["documents"], statistics)
+        _draw_questions_and_answers(axes["parts"], statistics)
+        _draw_fill(axes["fill"], statistics)
+        _draw_sources(axes["sources"], statistics)
+        return _write(figure, path)
+
+
+def _write(figure, path: Path) -> Path:
+    from io import BytesIO
+
+    picture = BytesIO()
+    figure.savefig(picture, format="png", dpi=110)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, [picture.getvalue()])
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror or error}): name another place") from error
+    return path
+
+
+def _arrangement(sources: int) -> tuple[list[list[str]], tuple[float, float], tuple[float, float]]:
+    """Give a column of its own to a long list of sources: panels, inches, widths."""
+    if sources <= FEW_SOURCES:
+        return [["documents", "parts"], ["fill", "sources"]], (14, 8.5), (1, 1)
+    return [[panel, "sources"] for panel in ("documents", "parts", "fill")], (14, 11), (1.4, 1)
+
+
+def _title(statistics: Statistics) -> str:
+    return (
+        f"{statistics.path.resolve().name}: {len(statistics.document_tokens):,} documents, "
+        f"{int(statistics.row_tokens.sum()):,} tokens in {len(statistics.row_tokens):,} rows of "
+        f"{statistics.index['seq_len']:,}"
+    )
+
+
+def _draw_documents(axes: "Axes", statistics: Statistics) -> None:
+    lengths, seq_len = statistics.document_tokens, statistics.index["seq_len"]
+    axes.hist(lengths, _length_bins(lengths), color=BLUE)
+    median = int(np.median(lengths))
+    axes.axvline(median, color=GREY, linestyle="--", label=f"median: {median:,}")
+    if lengths.max() >= seq_len / 2:
+        longer = int((lengths > seq_len).sum())
+        axes.axvline(seq_len, color=ORANGE, label=f"a row: {seq_len:,}; longer: {longer:,}")
+    _label(axes, "Length of documents", "tokens, with the special ones (log scale)", "documents")
+    _length_axis(axes)
+    _legend(axes)
+
+
+def _draw_questions_and_answers(axes: "Axes", statistics: Statistics) -> None:
+    parts = (("questions", statistics.question_tokens, BLUE), ("answers", statistics.answer_tokens, ORANGE))
+    bins = _length_bins(np.concatenate([lengths for _, lengths, _ in parts]))
+    for name, lengths, color in parts:
+        label = f"{name}, median {int(np.median(lengths)):,}"
+        # An empty one, which only a tokenizer without text could make, stands with those of one token.
+        axes.hist(np.maximum(lengths, 1), bins, color=color, alpha=0.25)
+        axes.hist(np.maximum(lengths, 1), bins, color=color, histtype="step", linewidth=1.5, label=label)
+    _label(axes, "Questions and answers", "tokens, without the special ones (log scale)", "documents")
+    _length_axis(axes)
+    _legend(axes)
+
+
+def _draw_fill(axes: "Axes", statistics: Statistics) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    seq_len = statistics.index["seq_len"]
+    padding = seq_len - statistics.row_tokens
+    # Nearly all rows are nearly full: 0, 1, 2, up to 4, up to 8, … tell them apart, and the few others, too.
+    limits = np.array([0, *(2 ** np.arange(int(padding.max()).bit_length() + 1))])
+    limits = limits[: np.searchsorted(limits, padding.max()) + 1]
+    rows = np.bincount(np.searchsorted(limits, padding), minlength=len(limits))
+    bars = axes.bar(range(len(limits)), rows, color=BLUE)
+    axes.bar_label(bars, [f"{count:,}" if count else "" for count in rows], padding=2, fontsize=8)
+    axes.set_yscale("log")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(0.7, 4 * rows.max())
+    least = [_percent(max(0, seq_len - limit) / seq_len) for limit in limits]
+    names = [f"{limit // 1024}k" if limit >= 1024 else str(limit) for limit in limits]
+    ticks = [f"{name}\n{fill}" for name, fill in zip(names, least, strict=True)]
+    axes.set_xticks(range(len(limits)), ticks, fontsize=8 if len(ticks) < 14 else 7)
+    mean = statistics.row_tokens.mean() / seq_len
+    _label(
+        axes,
+        f"Fill of rows, {mean:.2%} on average",
+        "up to so many tokens of padding; filled to at least (%)",
+        "rows (log scale)",
+    )
+    axes.yaxis.set_major_formatter(_thousands())
+
+
+def _percent(share: float) -> str:
+    hundredths = int(share * 10_000)  # rounded down, so that only a full row has 100
+    return f"{hundredths / 100:.2f}" if 9900 <= hundredths < 10_000 else f"{hundredths / 100:.0f}"
+
+
+def _draw_sources(axes: "Axes", statistics: Statistics) -> None:
+    tokens = statistics.source_tokens
+    order = np.argsort(-tokens, kind="stable")
+    named = order if len(order) <= SOURCES_IN_PICTURE + 1 else order[:SOURCES_IN_PICTURE]
+    names = [shorten_name(statistics.source_names[source]) for source in named]
+    values, colors = list(tokens[named]), [BLUE] * len(named)
+    if len(named) < len(order):
+        names.append(f"{len(order) - len(named)} smaller sources")
+        values.append(tokens[order[len(named) :]].sum())
+        colors.append(GREY)
+    places = range(len(names))
+    bars = axes.barh(places, values, color=colors)
+    axes.bar_label(bars, [f"{value / tokens.sum():.1%}" for value in values], padding=3)
+    axes.set_yticks(places, names)
+    axes.set_ylim(max(len(names), FEW_SOURCES // 2) - 0.4, -0.6)
+    axes.margins(x=0.12)
+    _label(axes, "Tokens by source", "tokens", "")
+    axes.xaxis.set_major_formatter(_thousands())
+
+
+def _length_bins(lengths: np.ndarray) -> np.ndarray:
+    """Give edges that grow by a factor and lie between whole numbers, so that every bin can have lengths in it."""
+    return np.unique(np.round(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 50))) - 0.5
+
+
+def _length_axis(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(_thousands())
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_formatter(_thousands())
+
+
+def _thousands():
+    from matplotlib.ticker import FuncFormatter
+
+    def as_text(value: float, _: int) -> str:
+        for unit, name in ((1e9, "B"), (1e6, "M")):
+            if value >= unit:
+                return f"{value / unit:g}{name}"
+        return f"{value:,.0f}" if value >= 1 or value == 0 else ""  # no length is less than 1
+
+    return FuncFormatter(as_text)
+
+
+def _legend(axes: "Axes") -> None:
+    # Above the panel, beside its title, where it hides nothing.
+    axes.legend(
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+        borderaxespad=0,
+        handlelength=1.3,
+        columnspacing=1,
+    )
+
+
+def _label(axes: "Axes", title: str, x: str, y: str) -> None:
+    axes.set_title(title, fontsize=10.5, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)

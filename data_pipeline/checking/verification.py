@@ -1,0 +1,305 @@
+"""Proving that a shard folder is what its index says: every byte hashed, every row, document and token counted."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.checking.columns import ShardColumns, broken, parse_shard, require
+from data_pipeline.checking.piece_ledger import PieceLedger, ShardPieces, shard_pieces
+from data_pipeline.errors import DataError
+from data_pipeline.loading.integrity import check_index
+from data_pipeline.loading.remote import is_remote
+from data_pipeline.preparation.team import available_cores
+from data_pipeline.shards.format import (
+    INDEX_NAME,
+    TOKENIZER_FOLDER,
+    VALIDATION_FOLDER,
+    files_of,
+    read_index,
+    token_dtype,
+)
+
+BYTES_WORTH_A_PROCESS = 2**26  # starting a process takes as long as checking so many bytes
+ROWS_AT_ONCE = 256  # so many rows' tokens stay in the processor's cache while they are looked at
+NAMED_PROBLEMS = 50
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What the index and the tokenizer say of every shard: sizes, counts and the ids of special tokens."""
+
+    seq_len: int
+    vocab_size: int
+    num_sources: int
+    rows_in: int | None
+    pad: int
+    bos: int
+    sep: int
+    eos: int
+
+
+@dataclass(frozen=True)
+class _ShardReport:
+    """One shard: what is wrong with it, or else what is in it."""
+
+    folder: Path
+    entry: dict
+    problems: list[str]
+    tokens: int = 0
+    pieces: ShardPieces | None = None
+
+
+def verify(
+    path: str | os.PathLike, progress: Callable[[int], None] | None = None, *, workers: int | None = None
+) -> dict:
+    """Rehash every file of a shard folder, check and count all that is in it, and return its index.
+
+    A folder `validation` in it is verified too. progress: called with the number of bytes of each file once it is
+    checked. workers: processes that take whole shards, a shard's bytes of memory each; by default one for each
+    processor that this one may use, and fewer for small folders. Raises DataError with the names of all bad files.
+    """
+    path = _local(path)
+    indexes = _indexes(path)
+    problems, shards = [], []
+    for folder, index in indexes.items():
+        for entry in index["tokenizer"]["files"]:
+            problems += _problems_of(folder, entry, _no_contents)
+            _report(progress, entry)
+        problems += _strangers(folder, index)
+        if index["tokenizer"]["fingerprint"] != indexes[path]["tokenizer"]["fingerprint"]:
+            problems.append(
+                f"{folder / INDEX_NAME} names another tokenizer than {path / INDEX_NAME}: prepare both again"
+            )
+    for folder, index in indexes.items():
+        # The special tokens tell what the rows have to look like: without a sound tokenizer files are hashed alone.
+        rules = None if problems else _rules(path, indexes[path], index)
+        shards += [(folder, entry, rules) for entry in index["files"]]
+    reports = []
+    for report in _check_shards(shards, _process_count(workers, indexes)):
+        reports.append(report)
+        problems += report.problems
+        _report(progress, report.entry, report.entry["offsets"])
+    if not problems:
+        problems += _count_problems(path, indexes, reports) or _document_problems(reports)
+    if problems:
+        raise DataError(_message(path, problems))
+    return indexes[path]
+
+
+def bytes_to_verify(path: str | os.PathLike) -> int:
+    """Give the sum of what `verify` reports to `progress`."""
+    return sum(entry["bytes"] for index in _indexes(_local(path)).values() for entry in files_of(index))
+
+
+def _local(path: str | os.PathLike) -> Path:
+    if is_remote(path):
+        raise DataError(f"{path} is not on this machine: copy the folder, and verify the copy")
+    return Path(path)
+
+
+def _indexes(path: Path) -> dict[Path, dict]:
+    folders = [path, path / VALIDATION_FOLDER] if (path / VALIDATION_FOLDER).is_dir() else [path]
+    indexes = {folder: read_index(folder) for folder in folders}
+    for folder, index in indexes.items():
+        check_index(str(folder), index)
+    return indexes
+
+
+def _report(progress: Callable[[int], None] | None, *entries: dict) -> None:
+    if progress:
+        for entry in entries:
+            progress(entry["bytes"])
+
+
+def _message(path: Path, problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    named = "".join(f"\n  {problem}" for problem in problems[:NAMED_PROBLEMS])
+    rest = len(problems) - NAMED_PROBLEMS
+    return f"{path} has {len(problems)} faults:{named}" + (f"\n  and {rest} more" if rest > 0 else "")
+
+
+# Files
+
+
+def _problems_of(folder: Path, entry: dict, keep: Callable[[np.ndarray], None]) -> list[str]:
+    """Compare a file with its entry of the index; hand its bytes, uint8 `[bytes]`, to `keep` where it is unchanged."""
+    path = folder / entry["name"]
+    try:
+        # Read and not mapped: a bad sector would end a process that reads a map, and nobody would learn which file it was.
+        data = np.fromfile(path, dtype=np.uint8)
+    except FileNotFoundError:
+        return [f"{path} is missing, which the index names: copy or prepare the folder again"]
+    except OSError as error:
+        return [f"{path} cannot be read ({error.strerror or error}): copy or prepare it again"]
+    if len(data) != entry["bytes"]:
+        return [f"{path} has {len(data)} bytes and the index says {entry['bytes']}: copy or prepare it again"]
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        return [f"{path} has changed since it was written: copy or prepare it again"]
+    keep(data)
+    return []
+
+
+def _no_contents(_: np.ndarray) -> None:
+    """For files that are only hashed."""
+
+
+def _strangers(folder: Path, index: dict) -> list[str]:
+    """Find tars that the index doesn't know: a WebDataset reader that is given `*.tar` would take them along."""
+    known = {entry["name"] for entry in index["files"]}
+    strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
+    return [f"{folder / name} is not in the index: move it away" for name in strangers]
+
+
+def _rules(path: Path, main_index: dict, index: dict) -> _Rules:
+    """Join what an index and the main one say with the special tokens."""
+    tokenizer = path / TOKENIZER_FOLDER
+    names = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    added = json.loads((tokenizer / "tokenizer.json").read_bytes())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    return _Rules(
+        seq_len=index["seq_len"],
+        vocab_size=index["vocab_size"],
+        num_sources=len(index["sources"]),
+        rows_in=main_index["counts"].get("rows_in"),  # a validation folder by itself doesn't know
+        pad=index["tokenizer"]["pad_token_id"],
+        bos=ids[names["bos_token"]],
+        sep=ids[names["sep_token"]],
+        eos=ids[names["eos_token"]],
+    )
+
+
+# Shards
+
+
+def _process_count(workers: int | None, indexes: dict[Path, dict]) -> int:
+    entries = [entry for index in indexes.values() for entry in index["files"]]
+    if workers is None:
+        worth = -(-sum(entry["bytes"] for entry in entries) // BYTES_WORTH_A_PROCESS)
+        workers = min(available_cores(), worth)
+    elif workers < 1:
+        raise DataError(f"{workers} workers cannot verify anything: give at least 1")
+    return min(workers, len(entries))
+
+
+def _check_shards(shards: list[tuple[Path, dict, _Rules | None]], processes: int) -> Iterator[_ShardReport]:
+    """Yield the reports of all shards, as they are done."""
+    if processes <= 1:
+        yield from (_check_shard(*shard) for shard in shards)
+        return
+    # Fork would copy whatever threads and locks the caller has.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            for future in as_completed([pool.submit(_check_shard, *shard) for shard in shards]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a process that verified shards was killed, by lack of memory perhaps: run again with fewer workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardReport:
+    contents: list[np.ndarray] = []
+    problems = _problems_of(folder, entry, contents.append)
+    problems += _problems_of(folder, entry["offsets"], contents.append)
+    if problems or rules is None:
+        return _ShardReport(folder, entry, problems)
+    tar, offsets_file = contents
+    try:
+        offsets = np.load(io.BytesIO(offsets_file), allow_pickle=False)
+    except ValueError as error:
+        return _ShardReport(
+            folder, entry, [f"{folder / entry['offsets']['name']} is no array: prepare it again ({error})"]
+        )
+    try:
+        shard = parse_shard(entry["name"], tar, offsets, rules.seq_len, token_dtype(rules.vocab_size))
+        if len(shard.row_ends) != entry["rows"]:
+            broken(entry["name"], f"it has {len(shard.row_ends)} rows and the index says {entry['rows']}")
+        closed = _check_tokens(entry["name"], shard, rules)
+    except DataError as error:
+        return _ShardReport(folder, entry, [f"{folder}/{error}"])
+    return _ShardReport(folder, entry, [], int(shard.row_ends.sum()), shard_pieces(shard.spans, closed))
+
+
+def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> np.ndarray:
+    """Check that ids, padding and special tokens agree with the spans; tell which pieces end their documents."""
+    starts, answer_starts, ends, sources, input_rows, offsets = shard.spans.T
+    require(name, sources < rules.num_sources, "a source has no name in the index", shard.piece_rows)
+    if rules.rows_in is not None:
+        require(name, input_rows < rules.rows_in, "an input row is beyond the rows that were read", shard.piece_rows)
+    columns = np.arange(rules.seq_len)
+    first_tokens, last_tokens, separators = (np.empty(len(starts), dtype=np.int64) for _ in range(3))
+    for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
+        tokens = shard.tokens(first, first + ROWS_AT_ONCE)
+        rows = first + np.arange(len(tokens))
+        require(name, tokens.max(axis=1) < rules.vocab_size, "a token is beyond the vocabulary", rows)
+        padded = np.flatnonzero(shard.row_ends[rows] < rules.seq_len)
+        is_text = columns < shard.row_ends[rows[padded], None]
+        require(name, (is_text | (tokens[padded] == rules.pad)).all(axis=1), "its padding has tokens", rows[padded])
+        pieces = slice(*np.searchsorted(shard.piece_rows, (first, first + ROWS_AT_ONCE)))
+        row = shard.piece_rows[pieces] - first
+        first_tokens[pieces] = tokens[row, starts[pieces]]
+        last_tokens[pieces] = tokens[row, ends[pieces] - 1]
+        separators[pieces] = tokens[row, np.maximum(answer_starts[pieces] - 1, 0)]
+    closed = last_tokens == rules.eos
+    require(name, (first_tokens == rules.bos) == (offsets == 0), "a document doesn't begin with <s>", shard.piece_rows)
+    begins_inside = (starts < answer_starts) & (answer_starts < ends)
+    require(name, (separators == rules.sep) | ~begins_inside, "an answer doesn't follow <sep>", shard.piece_rows)
+    require(name, (answer_starts < ends) | ~closed, "a document ends without an answer", shard.piece_rows)
+    return closed
+
+
+# The whole
+
+
+def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardReport]) -> list[str]:
+    problems = []
+    for folder, index in indexes.items():
+        of_folder = [report for report in reports if report.folder == folder]
+        counted = {
+            "packed_rows": sum(report.entry["rows"] for report in of_folder),
+            "documents": sum(report.pieces.documents for report in of_folder),
+            "tokens": sum(report.tokens for report in of_folder),
+        }
+        problems += [
+            f"{folder} holds {number} {name} and its index says {index['counts'][name]}: prepare it again"
+            for name, number in counted.items()
+            if index["counts"][name] != number
+        ]
+    counts = indexes[path]["counts"]
+    validation = counts.get("validation_documents", 0)
+    held_out = sum(index["counts"]["documents"] for folder, index in indexes.items() if folder != path)
+    if held_out != validation:
+        problems.append(
+            f"{path / INDEX_NAME} says {validation} validation documents and {held_out} are there: prepare it again"
+        )
+    if "rows_in" not in counts:
+        return problems
+    dropped = sum(counts["rows_dropped"].values())
+    if dropped + counts["documents"] + validation != counts["rows_in"]:
+        problems.append(
+            f"{path / INDEX_NAME} says {counts['rows_in']} rows were read, {dropped} dropped and "
+            f"{counts['documents'] + validation} kept, which is no sum: prepare the folder again"
+        )
+    return problems
+
+
+def _document_problems(reports: list[_ShardReport]) -> list[str]:
+    folders = sorted({report.folder for report in reports})
+    ledger = PieceLedger([report.pieces for report in reports], [folders.index(report.folder) for report in reports])
+    problems = []
+    for shards, what in ledger.problems():
+        names = sorted(str(reports[shard].folder / reports[shard].entry["name"]) for shard in shards)
+        problems.append(f"{' and '.join(names)}: {what}: prepare the folder again")
+    return problems

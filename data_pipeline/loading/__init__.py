@@ -1,0 +1,1 @@
+"""Shard folders to batches."""

@@ -1,0 +1,120 @@
+"""Packed rows to what a model trains on: input_ids, labels and position_ids, for a whole batch at once."""
+
+import sys
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
+
+IGNORE_INDEX = -100  # what the loss leaves out
+NO_SOURCE = -1  # padding comes from nowhere
+LOSS_ON = ("all", "answer")
+ARRAYS = ("input_ids", "labels", "position_ids")
+START, ANSWER_START, END, SOURCE = (SPAN_COLUMNS.index(name) for name in ("start", "answer_start", "end", "source"))
+
+
+class Pieces:
+    """The documents of a batch, each row's padding (of no tokens, where the row is full) as its last one.
+
+    starts, answer_starts, ends: int64 `[pieces + rows]`, positions in the flattened batch. sources: NO_SOURCE at padding.
+    Raises DataError where the spans of a row do not follow one another from its beginning.
+    """
+
+    def __init__(self, rows: PackedRows) -> None:
+        count, seq_len = rows.tokens.shape
+        columns = np.empty((4, len(rows.spans) + count), dtype=np.int64)
+        paddings = np.cumsum(rows.pieces + 1) - 1
+        is_padding = np.zeros(columns.shape[1], dtype=bool)
+        is_padding[paddings] = True
+        columns[:, ~is_padding] = rows.spans[:, (START, ANSWER_START, END, SOURCE)].T
+        columns[END, paddings] = columns[ANSWER_START, paddings] = seq_len
+        columns[SOURCE, paddings] = NO_SOURCE
+        # A padding begins where the piece before it ends, which in a row without pieces is the row before.
+        columns[START, paddings] = np.where(rows.pieces > 0, columns[END, paddings - 1], 0)
+        self.starts, self.answer_starts, self.ends, self.sources = columns
+        self._check(paddings)
+        columns[:SOURCE] += np.repeat(np.arange(count) * seq_len, rows.pieces + 1)
+        self.lengths = self.ends - self.starts
+
+    def _check(self, paddings: np.ndarray) -> None:
+        previous_ends = np.concatenate([[0], self.ends[:-1]])
+        previous_ends[paddings[:-1] + 1] = 0  # a row's first piece
+        sound = (
+            np.array_equal(self.starts, previous_ends)
+            and (self.starts <= self.answer_starts).all()
+            and (self.answer_starts <= self.ends).all()
+        )
+        if not sound:
+            raise DataError("a row's spans break the format of shards: `lfm verify` the folder, then prepare it again")
+
+
+def collate(rows: PackedRows, pad_token_id: int, loss_on: str, out: np.ndarray | None = None) -> np.ndarray:
+    """Give input_ids, labels and position_ids, int64 `[3, n, seq_len]`, written into `out` where it is given.
+
+    Labels stand at their own tokens, the model shifts them; -100 is at the first token of every piece, at padding and,
+    where the loss is on answers, at questions. Positions begin at 0 at every piece and at the padding. Raises DataError
+    for spans that break the format.
+    """
+    pieces = Pieces(rows)
+    if out is None:
+        out = np.empty((len(ARRAYS), *rows.tokens.shape), dtype=np.int64)
+    input_ids, labels, position_ids = out
+    np.copyto(input_ids, rows.tokens)
+    if (rows.pieces == 0).any():
+        input_ids[rows.pieces == 0] = pad_token_id
+    np.copyto(labels, input_ids)
+    np.copyto(labels, IGNORE_INDEX, where=_ignored(pieces, loss_on).reshape(labels.shape))
+    _fill_positions(position_ids.reshape(-1), pieces)
+    return out
+
+
+def source_of_tokens(rows: PackedRows) -> np.ndarray:
+    """Tell the source of every token, int64 `[n, seq_len]`, NO_SOURCE at padding."""
+    pieces = Pieces(rows)
+    return np.repeat(pieces.sources, pieces.lengths).reshape(rows.tokens.shape)
+
+
+def _ignored(pieces: Pieces, loss_on: str) -> np.ndarray:
+    """Tell which tokens are no targets: bool `[n · seq_len]`."""
+    # A piece is a run that is ignored and a run that is not; nothing stands before its first token to predict it.
+    ignored = np.ones_like(pieces.starts) if loss_on == "all" else np.maximum(pieces.answer_starts - pieces.starts, 1)
+    padding = pieces.sources == NO_SOURCE
+    ignored[padding] = pieces.lengths[padding]
+    runs = np.stack([ignored, pieces.lengths - ignored], axis=1).reshape(-1)
+    return np.repeat(np.tile([True, False], len(ignored)), runs)
+
+
+def _fill_positions(positions: np.ndarray, pieces: Pieces) -> None:
+    # Every position is one above the last, except that a piece begins at 0: one sum over the batch, in place.
+    lengths = pieces.lengths[pieces.lengths > 0]
+    positions[:] = 1
+    positions[0] = 0
+    positions[np.cumsum(lengths)[:-1]] = 1 - lengths[:-1]
+    np.cumsum(positions, out=positions)
+
+
+class BatchMemory:
+    """Memory for batches, used again once nobody holds a batch made in it: fresh pages cost more than filling them.
+
+    kept: how many arrays to keep; where all of them are held, new memory is taken.
+    """
+
+    def __init__(self, kept: int) -> None:
+        self.kept = kept
+        self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def take(self, shape: Sequence[int]) -> np.ndarray:
+        """Give an int64 array that nothing else refers to; what is in it is left from before."""
+        with self._lock:
+            for index in range(len(self._arrays)):
+                array = self._arrays[index]
+                # Tensors and views of an array refer to it; held by nobody, it has the list, `array` and the argument.
+                if array.shape == tuple(shape) and sys.getrefcount(array) == 3:
+                    return array
+            array = np.empty(shape, dtype=np.int64)
+            self._arrays = [*self._arrays, array][-self.kept :]
+            return array

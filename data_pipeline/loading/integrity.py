@@ -1,0 +1,56 @@
+"""Whether the files of a shard folder are what its index says: names, sizes and hashes."""
+
+import hashlib
+import os
+import re
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.format import files_of
+
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class BadFileError(DataError):
+    """A file that is missing or has another size or sha256 than the index says."""
+
+
+def check_index(location: str, index: dict) -> None:
+    """Raise DataError where an index lacks what reading needs, or names a file outside its folder."""
+    try:
+        entries = files_of(index)
+        rows = [shard["rows"] for shard in index["files"]]
+        numbers = [index["seq_len"], index["vocab_size"], index["tokenizer"]["pad_token_id"], *rows]
+        numbers += [entry["bytes"] for entry in entries]
+        names = [PurePosixPath(entry["name"]) for entry in entries]
+        hashes = [entry["sha256"] for entry in entries]
+        texts = [index["tokenizer"]["fingerprint"], *index["sources"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the index of {location} is damaged ({error!r}): copy or prepare the folder again") from error
+    for name in names:
+        if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name):
+            raise DataError(f"the index of {location} names {name}, outside the folder: prepare the data again")
+    # A hash is the name of a file in the cache of remote shards.
+    sound = all(isinstance(text, str) for text in texts) and all(SHA256.fullmatch(str(digest)) for digest in hashes)
+    if not sound or not all(type(number) is int and number >= 0 for number in numbers):
+        raise DataError(f"the index of {location} is damaged: copy or prepare the folder again")
+
+
+def check_size(path: Path, entry: dict) -> None:
+    """Raise BadFileError where a file is missing or has another size than its index entry says."""
+    if not path.is_file():
+        raise BadFileError(f"{path} is missing, which the index names: copy or prepare the folder again")
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise BadFileError(f"{path} has {size} bytes and the index says {entry['bytes']}: copy or prepare it again")
+
+
+def check_file(file: BinaryIO, name: str, entry: dict) -> None:
+    """Raise BadFileError, with the given name, where an open file has another size or sha256 than its entry says."""
+    size = os.fstat(file.fileno()).st_size
+    if size != entry["bytes"]:
+        raise BadFileError(f"{name} has {size} bytes and the index says {entry['bytes']}: copy or prepare it again")
+    file.seek(0)
+    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+        raise BadFileError(f"{name} has changed since it was written: copy or prepare it again")

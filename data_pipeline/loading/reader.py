@@ -1,0 +1,343 @@
+"""Reading finished shard folders by row number, in any order, and never what is not as the index says."""
+
+import contextlib
+import hashlib
+import io
+import mmap
+import os
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.loading.integrity import BadFileError, check_file, check_index, check_size
+from data_pipeline.loading.order import SHARDS_PER_BLOCK, MixtureOrder, RowOrder
+from data_pipeline.loading.remote import RemoteFolder, ShardCache, is_remote
+from data_pipeline.shards.format import TOKENIZER_FOLDER, read_index, token_dtype
+from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
+
+ON_BAD_SHARD = ("refuse", "skip")
+NO_ROW = -1  # a row number that stands for a row of padding
+MAX_OPEN_SHARDS = 2 * SHARDS_PER_BLOCK  # of a folder, in one process: a batch may straddle two blocks
+NPY_HEADER_BYTES = 128  # of the arrays in a shard, as numpy writes them
+SPAN_BYTES = 8 * len(SPAN_COLUMNS)
+FETCHING_THREADS = 4  # of a remote folder
+
+
+class RowReader(ABC):
+    """Packed rows by number: what is read of one folder, and of several as of one.
+
+    location: what to call it. seq_len, vocab_size, pad_token_id: of all rows. sources: the names that spans refer to.
+    tokenizer_path and tokenizer_fingerprint: the tokenizer that made the rows. fingerprint: changes with any token,
+    span, the tokenizer or the mixture. num_rows: of an epoch of everything.
+    """
+
+    location: str
+    seq_len: int
+    vocab_size: int
+    pad_token_id: int
+    sources: list[str]
+    tokenizer_path: Path
+    tokenizer_fingerprint: str
+    fingerprint: str
+    num_rows: int
+    _first_rows: np.ndarray  # of each shard, and num_rows at the end
+
+    @abstractmethod
+    def order(self, seed: int) -> RowOrder | MixtureOrder:
+        """Give the endless order of the rows."""
+
+    @abstractmethod
+    def open_shard(self, shard: int) -> "OpenShard | None":
+        """Open a shard once its hash is checked, and give None for one that is bad and to be skipped."""
+
+    @abstractmethod
+    def look_ahead(self, shards: Iterable[int]) -> None:
+        """Begin to fetch and to check shards in the background, in the order in which they will be needed."""
+
+    def gather(self, rows: np.ndarray) -> PackedRows:
+        """Read rows by number, int64 `[n]`; NO_ROW and the rows of skipped shards come as padding.
+
+        Raises DataError where a shard is not what the index says (unless such are skipped), or breaks the format.
+        """
+        if not NO_ROW <= rows.min() <= rows.max() < self.num_rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.num_rows}")
+        shards = np.where(rows == NO_ROW, -1, np.searchsorted(self._first_rows, rows, side="right") - 1)
+        shards_of_rows, rows_in_shards = shards.tolist(), (rows - self._first_rows[shards]).tolist()
+        opened = {shard: self.open_shard(shard) for shard in dict.fromkeys(shards_of_rows) if shard >= 0}
+        dtype = np.dtype(token_dtype(self.vocab_size))
+        header, padding = _blank_row(self.seq_len, dtype, self.pad_token_id)
+        tokens, spans, pieces = [], [], []
+        for shard, row in zip(shards_of_rows, rows_in_shards, strict=True):
+            source = opened.get(shard)
+            if source is None:
+                tokens.append(padding)
+                pieces.append(0)
+                continue
+            tokens_at, spans_at = source.offsets[row]
+            tokens.append(source.data[tokens_at : tokens_at + len(padding)])
+            count = source.count_spans(spans_at)
+            spans_at += NPY_HEADER_BYTES
+            spans.append(source.data[spans_at : spans_at + count * SPAN_BYTES])
+            pieces.append(count)
+        # One copy for the whole batch: what Python does for a row is these few slices.
+        all_tokens, all_spans = b"".join(tokens), b"".join(spans)
+        members = np.frombuffer(all_tokens, dtype=np.uint8)
+        if (
+            len(members) != len(rows) * len(padding)
+            or len(all_spans) != sum(pieces) * SPAN_BYTES
+            or (members.reshape(len(rows), -1)[:, : len(header)] != header).any()
+        ):
+            names = ", ".join(shard.name for shard in opened.values() if shard)
+            raise DataError(
+                f"a row in one of {names} is not {self.seq_len} tokens of {dtype.name} and their spans: prepare the data again"
+            )
+        return PackedRows(
+            members.reshape(len(rows), -1)[:, len(header) :].view(dtype),
+            np.frombuffer(all_spans, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS)),
+            np.array(pieces, dtype=np.int64),
+        )
+
+
+class ShardFolder(RowReader):
+    """A finished shard folder, read by row number; any number of processes may share one.
+
+    path: a local folder, or the URL of one, whose shards then come through the cache. on_bad_shard: `refuse` raises
+    for a shard that is missing or has another size or sha256 than the index says, `skip` lets its rows come as
+    padding. index: the contents of index.json. rows_per_file: rows of each shard, in order. bad_shards: the sentence
+    about each shard that was found bad, by its number.
+    Raises DataError where the folder is missing, unfinished or of another format, or a file is missing or has the
+    wrong size; and BadFileError, which is one, for what `on_bad_shard` is about.
+    """
+
+    def __init__(self, path: str | os.PathLike, on_bad_shard: str = "refuse", cache: ShardCache | None = None) -> None:
+        if on_bad_shard not in ON_BAD_SHARD:
+            raise DataError(f"on_bad_shard is {on_bad_shard!r}: give one of {', '.join(ON_BAD_SHARD)}")
+        self.location = str(path)
+        self._remote = RemoteFolder(str(path), cache or ShardCache()) if is_remote(path) else None
+        self.path = self._remote.metadata if self._remote else Path(path)
+        self.index = read_index(self.path)
+        check_index(self.location, self.index)
+        self.on_bad_shard = on_bad_shard
+        self.bad_shards: dict[int, str] = {}
+        self.seq_len = self.index["seq_len"]
+        self.vocab_size = self.index["vocab_size"]
+        self.pad_token_id = self.index["tokenizer"]["pad_token_id"]
+        self.sources = self.index["sources"]
+        self.tokenizer_path = self.path / TOKENIZER_FOLDER
+        self.tokenizer_fingerprint = self.index["tokenizer"]["fingerprint"]
+        self.rows_per_file: list[int] = [shard["rows"] for shard in self.index["files"]]
+        self.num_rows = sum(self.rows_per_file)
+        self.fingerprint = _folder_fingerprint(self.index)
+        self._first_rows = np.concatenate([[0], np.cumsum(self.rows_per_file)])
+        self._start_empty()
+        self._check_sizes()
+
+    def _start_empty(self) -> None:
+        self._checked: set[int] = set()
+        self._expected: deque[int] = deque()
+        self._threads = 0
+        self._open_shards: OrderedDict[int, OpenShard] = OrderedDict()
+        self._lock = threading.Lock()
+        self._shard_locks = [threading.Lock() for _ in self.rows_per_file]
+
+    def __getstate__(self) -> dict:
+        # Memory maps, locks and threads stay behind: another process has its own.
+        own = ("_checked", "_expected", "_open_shards", "_lock", "_shard_locks", "_threads")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start_empty()
+
+    def order(self, seed: int) -> RowOrder:
+        return RowOrder(self.num_rows, self.fingerprint, seed, self.rows_per_file)
+
+    def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Read one row: its tokens `[seq_len]` and spans `[pieces, 6]`, read-only views of the file.
+
+        For a look at single rows: it does not check the shard's hash, which `gather` does.
+        """
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of {self.num_rows}")
+        shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        opened = self._open(shard)
+        tokens_at, spans_at = opened.offsets[row - int(self._first_rows[shard])]
+        return opened.read_npy(tokens_at), opened.read_npy(spans_at)
+
+    def open_shard(self, shard: int) -> "OpenShard | None":
+        if self._is_good(shard):
+            return self._open(shard)
+        # Not said where the last one is found bad: that may be the thread that looks ahead.
+        if len(self.bad_shards) == len(self.rows_per_file):
+            raise DataError(f"every shard of {self.location} is bad: copy or prepare the folder again")
+        return None
+
+    def look_ahead(self, shards: Iterable[int]) -> None:
+        with self._lock:
+            new = [shard for shard in shards if shard not in self._checked and shard not in self._expected]
+            if self._remote:  # what is fetched too early would be deleted again before it is read
+                sizes = np.cumsum([self.index["files"][shard]["bytes"] for shard in new])
+                new = new[: int(np.searchsorted(sizes, self._remote.cache.limit_bytes // 2, side="right"))]
+            self._expected += new
+            for _ in range(min(len(new), (FETCHING_THREADS if self._remote else 1) - self._threads)):
+                self._threads += 1
+                # Daemons, because a store that does not answer must not keep the process from ending.
+                threading.Thread(target=self._check_expected, daemon=True).start()
+
+    def _check_expected(self) -> None:
+        while True:
+            with self._lock:
+                if not self._expected:
+                    self._threads -= 1
+                    return
+                shard = self._expected.popleft()
+            # Whoever reads the shard is told what is wrong, in the thread that can say so.
+            with contextlib.suppress(DataError):
+                self._is_good(shard)
+
+    def _is_good(self, shard: int) -> bool:
+        """Check a shard's hashes, once in this process; raise BadFileError, or give False where such are skipped."""
+        with self._shard_locks[shard]:
+            if shard in self._checked:
+                return True
+            if shard not in self.bad_shards:
+                try:
+                    for entry in self._entries(shard):
+                        self._check(entry)
+                    self._checked.add(shard)
+                    return True
+                except BadFileError as error:
+                    self._skip(shard, error)
+        return False
+
+    def _check(self, entry: dict) -> None:
+        if self._remote is None:
+            with self._open_file(entry) as file:
+                return check_file(file, self._name_of(entry), entry)
+        with self._open_file(entry) as file:  # fresh from the store, and so checked already, or a copy of some time ago
+            try:
+                return check_file(file, self._name_of(entry), entry)
+            except BadFileError:
+                self._remote.discard(entry)
+        self._open_file(entry).close()
+
+    def _open_file(self, entry: dict) -> BinaryIO:
+        if self._remote:
+            return self._remote.open(entry)
+        try:
+            return (self.path / entry["name"]).open("rb")
+        except FileNotFoundError:
+            raise BadFileError(f"{self._name_of(entry)} is missing: copy or prepare the folder again") from None
+
+    def _name_of(self, entry: dict) -> str:
+        return self._remote.name_of(entry) if self._remote else str(self.path / entry["name"])
+
+    def _skip(self, shard: int, error: BadFileError) -> None:
+        if self.on_bad_shard == "refuse":
+            raise error
+        self.bad_shards[shard] = str(error)
+        print(f"on_bad_shard is skip, so {self.rows_per_file[shard]} rows have no labels: {error}", file=sys.stderr)
+
+    def _check_sizes(self) -> None:
+        for entry in self.index["tokenizer"]["files"]:
+            check_size(self.path / entry["name"], entry)
+        for shard in range(0 if self._remote else len(self.rows_per_file)):
+            try:
+                for entry in self._entries(shard):
+                    check_size(self.path / entry["name"], entry)
+            except BadFileError as error:
+                self._skip(shard, error)
+
+    def _entries(self, shard: int) -> tuple[dict, dict]:
+        entry = self.index["files"][shard]
+        return entry, entry["offsets"]
+
+    def _open(self, shard: int) -> "OpenShard":
+        with self._shard_locks[shard]:
+            with self._lock:
+                if shard in self._open_shards:
+                    self._open_shards.move_to_end(shard)
+                    return self._open_shards[shard]
+            entry, offsets = self._entries(shard)
+            with self._open_file(entry) as tar, self._open_file(offsets) as at:
+                opened = OpenShard(tar, at, self._name_of(entry), self.rows_per_file[shard])
+            with self._lock:
+                self._open_shards[shard] = opened
+                if len(self._open_shards) > MAX_OPEN_SHARDS:
+                    self._open_shards.popitem(last=False)
+            return opened
+
+
+class OpenShard:
+    """One shard's tar, mapped into memory, and where in it the data of each row's two members begin.
+
+    A lock on the tar stays for as long as this lives. Raises DataError where the two files do not fit together.
+    """
+
+    def __init__(self, tar: BinaryIO, offsets: BinaryIO, name: str, rows: int) -> None:
+        self.name = name
+        self.data = memoryview(mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ))  # which has a descriptor of its own
+        try:
+            at = np.load(offsets, allow_pickle=False)
+        except ValueError as error:
+            raise DataError(f"the offsets of {name} are no array: copy or prepare the folder again") from error
+        if at.shape != (rows, 2) or at.dtype != np.uint64 or at.max() > len(self.data) - NPY_HEADER_BYTES:
+            raise DataError(f"the offsets of {name} do not fit it: copy or prepare the folder again")
+        self.offsets: list[list[int]] = at.tolist()  # Python's own integers, which are faster to count with
+
+    def count_spans(self, at: int) -> int:
+        """Tell how many spans a row has, from the header of the member whose data begin there."""
+        try:
+            return _count_spans(bytes(self.data[at : at + NPY_HEADER_BYTES]))
+        except ValueError as error:
+            raise DataError(f"{self.name} holds spans that are none ({error}): prepare the data again") from error
+
+    def read_npy(self, at: int) -> np.ndarray:
+        """Give a read-only view of the array in the member whose data begin there."""
+        header_end = at + 10 + int.from_bytes(self.data[at + 8 : at + 10], "little")
+        try:
+            shape, dtype = _parse_npy_header(bytes(self.data[at:header_end]))
+            size = dtype.itemsize * int(np.prod(shape))
+            return np.frombuffer(self.data[header_end : header_end + size], dtype=dtype).reshape(shape)
+        except ValueError as error:
+            raise DataError(f"{self.name} is corrupt ({error}): copy or prepare the folder again") from error
+
+
+def _folder_fingerprint(index: dict) -> str:
+    parts = [shard["sha256"] for shard in index["files"]] + [index["tokenizer"]["fingerprint"]]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _blank_row(seq_len: int, dtype: np.dtype, pad_token_id: int) -> tuple[np.ndarray, bytes]:
+    """The header that every row's tokens have, uint8, and a whole member of padding."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.full(seq_len, pad_token_id, dtype=dtype), version=(1, 0), allow_pickle=False)
+    member = buffer.getvalue()
+    return np.frombuffer(member, dtype=np.uint8)[: len(member) - seq_len * dtype.itemsize], member
+
+
+@lru_cache(maxsize=4096)  # rows share a few headers, and parsing one costs more than reading a row
+def _count_spans(header: bytes) -> int:
+    shape, dtype = _parse_npy_header(header)
+    if dtype != np.int64 or len(shape) != 2 or shape[1] != len(SPAN_COLUMNS) or header[-1:] != b"\n":
+        raise ValueError(f"{dtype} {shape}")
+    return shape[0]
+
+
+@lru_cache(maxsize=4096)
+def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    stream = io.BytesIO(header)
+    np.lib.format.read_magic(stream)
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject:
+        raise ValueError("pickled objects, which are never read")
+    return shape, dtype

@@ -1,0 +1,244 @@
+"""Shard folders behind a URL, whose files come through a local cache of bounded size.
+
+The cache belongs to a machine: any number of processes may share it. A file in it is named by its sha256, comes there
+whole by a rename, and is deleted where room is needed, the least recently used first. What a process has open stays.
+"""
+
+import errno
+import fcntl
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from data_pipeline.errors import DataError
+from data_pipeline.loading.integrity import BadFileError, check_file, check_index
+from data_pipeline.shards.format import INDEX_NAME, TOKENIZER_FOLDER, read_index
+
+if TYPE_CHECKING:  # local folders should not wait for it
+    from fsspec import AbstractFileSystem
+
+RETRY_SECONDS = (1, 4, 16)  # between attempts at a file
+PARTIAL_SUFFIX = ".partial"
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Tell a URL (`s3://bucket/folder`) from a local path."""
+    return "://" in str(path)
+
+
+def default_cache_folder() -> Path:
+    """The user's folder for remote shards among the machine's temporary files, which are rarely on a network disk."""
+    return Path(tempfile.gettempdir()) / f"lfm-shards-{os.getuid()}"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Where remote files are kept, and how many bytes of them.
+
+    What processes have open is never deleted, so a limit below that is exceeded by it.
+    """
+
+    folder: Path = field(default_factory=default_cache_folder)
+    limit_bytes: int = 50 * 10**9
+
+    @property
+    def files(self) -> Path:
+        return self.folder / "files"
+
+    def create(self) -> None:
+        """Make the cache's folders; raises DataError where they cannot be, or are another user's."""
+        try:
+            for folder in (self.folder, self.files, self.folder / "locks"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the shard cache {self.folder} ({error.strerror}): name another") from error
+        if self.folder.stat().st_uid != os.getuid():
+            raise DataError(f"the shard cache {self.folder} belongs to another user: name another")
+
+    def open(self, digest: str) -> BinaryIO | None:
+        """Open the file with a sha256, which is now the one used last, or give None; it stays while it is open."""
+        path = self.files / digest
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        os.utime(file.fileno())
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # deleted before this process had the lock
+        return None
+
+    @contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Hold one of the cache's locks against the machine's other processes and this one's other threads."""
+        with (self.folder / "locks" / name).open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BinaryIO:
+        """Let `write` make a new file under a temporary name, in room that is made and taken before; open it.
+
+        Raises DataError for a file above the whole limit.
+        """
+        if size > self.limit_bytes:
+            raise DataError(
+                f"a file of {size} bytes does not fit into the shard cache {self.folder}, whose limit is "
+                f"{self.limit_bytes}: allow it more"
+            )
+        partial = self.files / f"{digest}.{size}{PARTIAL_SUFFIX}"
+        with self.locked("room"):
+            self._delete_oldest(size)
+            file = partial.open("w+b")
+            fcntl.flock(file, fcntl.LOCK_EX)  # which shows that someone is at work on it
+        try:
+            write(partial)
+            with self.locked("room"):  # nobody deletes it while its lock is changed
+                partial.rename(self.files / digest)
+                fcntl.flock(file, fcntl.LOCK_SH)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            file.close()
+            raise
+        return file
+
+    def _delete_oldest(self, room: int) -> None:
+        files = []
+        for path in self.files.iterdir():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue  # another process has just finished it: it has another name
+            # What is being written will be as large as its name says.
+            size = int(path.suffixes[0][1:]) if path.suffix == PARTIAL_SUFFIX else status.st_size
+            files.append((status.st_mtime_ns, size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total + room <= self.limit_bytes:
+                return
+            try:
+                with path.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+            except BlockingIOError:
+                continue  # some process has it open
+            except FileNotFoundError:
+                pass
+            total -= size
+
+
+class RemoteFolder:
+    """A finished shard folder behind a URL that fsspec understands.
+
+    metadata: a local folder with its index and its tokenizer. Raises DataError where the folder cannot be reached, is
+    unfinished or damaged, or needs a package that is not installed.
+    """
+
+    def __init__(self, url: str, cache: ShardCache) -> None:
+        self.url = url.rstrip("/")
+        self.cache = cache
+        cache.create()
+        self._filesystem, self._root = _open_filesystem(self.url)
+        self.metadata = self._fetch_metadata()
+
+    def open(self, entry: dict) -> BinaryIO:
+        """Open the local copy of a file, downloading it where the cache has none; it stays while it is open.
+
+        Raises BadFileError where the file is missing, or what came twice is not what the index says; DataError where
+        the store cannot be reached.
+        """
+        digest = entry["sha256"]
+        if file := self.cache.open(digest):
+            return file
+        with self.cache.locked(digest[:2]):  # whoever waits here finds what the first has fetched
+            if file := self.cache.open(digest):
+                return file
+            return self.cache.add(digest, entry["bytes"], lambda path: self._download_checked(entry, path))
+
+    def name_of(self, entry: dict) -> str:
+        """Give the URL of a file."""
+        return f"{self.url}/{entry['name']}"
+
+    def discard(self, entry: dict) -> None:
+        """Delete the local copy of a file, because it is damaged."""
+        with self.cache.locked(entry["sha256"][:2]):
+            (self.cache.files / entry["sha256"]).unlink(missing_ok=True)
+
+    def _fetch_metadata(self) -> Path:
+        with self.cache.locked("metadata"), tempfile.TemporaryDirectory(dir=self.cache.folder) as temporary:
+            new = Path(temporary) / "folder"
+            new.mkdir()
+            try:
+                self._download(INDEX_NAME, new / INDEX_NAME)
+            except BadFileError:
+                raise DataError(
+                    f"there is no finished shard folder at {self.url}, it has no {INDEX_NAME}: copy one there"
+                ) from None
+            index = read_index(new)
+            check_index(self.url, index)
+            # Under the hash of its index, so that it does not change under a process that reads it.
+            identity = hashlib.sha256(self.url.encode() + (new / INDEX_NAME).read_bytes()).hexdigest()
+            folder = self.cache.folder / "folders" / identity[:32]
+            if not folder.is_dir():
+                (new / TOKENIZER_FOLDER).mkdir()
+                for entry in index["tokenizer"]["files"]:
+                    self._download_checked(entry, new / entry["name"])
+                folder.parent.mkdir(exist_ok=True)
+                new.rename(folder)
+            return folder
+
+    def _download_checked(self, entry: dict, target: Path) -> None:
+        self._download(entry["name"], target)
+        try:
+            with target.open("rb") as file:
+                check_file(file, self.name_of(entry), entry)
+        except BadFileError:  # perhaps on the way
+            self._download(entry["name"], target)
+            with target.open("rb") as file:
+                check_file(file, self.name_of(entry), entry)
+
+    def _download(self, name: str, target: Path) -> None:
+        for pause in (*RETRY_SECONDS, None):
+            try:
+                return self._filesystem.get_file(f"{self._root}/{name}", str(target))
+            except FileNotFoundError:
+                raise BadFileError(f"{self.url}/{name} is missing, which the index names: copy it there") from None
+            except _network_errors() as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise DataError(f"no room for {name} in the shard cache {self.cache.folder}: free some") from error
+                if pause is None or isinstance(error, PermissionError):
+                    raise DataError(
+                        f"cannot read {self.url}/{name} ({' '.join(str(error).split())[:200] or type(error).__name__}): "
+                        "check the network and the credentials"
+                    ) from error
+                time.sleep(pause)
+
+
+def _open_filesystem(url: str) -> tuple["AbstractFileSystem", str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        filesystem, root = url_to_fs(url)
+    except ImportError as error:
+        protocol = url.split("://")[0].replace("https", "http")
+        fault = " ".join(str(error).split())
+        raise DataError(f"cannot open {url} ({fault}): pip install 'fsspec[{protocol}]'") from error
+    except ValueError as error:
+        raise DataError(f"cannot open {url}: {' '.join(str(error).split())}") from error
+    return filesystem, root.rstrip("/")
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """What a store's client raises when the network fails; most are OSErrors, and some only their package's own."""
+    errors: list[type[BaseException]] = [OSError]
+    for module, name in (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")):
+        if module in sys.modules:
+            errors.append(getattr(sys.modules[module], name))
+    return tuple(errors)

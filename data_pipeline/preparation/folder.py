@@ -1,0 +1,144 @@
+"""The output folder of `prepare`: who may write to it, what of it is ours, and how far it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.format import INDEX_NAME, PARTIAL_SUFFIX, TOKENIZER_FOLDER, VALIDATION_FOLDER, read_index
+
+LOCK_NAME = ".prepare.lock"
+WORK_NAME = ".work"
+CONFIG_NAME = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+SHARD_FILES = re.compile(r"shard-\d+-\d+\.(tar|offsets\.npy)")
+
+
+def work_folder(out: Path) -> Path:
+    """Where the unfinished work is kept, until the index is written."""
+    return out / WORK_NAME
+
+
+def claims_folder(out: Path) -> Path:
+    """Where the members of a team claim units of work."""
+    return work_folder(out) / "claims"
+
+
+@contextmanager
+def locked(out: Path, shared: bool) -> Iterator[None]:
+    """Create the folder if needed and hold it, for one process or `shared` by a team; others wait until it is free.
+
+    Raises DataError where the folder holds files that `prepare` did not make; they are not touched.
+    """
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file: name a folder for the shards")
+    # Whatever is there before the lock was not made by us. The lock is looked for last, because another process that
+    # begins at this very moment makes it before all other files.
+    foreign = next(out.iterdir(), None) if out.is_dir() else None
+    if foreign and not (out / LOCK_NAME).exists():
+        raise DataError(f"{out} holds {foreign.name}, which `prepare` did not make: name an empty or a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    with (out / LOCK_NAME).open("a") as lock:
+        try:
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {out}", file=sys.stderr)
+            fcntl.flock(lock, kind)
+        yield
+
+
+def finished_index(out: Path, config: dict) -> dict | None:
+    """Give the index where this config has made the folder already, None where the folder is unfinished.
+
+    Raises DataError where another config made it.
+    """
+    if not (out / INDEX_NAME).exists():
+        return None
+    index = read_index(out)
+    _check_same(index["config"], config, f"{out} was prepared")
+    return index
+
+
+def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
+    """Make the folder ready for work with this config, which goes on where an interrupted run with the same stopped.
+
+    alone: nobody else is at work, so what was half written can be removed.
+    Raises DataError, before anything is removed, where a file is not ours or another config began the work.
+    """
+    work = work_folder(out)
+    begun = work / CONFIG_NAME
+    if begun.exists():
+        _check_same(json.loads(begun.read_text()), config, f"{out} is unfinished and was begun")
+    files = _own_files(out)
+    if begun.exists():
+        if alone:
+            remove_partial_files(out)
+            shutil.rmtree(claims_folder(out), ignore_errors=True)
+        return
+    # Shards without an index, and nothing that says how they were made.
+    if alone:
+        for path in files:
+            if path != out / LOCK_NAME:
+                path.unlink()
+    work.mkdir(exist_ok=True)
+    write_scratch(begun, json.dumps(config).encode())
+
+
+def remove_work(out: Path) -> None:
+    """Remove what only an unfinished folder needs."""
+    shutil.rmtree(work_folder(out), ignore_errors=True)
+    remove_partial_files(out)
+
+
+def remove_partial_files(out: Path) -> None:
+    """Remove what a process that was killed had half written."""
+    for path in out.rglob(f"*{PARTIAL_SUFFIX}"):
+        path.unlink(missing_ok=True)
+
+
+def write_scratch(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file of the unfinished work whole, or not at all. Not synced: what a power cut spoils is made again."""
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
+    with partial.open("wb") as file:
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
+    partial.replace(path)
+
+
+def _check_same(before: dict, now: dict, made: str) -> None:
+    differing = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
+    if differing:
+        key = min(differing)
+        raise DataError(
+            f"{made} with {key} = {before.get(key)} and now {key} = {now.get(key)} is asked for: name another folder, or "
+            "remove this one"
+        )
+
+
+def _own_files(out: Path) -> list[Path]:
+    files = [path for path in out.rglob("*") if not path.is_dir() and work_folder(out) not in path.parents]
+    for path in files:
+        name = path.relative_to(out).as_posix()
+        if not _is_ours(name.removeprefix(f"{VALIDATION_FOLDER}/")):
+            raise DataError(f"{out} holds {name}, which `prepare` did not make: move it away, or name another folder")
+    return files
+
+
+def _is_ours(name: str) -> bool:
+    if name.endswith(PARTIAL_SUFFIX):
+        name = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]  # without host and process
+    tokenizer_files = {f"{TOKENIZER_FOLDER}/{file}" for file in TOKENIZER_FILES}
+    return name in (LOCK_NAME, INDEX_NAME) or name in tokenizer_files or bool(SHARD_FILES.fullmatch(name))

@@ -1,0 +1,271 @@
+"""The job that makes a shard folder: chunks are encoded, rows selected, groups packed and written, the index last.
+
+    source → chunks ─ encode_chunks ─→ .work/chunk-*.npz ─ select_rows ─→ .work/selection.npz ─ write_groups ─→ shards
+
+Every step leaves files under its final name, so whoever comes next, after a crash too, does only what is missing. What
+a chunk, a group or a shard is depends on the source, the settings and the constants of these modules: the same bytes
+come out whoever does the work, and however many they are.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from data_pipeline.cleaning.clean import clean
+from data_pipeline.errors import DataError
+from data_pipeline.preparation.encode_chunks import DROP_REASONS, FATE, Job, Seconds, encode_chunk, evaluation_set
+from data_pipeline.preparation.folder import (
+    begin_or_continue,
+    claims_folder,
+    finished_index,
+    locked,
+    remove_work,
+    work_folder,
+    write_scratch,
+)
+from data_pipeline.preparation.select_rows import (
+    ROWS_PER_GROUP,
+    SPLITS,
+    Selection,
+    load_selection,
+    select_rows,
+    selection_file,
+)
+from data_pipeline.preparation.settings import Settings
+from data_pipeline.preparation.team import ALONE, FinishedElsewhere, Member, Team, available_cores
+from data_pipeline.preparation.write_groups import folder_of, group_files, write_group
+from data_pipeline.shards.format import FORMAT_VERSION, INDEX_NAME, TOKENIZER_FOLDER, write_file, write_index
+from data_pipeline.sources.jsonl import BYTES_PER_CHUNK
+from data_pipeline.sources.parquet import ROWS_PER_CHUNK
+from data_pipeline.sources.source import Source, open_source
+from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_SETTINGS = Settings()
+
+
+def prepare(
+    source: str | list[str],
+    out: str | Path,
+    settings: Settings = DEFAULT_SETTINGS,
+    *,
+    workers: int | None = None,
+    member: Member = ALONE,
+    progress: bool = True,
+    seconds: Seconds | None = None,
+) -> dict:
+    """Make a shard folder of a source, or leave it alone where the same settings have made it; returns its index.
+
+    source: as for `open_source`. workers: processes here, all cores that this one may use by default. member: which one
+    of how many jobs that share the work. progress: show rows and MB/s on stderr. seconds: is given what the time went
+    to, added up over processes.
+    Work that an interrupted run has done is kept and gone on from. A process that finds another one at work waits.
+    Raises DataError for bad input, a folder of other settings, and what the disk refuses.
+    """
+    out, seconds = Path(out), Seconds() if seconds is None else seconds
+    opened = open_source(source)
+    if not opened.chunks:
+        raise DataError(f"the source {opened.name} has no rows: check its files")
+    workers = min(workers or available_cores(), len(opened.chunks))
+    try:
+        with Team(member, workers, out / INDEX_NAME, claims_folder(out)).at_work() as team:
+            tokenizer = None if settings.tokenizer == "train" else _load(settings.tokenizer)
+            config = _config(opened, tokenizer, settings)
+            if index := finished_index(out, config):
+                remove_work(out)
+                return index
+            with locked(out, shared=member.count > 1):
+                # Another process may have made it while this one waited.
+                if index := finished_index(out, config):
+                    return index
+                begin_or_continue(out, config, alone=member.count == 1)
+                job = Job(out.resolve(), settings, opened.chunks)
+                return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
+    except FinishedElsewhere:
+        return finished_index(out, config)
+    except OSError as error:
+        raise DataError(
+            f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error})"
+        ) from error
+
+
+class _Preparation:
+    """One member's way through the steps."""
+
+    def __init__(self, source: Source, job: Job, config: dict, team: Team, progress: bool, seconds: Seconds) -> None:
+        self.source, self.job, self.config, self.team = source, job, config, team
+        self.progress, self.seconds, self.out = progress, seconds, job.out
+
+    def run(self, tokenizer: PreTrainedTokenizerFast | None) -> dict:
+        self.team.do_once(self._make_tokenizer, (tokenizer,), self._tokenizer_entry_file)
+        self._encode_chunks()
+        with self.seconds.of("select"):
+            self.team.do_once(select_rows, (self.job,), selection_file(self.out))
+        selection = load_selection(self.out)
+        if not any(group.split == "training" for group in selection.groups):
+            raise DataError(f"the source {self.source.name} has no row with a question and an answer: check its text")
+        with self._bar("packing rows", sum(group.rows for group in selection.groups)) as bar:
+
+            def written(number: int, result: dict | None) -> None:
+                bar.update(selection.groups[number].rows)
+                self.seconds.update((result or {}).get("seconds", {}))
+
+            self.team.do(write_group, (self.job,), group_files(self.out, selection), written)
+        self.team.do_once(self._write_indexes, (selection,), self.out / INDEX_NAME)
+        remove_work(self.out)
+        return finished_index(self.out, self.config)
+
+    @property
+    def _tokenizer_entry_file(self) -> Path:
+        return work_folder(self.out) / "tokenizer.json"
+
+    def _make_tokenizer(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
+        """Save the tokenizer, fitted where none is given, and how the index will describe it."""
+        entry = _save_tokenizer(tokenizer or self._train_tokenizer(), self.out)
+        folder = self.out / TOKENIZER_FOLDER
+        if problem := fast_encoder_problem(folder):
+            if tokenizer is not None:  # a fitted one is known to be of another kind, and its corpus is small
+                self._say(f"gigatoken does not know this tokenizer ({problem}): it encodes by itself, more slowly")
+            write_scratch(self.job.mismatch_file, problem.encode())
+        write_scratch(self._tokenizer_entry_file, json.dumps(entry).encode())
+
+    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
+        from data_pipeline.tokens.tokenization import train_tokenizer
+
+        return train_tokenizer(self._clean_texts(), self.job.settings.vocab_size)
+
+    def _clean_texts(self):
+        with self._bar("fitting the tokenizer", self.source.num_rows) as bar:
+            for frame in self.source.frames():
+                cleaned = frame.select(clean(pl.col("question", "answer"), self.job.settings.cleaning))
+                for column in cleaned:
+                    yield from column
+                bar.update(len(frame))
+
+    def _encode_chunks(self) -> None:
+        """Have all chunks encoded; by the tokenizer itself, all of them anew, once the fast encoder was found wrong."""
+        while True:
+            fast = self.job.fast_encoder
+            try:
+                with self._bar("encoding rows", self.source.num_rows) as bar:
+                    megabytes = 0.0
+
+                    def encoded(number: int, result: dict | None) -> None:
+                        nonlocal megabytes
+                        rows = (result or {}).get("rows", self.job.chunks[number].rows or 0)
+                        megabytes += (result or {}).get("bytes", 0) / 1e6
+                        self.seconds.update((result or {}).get("seconds", {}))
+                        bar.update(rows)
+                        elapsed = bar.format_dict["elapsed"]
+                        bar.set_postfix_str(f"{megabytes / elapsed:.1f} MB/s" if elapsed else "")
+
+                    self.team.do(encode_chunk, (self.job,), self.job.chunk_files(), encoded)
+            except EncoderMismatchError:
+                pass  # its finder has left word; another member may have, too
+            if self.job.fast_encoder == fast:
+                return
+            self._say(f"{self.job.mismatch_file.read_text()}: all rows are encoded anew by the tokenizer, more slowly")
+
+    def _write_indexes(self, selection: Selection) -> None:
+        """Write the index of each split, that of the whole folder last."""
+        files = zip(selection.groups, group_files(self.out, selection), strict=True)
+        written = [(group.split, json.loads(file.read_text())) for group, file in files]
+        encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)
+        tokenizer_entry = json.loads(self._tokenizer_entry_file.read_text())
+        dropped = Counter({reason: int((selection.fate == FATE[reason]).sum()) for reason in DROP_REASONS})
+        for split in SPLITS:
+            entries = [entry for entry_split, entry in written if entry_split == split]
+            files = [file for entry in entries for file in entry["files"]]
+            counts = {name: sum(entry[name] for entry in entries) for name in ("documents", "tokens")}
+            counts["packed_rows"] = sum(file["rows"] for file in files)
+            if split == "training":
+                validation = int((selection.fate == FATE["validation"]).sum())
+                totals = {"rows_in": len(selection.fate), "rows_dropped": dict(dropped)}
+                counts = totals | counts | {"validation_documents": validation}
+            elif not files:
+                continue
+            else:
+                tokenizer_entry = tokenizer_entry | {"files": _copy_tokenizer(self.out, folder_of(self.out, split))}
+            write_index(
+                folder_of(self.out, split),
+                {
+                    "format_version": FORMAT_VERSION,
+                    "split": split,
+                    "config": self.config,
+                    "seq_len": self.job.settings.seq_len,
+                    "vocab_size": encoder.vocab_size,
+                    "tokenizer": tokenizer_entry,
+                    "sources": selection.sources,
+                    "counts": counts,
+                    "files": files,
+                },
+            )
+
+    def _bar(self, phase: str, rows: int | None):
+        from tqdm import tqdm
+
+        # In a log file, a line now and then is enough.
+        seconds = 0.1 if sys.stderr.isatty() else 30
+        return tqdm(total=rows, desc=phase, unit=" rows", disable=not self.progress, mininterval=seconds)
+
+    def _say(self, sentence: str) -> None:
+        if self.progress:
+            print(sentence, file=sys.stderr)
+
+
+def _load(name: str) -> PreTrainedTokenizerFast:
+    from data_pipeline.tokens.tokenization import load_tokenizer
+
+    return load_tokenizer(name)
+
+
+def _config(source: Source, tokenizer: PreTrainedTokenizerFast | None, settings: Settings) -> dict:
+    """Gather all that decides the bytes of the shards, and nothing that differs between machines."""
+    if tokenizer is None:
+        tokenizer_config = {"train_vocab_size": settings.vocab_size}
+    else:
+        from data_pipeline.tokens.tokenization import fingerprint
+
+        tokenizer_config = {"fingerprint": fingerprint(tokenizer)}
+    evaluation_texts = evaluation_set(settings).fingerprint if settings.decontaminate else None
+    return {
+        "source": source.identity,
+        "tokenizer": tokenizer_config,
+        **settings.config(),
+        "decontaminate": evaluation_texts,
+        "rows_per_chunk": ROWS_PER_CHUNK,
+        "bytes_per_chunk": BYTES_PER_CHUNK,
+        "rows_per_group": ROWS_PER_GROUP,
+    }
+
+
+def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
+    from data_pipeline.tokens.tokenization import fingerprint
+
+    # The backend reports a full disk as a bare Exception, so it writes elsewhere, and our own writer writes here.
+    with TemporaryDirectory() as elsewhere:
+        tokenizer.save_pretrained(elsewhere)
+        contents = {path.name: path.read_bytes() for path in sorted(Path(elsewhere).iterdir())}
+    files = _write_tokenizer_files(out / TOKENIZER_FOLDER, contents)
+    return {"fingerprint": fingerprint(tokenizer), "pad_token_id": tokenizer.pad_token_id, "files": files}
+
+
+def _copy_tokenizer(out: Path, folder: Path) -> list[dict]:
+    contents = {path.name: path.read_bytes() for path in sorted((out / TOKENIZER_FOLDER).iterdir())}
+    return _write_tokenizer_files(folder / TOKENIZER_FOLDER, contents)
+
+
+def _write_tokenizer_files(folder: Path, contents: dict[str, bytes]) -> list[dict]:
+    folder.mkdir(exist_ok=True)
+    return [
+        {"name": f"{TOKENIZER_FOLDER}/{name}", **write_file(folder / name, [data])} for name, data in contents.items()
+    ]

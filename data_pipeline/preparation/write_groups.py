@@ -1,0 +1,84 @@
+"""Stage 3 of a preparation: the kept rows of a group of chunks are packed and written as shards."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.preparation.encode_chunks import FATE, Job, Seconds, load_arrays, stamp
+from data_pipeline.preparation.folder import work_folder, write_scratch
+from data_pipeline.preparation.select_rows import Group, Selection, load_selection, selection_file
+from data_pipeline.shards.format import TOKENIZER_FOLDER, VALIDATION_FOLDER, write_shard
+from data_pipeline.shards.packing import Documents, PackedRows, pack
+from data_pipeline.tokens.encoding import DocumentEncoder
+
+
+def group_files(out: Path, selection: Selection) -> list[Path]:
+    """Where stage 3 leaves what it wrote for each group: index entries and counts, as JSON."""
+    return [work_folder(out) / f"{group.split}-{group.number:05d}.json" for group in selection.groups]
+
+
+def folder_of(out: Path, split: str) -> Path:
+    """The shard folder of a split."""
+    return out if split == "training" else out / VALIDATION_FOLDER
+
+
+def write_group(job: Job, number: int) -> dict:
+    """Write the shards of one group; returns its rows and seconds."""
+    selection, seconds = _selection(job.out, stamp(selection_file(job.out))), Seconds()
+    group = selection.groups[number]
+    with seconds.of("load"):
+        documents = _documents(job, selection, group)
+    encoder = _encoder(job.out / TOKENIZER_FOLDER, stamp(job.out / TOKENIZER_FOLDER))
+    with seconds.of("pack"):
+        rows = pack(documents, job.settings.seq_len, encoder.pad_token_id, encoder.dtype)
+    folder, step = folder_of(job.out, group.split), job.settings.rows_per_shard
+    folder.mkdir(exist_ok=True)
+    with seconds.of("write"):
+        files = [
+            write_shard(folder, f"shard-{group.number:05d}-{first // step:03d}", _part(rows, first, first + step))
+            for first in range(0, len(rows.tokens), step)
+        ]
+    written = {"files": files, "documents": len(documents.lengths), "tokens": int(documents.lengths.sum())}
+    write_scratch(group_files(job.out, selection)[number], json.dumps(written).encode())
+    return {"rows": len(documents.lengths), "seconds": dict(seconds)}
+
+
+def _documents(job: Job, selection: Selection, group: Group) -> Documents:
+    numbers = {name: number for number, name in enumerate(selection.sources)}
+    parts = []
+    for chunk in group.chunks:
+        arrays = load_arrays(job.chunk_file(chunk), "ids", "length", "answer_start", "source")
+        rows = selection.chunk(chunk)
+        kept = selection.fate[rows] == FATE[group.split]
+        parts.append(
+            Documents(
+                arrays["ids"][np.repeat(kept, arrays["length"])],
+                arrays["length"][kept],
+                arrays["answer_start"][kept],
+                np.array([numbers[name] for name in arrays["source"][kept].tolist()], dtype=np.int64),
+                rows.start + np.flatnonzero(kept),
+            )
+        )
+    names = ("ids", "lengths", "answer_starts", "sources", "input_rows")
+    return Documents(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _part(rows: PackedRows, first: int, end: int) -> PackedRows:
+    spans_before = np.cumsum([0, *rows.pieces])
+    pieces = rows.pieces[first:end]
+    begin = int(spans_before[first])
+    return PackedRows(rows.tokens[first:end], rows.spans[begin : begin + int(pieces.sum())], pieces)
+
+
+@lru_cache(maxsize=1)
+def _selection(out: Path, stamp: int) -> Selection:
+    return load_selection(out)
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: Path, stamp: int) -> DocumentEncoder:
+    return DocumentEncoder(folder, fast=False)

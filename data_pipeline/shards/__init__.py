@@ -1,0 +1,1 @@
+"""The format of shard folders, and how they are written."""

@@ -1,0 +1,100 @@
+"""Chunks of a dataset on the Hugging Face hub: its files, streamed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import polars as pl
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.rows import COLUMNS, frames, require_columns, values_of
+
+WAITS = (1, 5, 30, 120)  # seconds before another attempt; `datasets` itself repeats single reads
+
+
+@dataclass(frozen=True)
+class HubChunk:
+    """File number `index` of the `count` that the `train` split has."""
+
+    name: str
+    revision: str | None
+    index: int
+    count: int
+    rows: None = None  # only reading tells
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """Yield the file's rows; a network fault repeats from the row that it struck."""
+        given = 0
+        for wait in (*WAITS, None):
+            try:
+                for frame in frames(self._rows(skip=given)):
+                    given += len(frame)
+                    yield frame
+                return
+            except _network_faults() as error:
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                where = f"file {self.index + 1} of {self.count} of the hub dataset {self.name!r}"
+                if wait is None:
+                    raise DataError(
+                        f"{where} stopped after {given:,} rows: check the network and run again ({reason})"
+                    ) from error
+                print(f"{where} stopped after {given:,} rows ({reason}); again in {wait} s", file=sys.stderr)
+                time.sleep(wait)
+
+    def _rows(self, skip: int) -> Iterator[dict[str, str]]:
+        part = _open(self.name, self.revision).shard(num_shards=self.count, index=self.index).skip(skip)
+        where = f"the hub dataset {self.name!r}"
+        for row in part:
+            yield values_of(row, where, self.name)
+
+
+def hub_chunks(name: str) -> tuple[dict, tuple[HubChunk, ...]]:
+    """Give what tells the dataset from another, its name and revision, and its chunks.
+
+    Raises DataError where there is no such dataset, or its columns are missing.
+    """
+    import datasets
+
+    try:
+        revision = _newest_revision(name)
+        dataset = _open(name, revision)
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetsError, *_network_faults()) as error:
+        raise DataError(
+            f"the source {name!r} is neither a path here nor a reachable hub dataset with a `train` split: "
+            f"check the spelling, or the network ({str(error).strip().splitlines()[0]})"
+        ) from error
+    count = dataset.num_shards
+    identity = {"name": name} | ({"revision": revision} if revision else {})
+    return identity, tuple(HubChunk(name, revision, index, count) for index in range(count))
+
+
+def _newest_revision(name: str) -> str | None:
+    """Pin the commit, so that a job that goes on tomorrow reads what it read today; None for a local folder."""
+    if Path(name).exists():
+        return None
+    from huggingface_hub import HfApi
+
+    return HfApi().dataset_info(name).sha
+
+
+@lru_cache(maxsize=1)
+def _open(name: str, revision: str | None):
+    import datasets
+
+    dataset = datasets.load_dataset(name, split="train", streaming=True, revision=revision)
+    if dataset.column_names is not None:
+        require_columns(dataset.column_names, f"the hub dataset {name!r}")
+        dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
+    return dataset
+
+
+def _network_faults() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The hub's error derives from its HTTP client's, whichever client that is, and from OSError.
+    return HfHubHTTPError.__bases__

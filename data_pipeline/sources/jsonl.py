@@ -1,0 +1,96 @@
+"""Chunks of JSON-lines files: ranges of bytes; a line belongs to the range in which it begins."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import polars as pl
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.rows import frames, values_of
+
+BYTES_PER_CHUNK = 2**23
+COPY_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class JsonlChunk:
+    """The lines that begin at byte `start` or behind it and before byte `end`; of a gzip file, all lines."""
+
+    file: Path
+    start: int = 0
+    end: int | None = None
+    rows: None = None  # only reading tells
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        yield from frames(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, str]]:
+        number = 0
+        try:
+            with gzip.open(self.file) if self.file.suffix == ".gz" else self.file.open("rb") as lines:
+                if self.start:
+                    lines.seek(self.start - 1)
+                    lines.readline()  # what began before; nothing where a line ends just before `start`
+                position = lines.tell()
+                while self.end is None or position < self.end:
+                    line = lines.readline()
+                    if not line:
+                        break
+                    number += 1
+                    if line.strip():
+                        yield self._row(line, position, number)
+                    position += len(line)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{self.file} cannot be read after line {self._lines_before() + number}: fetch it again or leave it out "
+                f"({error})"
+            ) from error
+
+    def _row(self, line: bytes, position: int, number: int) -> dict[str, str]:
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise DataError("{where} is not a JSON object: every line must hold one row")
+            return values_of(row, "{where},", self.file.name)
+        except ValueError as error:
+            raise DataError(f"{self._where(number)} is not valid JSON: correct or remove it ({error})") from error
+        except DataError as error:
+            # Counting the lines before this chunk takes reading them: only where it is needed.
+            raise DataError(str(error).replace("{where}", self._where(number))) from error
+
+    def _where(self, number: int) -> str:
+        return f"{self.file}, line {self._lines_before() + number}"
+
+    def _lines_before(self) -> int:
+        if not self.start:
+            return 0
+        with self.file.open("rb") as file:
+            return _newlines(file, self.start) + (0 if _byte_before(file, self.start) == b"\n" else 1)
+
+
+def jsonl_chunks(file: Path) -> list[JsonlChunk]:
+    """Divide a file into ranges of bytes; a compressed one can only be read from its beginning."""
+    if file.suffix == ".gz":
+        return [JsonlChunk(file)]
+    size = file.stat().st_size
+    return [JsonlChunk(file, start, min(start + BYTES_PER_CHUNK, size)) for start in range(0, size, BYTES_PER_CHUNK)]
+
+
+def _newlines(file: BinaryIO, end: int) -> int:
+    file.seek(0)
+    count = 0
+    while (left := end - file.tell()) > 0:
+        count += file.read(min(COPY_BYTES, left)).count(b"\n")
+    return count
+
+
+def _byte_before(file: BinaryIO, position: int) -> bytes:
+    file.seek(position - 1)
+    return file.read(1)

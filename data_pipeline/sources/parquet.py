@@ -1,0 +1,81 @@
+"""Chunks of parquet files: whole row groups, few enough to be a small unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.rows import COLUMNS, ROWS_PER_FRAME, require_columns
+
+ROWS_PER_CHUNK = 8192  # at most, where row groups allow it
+
+
+@dataclass(frozen=True)
+class ParquetChunk:
+    """Row groups of one file."""
+
+    file: Path
+    first_group: int
+    groups: int
+    rows: int
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        import pyarrow as pa
+
+        with _open(self.file) as parquet:
+            columns = [column for column in COLUMNS if column in parquet.schema_arrow.names]
+            for group in range(self.first_group, self.first_group + self.groups):
+                try:
+                    for batch in parquet.iter_batches(batch_size=ROWS_PER_FRAME, row_groups=[group], columns=columns):
+                        yield _text_frame(pl.from_arrow(pa.Table.from_batches([batch])), self.file)
+                except (pa.ArrowException, OSError) as error:
+                    raise DataError(
+                        f"{self.file} is corrupt in row group {group}: fetch it again or leave it out ({error})"
+                    ) from error
+
+
+def parquet_chunks(file: Path) -> list[ParquetChunk]:
+    """Divide a file's row groups; raises DataError where it is no parquet file or has not the columns.
+
+    A row group of more than ROWS_PER_CHUNK rows is a chunk of its own.
+    """
+    with _open(file) as parquet:
+        sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
+    chunks: list[ParquetChunk] = []
+    first, rows = 0, 0
+    for group, size in enumerate(sizes):
+        if rows and rows + size > ROWS_PER_CHUNK:
+            chunks.append(ParquetChunk(file, first, group - first, rows))
+            first, rows = group, 0
+        rows += size
+    if rows:
+        chunks.append(ParquetChunk(file, first, len(sizes) - first, rows))
+    return chunks
+
+
+def _open(file: Path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable parquet file: fetch it again or leave it out ({error})") from error
+    require_columns(parquet.schema_arrow.names, str(file))
+    for column in COLUMNS:
+        if column in parquet.schema_arrow.names:
+            kind = parquet.schema_arrow.field(column).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+                raise DataError(f"the column {column} of {file} holds {kind}, not text: convert it to strings")
+    return parquet
+
+
+def _text_frame(frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+    if "source" not in frame.columns:
+        frame = frame.with_columns(source=pl.lit(file.name))
+    return frame.select(pl.col(column).cast(pl.String).fill_null("") for column in COLUMNS)

@@ -1,0 +1,497 @@
+"""The built-in sample corpus: some 6,000 short questions and answers, enough to see a tiny model learn within minutes.
+
+Rows have WebInstructSub's columns (`orig_question`, `orig_answer`, `question`, `answer`, `source`, `index`) and its
+kinds of dirt. Everything is drawn from `random.Random(SEED)`: the rows are the same on every machine.
+
+**Families.** Fact tables (`sample_facts.py`: capitals, elements, opposites, animals, months, definitions, ...) and
+number families computed here (sums, differences, times tables, equations, units, comparisons, parity, neighbors,
+weekdays some days on). A family is a list of facts and 4 to 6 phrasings; a fact has one answer in every phrasing.
+
+**The split.** No held-out question occurs in training; each combines things that do, in one of two ways:
+
+- `known` (about two thirds): the fact was asked in training, in other phrasings, and this phrasing was used for
+  other facts. Right answers show that the model has learned facts and not strings.
+- `new` (about a third): the operands were never seen together. A number bond (7, 8, 15) that is held out is
+  held out in either order and from sums, differences and equations alike; likewise a pair of numbers to compare, a
+  number whose parity or neighbor is asked, a number with a unit, a weekday with a number of days. Every word of
+  such an answer occurs in other training answers. Right answers show that the model computes rather than recalls.
+  Held-out numbers lie among the trained ones: nothing here measures longer numbers.
+
+**Dirt.** About a sixth of the training rows are soiled in question or answer (entities, URLs, control and zero-width
+characters, decomposed accents, stray whitespace); a few are repeated exactly, unanswered, or speak of `<s>` and
+`<mask>`. Cleaning `training_rows()` gives back `clean_rows()`, row by row. Held-out rows are clean.
+"""
+
+import html
+import random
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from data_pipeline.sources.sample_facts import FACT_TABLES, WEEKDAYS
+
+SEED = 20240527
+SHARE_OF_SOILED_ROWS = 0.17
+SHARE_OF_REPEATED_ROWS = 0.02
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What fills a phrasing's slots, the answer, and the combination that is held out as a whole (if it may be)."""
+
+    slots: tuple[str, ...]
+    answer: str
+    combination: str = ""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts that are asked in the same phrasings; in training each is asked in `phrasings_per_fact` of them."""
+
+    name: str
+    source: str
+    phrasings: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    phrasings_per_fact: int
+    held_out_known: int = 0
+    held_out_new: int = 0
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One question and its answer, before dirt. `kind` is `training`, `known` or `new` (see the module's docstring)."""
+
+    family: str
+    source: str
+    fact: Fact
+    phrasing: str
+    kind: str
+
+    @property
+    def question(self) -> str:
+        return self.phrasing.format(*self.fact.slots)
+
+    @property
+    def answer(self) -> str:
+        return self.fact.answer
+
+
+def _mathematics(
+    name: str, phrasings: tuple[str, ...], facts: list[Fact], phrasings_per_fact: int, known: int = 0, new: int = 0
+) -> Family:
+    return Family(name, "mathstackexchange", phrasings, tuple(facts), phrasings_per_fact, known, new)
+
+
+def _bond(first: int, second: int) -> str:
+    # With 0 and 1 the neighbors of a number would give the answer away, so these bonds are never held out.
+    return f"bond {min(first, second)} {max(first, second)}" if min(first, second) > 1 else ""
+
+
+def _arithmetic_families() -> list[Family]:
+    bonds = [(first, second) for first in range(21) for second in range(21 - first)]
+    sums = [Fact((str(a), str(b)), str(a + b), _bond(a, b)) for a, b in bonds]
+    differences = [Fact((str(a + b), str(a)), str(b), _bond(a, b)) for a, b in bonds]
+    # x + a = c. Zero would make the equation trivial, and there are sums enough with it.
+    equations = [Fact((str(a), str(a + b)), f"x = {b}", _bond(a, b)) for a, b in bonds if a and b]
+    products = [Fact((str(a), str(b)), str(a * b)) for a in range(2, 11) for b in range(2, 11)]
+    return [
+        _mathematics(
+            "addition",
+            (
+                "What is {} + {}?",
+                "Add {} and {}.",
+                "Compute {} + {}.",
+                "{} plus {} is what?",
+                "What do {} and {} add up to?",
+                "A box holds {} red and {} blue pens. How many pens is that?",
+            ),
+            sums,
+            2,
+            known=0,
+            new=10,
+        ),
+        _mathematics(
+            "subtraction",
+            (
+                "What is {} - {}?",
+                "Compute {} - {}.",
+                "{} minus {} is what?",
+                "From {} take away {}. What is left?",
+                "What's the result of {} - {}?",
+                "Of {} birds, {} fly away. How many birds stay?",
+            ),
+            differences,
+            2,
+            known=0,
+            new=8,
+        ),
+        _mathematics(
+            "equations",
+            (
+                "Solve for x: x + {} = {}.",
+                "Find x if x + {} = {}.",
+                "If x + {} = {}, what is x?",
+                "Which x makes x + {} = {} true?",
+            ),
+            equations,
+            1,
+            new=5,
+        ),
+        _mathematics(
+            "times tables",
+            (
+                "What is {} × {}?",
+                "Multiply {} by {}.",
+                "Compute {} × {}.",
+                "{} times {} is what?",
+                "What's the product of {} and {}?",
+            ),
+            products,
+            4,
+            known=6,
+        ),
+    ]
+
+
+def _number_families(generator: random.Random) -> list[Family]:
+    numbers = range(1, 100)
+    parities = [Fact((str(n),), "even" if n % 2 == 0 else "odd", f"parity {n}") for n in numbers]
+    following = [Fact((str(n),), str(n + 1), f"after {n}") for n in numbers]
+    preceding = [Fact((str(n),), str(n - 1), f"before {n}") for n in numbers]
+    pairs = sorted({tuple(sorted(generator.sample(range(10, 100), 2))) for _ in range(160)})
+    # Either number may stand first, or the model could answer by position.
+    shown = [(pair, pair if generator.random() < 0.5 else pair[::-1]) for pair in pairs]
+    larger = [Fact((str(a), str(b)), str(pair[1]), f"compare {pair}") for pair, (a, b) in shown]
+    signs = [Fact((str(a), str(b)), "<" if a < b else ">", f"compare {pair}") for pair, (a, b) in shown]
+    return [
+        _mathematics(
+            "parity",
+            (
+                "Is {} even or odd?",
+                "Is the number {} odd or even?",
+                "Tell me if {} is even or odd.",
+                "{}: even or odd?",
+            ),
+            parities,
+            2,
+            new=7,
+        ),
+        _mathematics(
+            "next numbers",
+            (
+                "What number comes after {}?",
+                "Which number follows {}?",
+                "Count on by one from {}.",
+                "What's one more than {}?",
+            ),
+            following,
+            1,
+            new=5,
+        ),
+        _mathematics(
+            "previous numbers",
+            (
+                "What number comes before {}?",
+                "Which number precedes {}?",
+                "Count back by one from {}.",
+                "What's one less than {}?",
+            ),
+            preceding,
+            1,
+            new=4,
+        ),
+        _mathematics(
+            "larger numbers",
+            (
+                "Which is larger, {} or {}?",
+                "Which number is greater: {} or {}?",
+                "Name the larger of {} and {}.",
+                "Of {} and {}, which is more?",
+            ),
+            larger,
+            1,
+            new=6,
+        ),
+        _mathematics(
+            "signs",
+            (
+                "Which sign stands between {} and {}, < or >?",
+                "Put < or > between {} and {}.",
+                "Is it {} < {} or >?",
+                "Compare {} with {}: < or >?",
+            ),
+            signs,
+            1,
+            new=5,
+        ),
+    ]
+
+
+# Decimal conversions only need zeros appended, so a number never seen with the unit can be converted.
+DECIMAL_UNITS = (
+    ("meters", "centimeters", "00"),
+    ("kilometers", "meters", "000"),
+    ("centimeters", "millimeters", "0"),
+    ("kilograms", "grams", "000"),
+    ("liters", "milliliters", "000"),
+    ("tonnes", "kilograms", "000"),
+    ("dollars", "cents", "00"),
+    ("decades", "years", "0"),
+    ("centuries", "years", "00"),
+)
+OTHER_UNITS = (
+    ("feet", "inches", 12),
+    ("years", "months", 12),
+    ("hours", "minutes", 60),
+    ("minutes", "seconds", 60),
+    ("days", "hours", 24),
+    ("weeks", "days", 7),
+)
+UNIT_PHRASINGS = (
+    "How many {1} are in {0} {2}?",
+    "Convert {0} {2} to {1}.",
+    "{0} {2} is how many {1}?",
+    "Express {0} {2} in {1}.",
+    "What is {0} {2} in {1}?",
+)
+NUMBER_OF_DAYS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
+
+
+def _measure_families() -> list[Family]:
+    decimal = [
+        Fact((str(n), small, large), f"{n}{zeros} {small}", f"{n} {large} in {small}")
+        for large, small, zeros in DECIMAL_UNITS
+        for n in range(2, 21)
+    ]
+    other = [
+        Fact((str(n), small, large), f"{n * factor} {small}")
+        for large, small, factor in OTHER_UNITS
+        for n in range(2, 9)
+    ]
+    later = [
+        Fact((words, day), WEEKDAYS[(position + days) % 7], f"{days} after {day}")
+        for position, day in enumerate(WEEKDAYS)
+        for days, words in NUMBER_OF_DAYS.items()
+    ]
+    earlier = [
+        Fact((words, day), WEEKDAYS[(position - days) % 7], f"{days} before {day}")
+        for position, day in enumerate(WEEKDAYS)
+        for days, words in NUMBER_OF_DAYS.items()
+    ]
+    return [
+        Family("decimal units", "socratic", UNIT_PHRASINGS, tuple(decimal), 2, held_out_new=14),
+        Family("other units", "socratic", UNIT_PHRASINGS, tuple(other), 4, held_out_known=5),
+        Family(
+            "weekdays later",
+            "stackexchange",
+            (
+                "What day is {} days after {}?",
+                "Which day comes {} days after {}?",
+                "Name the day {} days after {}.",
+                "What's the weekday {} days after {}?",
+            ),
+            tuple(later),
+            4,
+            held_out_known=2,
+            held_out_new=1,
+        ),
+        Family(
+            "weekdays earlier",
+            "stackexchange",
+            (
+                "What day is {} days before {}?",
+                "Which day comes {} days before {}?",
+                "Name the day {} days before {}.",
+                "What's the weekday {} days before {}?",
+            ),
+            tuple(earlier),
+            4,
+            held_out_known=2,
+            held_out_new=1,
+        ),
+    ]
+
+
+def _families(generator: random.Random) -> list[Family]:
+    tables = [
+        Family(
+            table.name,
+            table.source,
+            table.phrasings,
+            tuple(Fact((subject,), answer) for subject, answer in table.answers.items()),
+            phrasings_per_fact=min(5, len(table.phrasings)),
+            held_out_known=table.held_out,
+        )
+        for table in FACT_TABLES
+    ]
+    return tables + _arithmetic_families() + _number_families(generator) + _measure_families()
+
+
+def _hold_out_combinations(families: list[Family], generator: random.Random) -> dict[str, Entry]:
+    """Combination → the one question that asks for it. Every other fact of these combinations leaves the corpus."""
+    facts_by_combination: dict[str, list[Fact]] = {}
+    for family in families:
+        for fact in family.facts:
+            facts_by_combination.setdefault(fact.combination, []).append(fact)
+    remaining_words = Counter(word for family in families for fact in family.facts for word in fact.answer.split())
+    held_out: dict[str, Entry] = {}
+    for family in families:
+        candidates = [fact for fact in family.facts if fact.combination]
+        generator.shuffle(candidates)
+        wanted = len(held_out) + family.held_out_new
+        while len(held_out) < wanted:
+            fact = candidates.pop()
+            leaving = Counter(word for gone in facts_by_combination[fact.combination] for word in gone.answer.split())
+            # An answer that no training row spells out would be a matter of luck.
+            if fact.combination in held_out or any(remaining_words[word] <= leaving[word] for word in leaving):
+                continue
+            remaining_words -= leaving
+            held_out[fact.combination] = Entry(
+                family.name, family.source, fact, generator.choice(family.phrasings), "new"
+            )
+    return held_out
+
+
+def split() -> tuple[list[Entry], list[Entry]]:
+    """The training entries and the held-out entries, in the order of the families."""
+    generator = random.Random(SEED)
+    families = _families(generator)
+    new = _hold_out_combinations(families, generator)
+    training, held_out = [], list(new.values())
+    for family in families:
+        facts = [fact for fact in family.facts if fact.combination not in new]
+        asked_in_a_new_phrasing = set(generator.sample(range(len(facts)), family.held_out_known))
+        for position, fact in enumerate(facts):
+            phrasings = generator.sample(family.phrasings, family.phrasings_per_fact)
+            if position in asked_in_a_new_phrasing:
+                held_out.append(Entry(family.name, family.source, fact, phrasings.pop(), "known"))
+            training += [Entry(family.name, family.source, fact, phrasing, "training") for phrasing in phrasings]
+    return training, held_out
+
+
+# Unanswered, as some rows of WebInstructSub are: one answer is empty, one is whitespace.
+UNANSWERED = (("What is the best book ever written?", ""), ("How many stars will we never see?", " \t "))
+# These strings are special tokens to the tokenizer and plain text to the writer.
+LITERAL_TOKENS = (
+    ("What does the HTML tag <s> do?", "It strikes text through."),
+    ("Which tag closes the HTML tag <s>?", "</s>"),
+    ("What does a masked language model read in place of a hidden word?", "<mask>"),
+)
+
+
+def _row(question: str, answer: str, source: str, index: int) -> dict:
+    return {
+        "orig_question": question,
+        "orig_answer": answer,
+        "question": question,
+        "answer": answer,
+        "source": source,
+        "index": index,
+    }
+
+
+def held_out_rows() -> list[dict]:
+    """The held-out questions with their answers, clean, in WebInstructSub's columns."""
+    return [_row(entry.question, entry.answer, entry.source, index) for index, entry in enumerate(split()[1])]
+
+
+def clean_rows() -> list[dict]:
+    """The training rows before dirt and repetition: row i is `training_rows()`' row i; the repeated rows come after."""
+    texts = [(entry.question, entry.answer, entry.source) for entry in split()[0]]
+    texts += [(question, answer.strip(), "stackexchange") for question, answer in UNANSWERED]
+    texts += [(question, answer, "stackexchange") for question, answer in LITERAL_TOKENS]
+    random.Random(SEED).shuffle(texts)
+    return [_row(*text, index) for index, text in enumerate(texts)]
+
+
+def training_rows() -> Iterator[dict]:
+    """The training rows in WebInstructSub's columns, soiled and partly repeated as scraped text is."""
+    generator = random.Random(SEED)
+    whitespace_answers = dict(UNANSWERED)
+    literal_questions = [question for question, _ in LITERAL_TOKENS]
+    rows = []
+    for clean in clean_rows():
+        question, answer = clean["question"], whitespace_answers.get(clean["question"], clean["answer"])
+        if answer.strip() and question not in literal_questions and generator.random() < SHARE_OF_SOILED_ROWS:
+            question = _soil(question, generator)
+            # Few answers have accents; those that do are decomposed with their question.
+            if generator.random() < 0.2 or not answer.isascii():
+                answer = _soil(answer, generator)
+        rows.append(
+            clean
+            | {
+                "orig_question": _as_html(clean["question"], generator),
+                "orig_answer": _as_html(clean["answer"], generator),
+                "question": question,
+                "answer": answer,
+            }
+        )
+    repeated = generator.sample(rows, round(SHARE_OF_REPEATED_ROWS * len(rows)))
+    yield from rows
+    yield from (row | {"index": len(rows) + position} for position, row in enumerate(repeated))
+
+
+def _as_html(text: str, generator: random.Random) -> str:
+    link = f' (see <a href="{_url(generator)}">here</a>)' if generator.random() < 0.05 else ""
+    return f"<p>{_escape(text)}{link}</p>\n"
+
+
+def _escape(text: str) -> str:
+    return html.escape(text).replace("&#x27;", "&#39;")
+
+
+def _url(generator: random.Random) -> str:
+    site = generator.choice(("example.org/questions", "example.com/q", "www.example.net/a"))
+    return f"https://{site}/{generator.randrange(10_000, 1_000_000)}"
+
+
+def _insert(text: str, position: int, piece: str) -> str:
+    return text[:position] + piece + text[position:]
+
+
+def _inside_a_word(text: str, generator: random.Random) -> int:
+    return generator.choice([i for i in range(1, len(text)) if text[i - 1].isalpha() and text[i].isalpha()] or [0])
+
+
+def _at_a_space(text: str, piece: str, generator: random.Random) -> str:
+    """Replaces one of the text's spaces, or adds the piece at the end of a text without any."""
+    spaces = [position for position, character in enumerate(text) if character == " "]
+    if not spaces:
+        return text + piece
+    position = generator.choice(spaces)
+    return text[:position] + piece + text[position + 1 :]
+
+
+# Each leaves a text that cleaning turns back into the clean one. Line breaks stand at the end only: inside, cleaning
+# may rightly keep them. Control characters stand beside a space: it makes no difference whether they vanish or separate.
+DIRT: dict[str, Callable[[str, random.Random], str]] = {
+    "entity": lambda text, generator: _escape(text),
+    "twice-escaped entity": lambda text, generator: _escape(_escape(text)),
+    "decomposed accent": lambda text, generator: unicodedata.normalize("NFD", text),
+    "URL": lambda text, generator: f"{text} {_url(generator)}",
+    "URL in brackets": lambda text, generator: f"{text} ({_url(generator)})",
+    "control character": lambda text, generator: _at_a_space(
+        text, " " + generator.choice("\x01\x07\x08\x1b\x7f"), generator
+    ),
+    "zero-width character": lambda text, generator: _insert(
+        text, _inside_a_word(text, generator), generator.choice("\u200b\u2060")
+    ),
+    "soft hyphen": lambda text, generator: _insert(text, _inside_a_word(text, generator), "\u00ad"),
+    "byte-order mark": lambda text, generator: "\ufeff" + text,
+    "no-break space": lambda text, generator: _at_a_space(text, generator.choice(("\u00a0", "&nbsp;")), generator),
+    "spaces": lambda text, generator: _at_a_space(text, generator.choice(("  ", "   ", " \t ")), generator),
+    "CRLF": lambda text, generator: text + generator.choice(("\r\n", " \r\n\r\n")),
+}
+RARE_DIRT = ("entity", "twice-escaped entity", "decomposed accent")
+
+
+def _soil(text: str, generator: random.Random) -> str:
+    """The text with one kind of dirt; a kind that few texts can take is preferred where the text can."""
+    possible = [kind for kind in RARE_DIRT if DIRT[kind](text, generator) != text]
+    common = [kind for kind in DIRT if kind not in RARE_DIRT]
+    if "decomposed accent" in possible:
+        kind = "decomposed accent"
+    else:
+        kind = generator.choice(possible if possible and generator.random() < 0.5 else common)
+    return DIRT[kind](text, generator)

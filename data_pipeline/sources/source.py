@@ -1,0 +1,141 @@
+"""Where rows come from: the built-in sample, parquet and jsonl files, or a dataset on the hub.
+
+A source is a list of chunks. A chunk is the unit of work: a range of rows that the source and the constants here fix,
+whoever reads it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import polars as pl
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources.jsonl import jsonl_chunks
+from data_pipeline.sources.parquet import parquet_chunks
+from data_pipeline.sources.rows import frames, values_of
+
+FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class Chunk(Protocol):
+    """A range of rows of a source; small, since it travels to the process that reads it.
+
+    rows: None where only reading tells.
+    """
+
+    rows: int | None
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """Yield frames with the string columns question, answer and source, in a fixed order.
+
+        Raises DataError for what is no row, and where it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class Source:
+    """The chunks in their order.
+
+    name: for people. identity: what tells this input from another one, as JSON values, without a path of this machine.
+    """
+
+    name: str
+    identity: list[dict]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows there are, None where only reading tells."""
+        rows = [chunk.rows for chunk in self.chunks]
+        return None if None in rows else sum(rows)
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        """Yield all chunks' frames."""
+        for chunk in self.chunks:
+            yield from chunk.frames()
+
+
+def open_source(source: str | list[str]) -> Source:
+    """Open `sample`, parquet or jsonl files (paths, folders, globs), or a dataset on the hub by its name.
+
+    Raises DataError where that is none of them, or where the columns are missing.
+    """
+    parts = [source] if isinstance(source, str) else list(source)
+    if parts == ["sample"]:
+        return sample_source()
+    if len(parts) == 1 and not _is_local(parts[0]) and HUB_NAME.fullmatch(parts[0]):
+        from data_pipeline.sources.hub import hub_chunks
+
+        identity, chunks = hub_chunks(parts[0])
+        return Source(parts[0], [identity], chunks)
+    return file_source(parts)
+
+
+def file_source(parts: list[str]) -> Source:
+    """Open parquet and jsonl files, which follow one another in sorted order; no chunk crosses a file."""
+    files = sorted({file for part in parts for file in _files_of(part)})
+    if not files:
+        raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
+    first, last = files[0].name, files[-1].name
+    identity = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
+    chunks = []
+    for file in files:
+        chunks += parquet_chunks(file) if file.suffix == ".parquet" else jsonl_chunks(file)
+    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks))
+
+
+@dataclass(frozen=True)
+class SampleChunk:
+    """The whole built-in sample."""
+
+    rows: int
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        yield from frames(iter(_sample_rows()))
+
+
+def sample_source() -> Source:
+    """Open the built-in sample corpus."""
+    rows = _sample_rows()
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return Source("sample", [{"name": "sample", "rows": len(rows), "sha256": digest}], (SampleChunk(len(rows)),))
+
+
+@lru_cache(maxsize=1)
+def _sample_rows() -> list[dict[str, str]]:
+    from data_pipeline.sources.sample import training_rows
+
+    return [values_of(row, "the sample", "sample") for row in training_rows()]
+
+
+def _is_local(part: str) -> bool:
+    looks_like_path = glob.has_magic(part) or part.startswith((".", "/", "~")) or part.endswith(FILE_SUFFIXES)
+    return looks_like_path or Path(part).exists()
+
+
+def _files_of(part: str) -> list[Path]:
+    """List the files that one path, folder or glob stands for; raises DataError where it stands for none."""
+    path = Path(part).expanduser()
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.is_file()]
+    elif path.exists():
+        if not path.name.endswith(FILE_SUFFIXES):
+            raise DataError(f"{part} is of no known kind: give {', '.join(FILE_SUFFIXES)} files")
+        return [path]
+    else:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
+    files = [file for file in found if file.name.endswith(FILE_SUFFIXES)]
+    if not files:
+        fault = "holds" if path.is_dir() else "does not exist, or matches"
+        raise DataError(f"the source {part} {fault} no {', '.join(FILE_SUFFIXES)} file: check the path")
+    return files
