@@ -7,7 +7,7 @@ difference comes the steady speed, without start-up. Then, on a part of the rows
 
   tokenizers     the tokenizer's own batch encoder, all cores, nothing else
   datasets       datasets.map with the tokenizer, in batches and as many processes, then webdataset's ShardWriter
-  datatrove      its tokenizer pipeline with as many workers (pip install --no-deps datatrove loguru humanize)
+  datatrove      its tokenizer pipeline with as many workers (pip install --no-deps datatrove loguru humanize orjson)
 
 MB are those of question and answer text.
 """
@@ -129,8 +129,8 @@ def print_slow_ways(rows: pl.DataFrame, options: argparse.Namespace, folder: Pat
     for name, way in (("tokenizers", tokenizers_alone), ("datasets", datasets_map), ("datatrove", datatrove_pipeline)):
         try:
             seconds = way(rows, options, folder)
-        except ModuleNotFoundError as error:
-            print(f"| {name} | not installed: {error.name} |")
+        except ImportError as error:
+            print(f"| {name} | not run: {error} |")
         else:
             print(f"| {name} | {megabytes / seconds:.2f} |", flush=True)
 
