@@ -89,6 +89,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
             init.orthogonal_(module.compress)
             init.orthogonal_(module.expand)
         elif isinstance(module, TapProjection):
+            init.zeros_(module.weight)  # every token begins with the same taps (Dai et al. 2017)
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, Router):
             init.zeros_(module.e_score_correction_bias)
