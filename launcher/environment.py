@@ -92,7 +92,8 @@ def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, b
     task, tasks = 0, 1
     if "SLURM_ARRAY_TASK_ID" in variables:
         named = [int(variables[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")]
-        task, tasks = (named[0] - named[1]) // named[2], named[3]
+        tasks = named[3]
+        task = (named[0] - named[1]) // named[2] % tasks  # a list such as 1,2,10 has gaps
     return Member(task * size + rank, tasks * size), by_mpirun
 
 

@@ -15,9 +15,12 @@ class ConfigurationError(Exception):
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """End the program with one sentence when the user caused the error; anything else keeps its traceback."""
+    """End the program with one sentence where the user caused the error, or with Ctrl-C; the rest keeps its traceback."""
     try:
         yield
     except (ConfigurationError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from launcher.environment import detect_member
 
@@ -60,6 +62,7 @@ def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
 
+    signal.signal(signal.SIGTERM, _end)
     is_sample = options.source == ["sample"]
     settings = Settings(
         tokenizer=options.tokenizer or ("train" if is_sample else LED),
@@ -80,6 +83,12 @@ def prepare(options: argparse.Namespace) -> None:
     index = prepare(options.source, options.out, settings, workers=workers, member=member, progress=member.index == 0)
     if member.index == 0:
         print_counts(options.out, index)
+
+
+def _end(number: int, frame) -> None:
+    """End at a signal as at an error, so that the processes of this job end, too."""
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 def print_counts(folder: str, index: dict) -> None:

@@ -159,7 +159,7 @@ def _jsonl_rows(file: Path) -> Iterator[dict]:
 def _parse(line: bytes, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not valid JSON: correct or remove it ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{where} is not a JSON object: every line must hold one row")

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import time
-import zipfile
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -18,58 +12,14 @@ from data_pipeline.cleaning.clean import CleaningOptions, clean
 from data_pipeline.deduplication.contamination import EvaluationSet
 from data_pipeline.deduplication.keys import row_keys
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, signatures
-from data_pipeline.errors import DataError
-from data_pipeline.preparation.folder import work_folder, write_scratch
+from data_pipeline.preparation.job import FATE, Job, Seconds
+from data_pipeline.preparation.scratch import save_arrays, stamp, write_scratch
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.shards.format import TOKENIZER_FOLDER
 from data_pipeline.sources.rows import empty_frame
-from data_pipeline.sources.source import Chunk
 from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError
 
-# What becomes of a row; those below FIRST_REASON are kept.
-FATES = (
-    "training", "validation", "empty", "too_short", "too_long", "excluded_source", "contaminated", "duplicate",
-    "near_duplicate",
-)  # fmt: skip
-FATE = {name: number for number, name in enumerate(FATES)}
-FIRST_REASON = FATE["empty"]
-DROP_REASONS = FATES[FIRST_REASON:]
 SPECIAL_TOKENS = 3  # of a document: <s>, <sep> and </s>
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a process must know to do any unit of the work."""
-
-    out: Path
-    settings: Settings
-    chunks: tuple[Chunk, ...]
-
-    def chunk_file(self, number: int) -> Path:
-        """Where stage 1 leaves a chunk's arrays; another name once the fast encoder was found wrong."""
-        return work_folder(self.out) / f"chunk-{number:06d}.{'fast' if self.fast_encoder else 'slow'}.npz"
-
-    def chunk_files(self) -> list[Path]:
-        return [self.chunk_file(number) for number in range(len(self.chunks))]
-
-    @property
-    def mismatch_file(self) -> Path:
-        """Stands there once the fast encoder has given other ids than the tokenizer, and says for which text."""
-        return work_folder(self.out) / "slow-encoder.txt"
-
-    @property
-    def fast_encoder(self) -> bool:
-        return not self.mismatch_file.exists()
-
-
-class Seconds(Counter):
-    """Seconds by what they went to."""
-
-    @contextmanager
-    def of(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self[name] += time.perf_counter() - begun
 
 
 def encode_chunk(job: Job, number: int) -> dict:
@@ -94,12 +44,26 @@ def encode_chunk(job: Job, number: int) -> dict:
             raise
     with seconds.of("keep"):
         parts = parts or [_encode_frame(empty_frame(), job.settings, encoder, seconds)]
+        sources = pl.concat([part.pop("source") for part in parts])
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        arrays |= _numbered(sources)
         if (signature := arrays.pop("signature", None)) is not None:
             # A file of its own, which can be mapped: all chunks' signatures together may be larger than the memory.
             write_scratch(signature_file(path), lambda file: np.save(file, signature))
         save_arrays(path, arrays)
     return {"rows": len(arrays["fate"]), "bytes": text_bytes, "seconds": dict(seconds)}
+
+
+def _fate_of_texts(frame: pl.DataFrame, settings: Settings) -> np.ndarray:
+    """What becomes of rows by source and text alone."""
+    fate = np.zeros(len(frame), dtype=np.uint8)
+    empty = ((frame["question"] == "") | (frame["answer"] == "")).to_numpy()
+    fate[empty] = FATE["empty"]
+    excluded = frame["source"].is_in(settings.exclude_sources)
+    if settings.sources:
+        excluded |= ~frame["source"].is_in(settings.sources)
+    fate[excluded.to_numpy()] = FATE["excluded_source"]
+    return fate
 
 
 def signature_file(chunk_file: Path) -> Path:
@@ -112,15 +76,7 @@ def _encode_frame(
 ) -> dict[str, np.ndarray]:
     with seconds.of("clean"):
         frame = frame.with_columns(clean(pl.col("question", "answer"), settings.cleaning))
-    fate = np.zeros(len(frame), dtype=np.uint8)
-    source = frame["source"]
-    excluded = source.is_in(settings.exclude_sources)
-    if settings.sources:
-        excluded |= ~source.is_in(settings.sources)
-    fate[excluded.to_numpy()] = FATE["excluded_source"]
-    empty = ((frame["question"] == "") | (frame["answer"] == "")).to_numpy()
-    fate[(fate == 0) & empty] = FATE["empty"]
-
+    source, fate = frame["source"], _fate_of_texts(frame, settings)
     kept = np.flatnonzero(fate == 0)
     texts = frame[kept] if len(kept) < len(frame) else frame
     question, answer = texts["question"], texts["answer"]
@@ -132,21 +88,18 @@ def _encode_frame(
     if settings.near_duplicates is not None:
         with seconds.of("signatures"):
             columns["signature"] = signatures(question, answer, NearDuplicateSettings(settings.near_duplicates))
-    judged = fate[kept]
-    judged[lengths - SPECIAL_TOKENS < settings.minimum_tokens] = FATE["too_short"]
-    if settings.long_documents == "drop":
-        judged[lengths > settings.seq_len] = FATE["too_long"]
-    if settings.decontaminate:
-        with seconds.of("decontaminate"):
-            found = evaluation_set(settings).contaminated(question, answer)
-        judged[(judged == 0) & found] = FATE["contaminated"]
-    fate[kept] = judged
-    return {"fate": fate, "ids": ids, "source": _texts_to_array(source), **_spread(columns, kept, len(frame))}
-
-
-def stamp(path: str | Path) -> int:
-    """What changes with a file or folder, for caches that outlive it; 0 where it is missing."""
-    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0
+    with seconds.of("decontaminate"):
+        contaminated = evaluation_set(settings).contaminated(question, answer) if settings.decontaminate else False
+    fate[kept] = np.select(
+        [
+            np.full(len(kept), contaminated),
+            (lengths > settings.seq_len) & (settings.long_documents == "drop"),
+            lengths - SPECIAL_TOKENS < settings.minimum_tokens,
+        ],
+        [FATE["contaminated"], FATE["too_long"], FATE["too_short"]],
+        default=0,
+    )
+    return {"fate": fate, "ids": ids, "source": source, **_spread(columns, kept, len(frame))}
 
 
 def evaluation_set(settings: Settings) -> EvaluationSet:
@@ -172,20 +125,8 @@ def _spread(columns: dict[str, np.ndarray], rows: np.ndarray, count: int) -> dic
     return spread
 
 
-def _texts_to_array(texts: pl.Series) -> np.ndarray:
-    return np.array(texts.to_list(), dtype=np.str_) if len(texts) else np.empty(0, dtype="U1")
-
-
-def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a scratch file of arrays whole, or not at all; damage shows when it is read."""
-    write_scratch(path, lambda file: np.savez(file, **arrays))
-
-
-def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Read arrays of a scratch file; raises DataError, and removes the file, where it is damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names or arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
-        path.unlink(missing_ok=True)
-        raise DataError(f"{path} was damaged and is removed: run again, it will be made anew ({error})") from error
+def _numbered(texts: pl.Series) -> dict[str, np.ndarray]:
+    """Names as numbers and the names themselves, in the order in which they appear: one long name stays one."""
+    names = texts.unique(maintain_order=True)
+    numbers = texts.replace_strict(names, pl.Series(np.arange(len(names))), return_dtype=pl.Int32)
+    return {"source": numbers.to_numpy(), "source_names": np.array(names.to_list() or [""], dtype=np.str_)}

@@ -7,31 +7,26 @@ import json
 import os
 import re
 import shutil
-import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.format import INDEX_NAME, PARTIAL_SUFFIX, TOKENIZER_FOLDER, VALIDATION_FOLDER, read_index
+from data_pipeline.preparation.scratch import claims_folder, work_folder, write_scratch
+from data_pipeline.shards.format import (
+    INDEX_NAME,
+    PARTIAL_SUFFIX,
+    TOKENIZER_FOLDER,
+    VALIDATION_FOLDER,
+    files_of,
+    read_index,
+)
 
 LOCK_NAME = ".prepare.lock"
-WORK_NAME = ".work"
 CONFIG_NAME = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 SHARD_FILES = re.compile(r"shard-\d+-\d+\.(tar|offsets\.npy)")
-
-
-def work_folder(out: Path) -> Path:
-    """Where the unfinished work is kept, until the index is written."""
-    return out / WORK_NAME
-
-
-def claims_folder(out: Path) -> Path:
-    """Where the members of a team claim units of work."""
-    return work_folder(out) / "claims"
 
 
 @contextmanager
@@ -70,6 +65,21 @@ def finished_index(out: Path, config: dict) -> dict | None:
     return index
 
 
+def missing_file(out: Path, index: dict) -> str | None:
+    """Name a file of a finished folder that is not there with the size that the index says."""
+    folders = [(out, index)]
+    if index["counts"].get("validation_documents"):
+        if not (out / VALIDATION_FOLDER / INDEX_NAME).exists():
+            return f"{VALIDATION_FOLDER}/{INDEX_NAME}"
+        folders.append((out / VALIDATION_FOLDER, read_index(out / VALIDATION_FOLDER)))
+    for folder, its_index in folders:
+        for entry in files_of(its_index):
+            path = folder / entry["name"]
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                return path.relative_to(out).as_posix()
+    return None
+
+
 def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
     """Make the folder ready for work with this config, which goes on where an interrupted run with the same stopped.
 
@@ -103,19 +113,10 @@ def remove_work(out: Path) -> None:
 
 def remove_partial_files(out: Path) -> None:
     """Remove what a process that was killed had half written."""
-    for path in out.rglob(f"*{PARTIAL_SUFFIX}"):
-        path.unlink(missing_ok=True)
-
-
-def write_scratch(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file of the unfinished work whole, or not at all. Not synced: what a power cut spoils is made again."""
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
-    with partial.open("wb") as file:
-        if isinstance(content, bytes):
-            file.write(content)
-        else:
-            content(file)
-    partial.replace(path)
+    for folder, _, names in os.walk(out):  # which takes no notice of what vanishes meanwhile
+        for name in names:
+            if name.endswith(PARTIAL_SUFFIX):
+                Path(folder, name).unlink(missing_ok=True)
 
 
 def _check_same(before: dict, now: dict, made: str) -> None:

@@ -11,25 +11,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+import numpy as np
 import polars as pl
 
 from data_pipeline.cleaning.clean import clean
 from data_pipeline.errors import DataError
-from data_pipeline.preparation.encode_chunks import DROP_REASONS, FATE, Job, Seconds, encode_chunk, evaluation_set
+from data_pipeline.preparation.encode_chunks import encode_chunk, evaluation_set
 from data_pipeline.preparation.folder import (
     begin_or_continue,
-    claims_folder,
     finished_index,
     locked,
+    missing_file,
     remove_work,
-    work_folder,
-    write_scratch,
 )
+from data_pipeline.preparation.job import DROP_REASONS, FATE, Job, Seconds
+from data_pipeline.preparation.scratch import claims_folder, work_folder, write_scratch
 from data_pipeline.preparation.select_rows import (
     ROWS_PER_GROUP,
     SPLITS,
@@ -75,26 +75,34 @@ def prepare(
     opened = open_source(source)
     if not opened.chunks:
         raise DataError(f"the source {opened.name} has no rows: check its files")
+    if workers is not None and workers < 1:
+        raise DataError(f"workers is {workers}: give 1 or more")
     workers = min(workers or available_cores(), len(opened.chunks))
     try:
         with Team(member, workers, out / INDEX_NAME, claims_folder(out)).at_work() as team:
             tokenizer = None if settings.tokenizer == "train" else _load(settings.tokenizer)
             config = _config(opened, tokenizer, settings)
-            if index := finished_index(out, config):
+            index = finished_index(out, config)
+            if index and not missing_file(out, index):
                 remove_work(out)
                 return index
             with locked(out, shared=member.count > 1):
                 # Another process may have made it while this one waited.
                 if index := finished_index(out, config):
-                    return index
+                    if (missing := missing_file(out, index)) is None:
+                        return index
+                    print(f"{out} has lost {missing}: it is made anew", file=sys.stderr)
+                    (out / INDEX_NAME).unlink()
                 begin_or_continue(out, config, alone=member.count == 1)
                 job = Job(out.resolve(), settings, opened.chunks)
                 return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
     except FinishedElsewhere:
+        remove_work(out)
         return finished_index(out, config)
     except OSError as error:
         raise DataError(
-            f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error})"
+            f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error}"
+            + (f": {error.filename})" if error.filename else ")")
         ) from error
 
 
@@ -111,8 +119,14 @@ class _Preparation:
         with self.seconds.of("select"):
             self.team.do_once(select_rows, (self.job,), selection_file(self.out))
         selection = load_selection(self.out)
+        for name in selection.unknown_sources:
+            print(f"no row has the source {name!r}, which the settings name: check its spelling", file=sys.stderr)
         if not any(group.split == "training" for group in selection.groups):
-            raise DataError(f"the source {self.source.name} has no row with a question and an answer: check its text")
+            remove_work(self.out)  # so that other settings can be tried
+            fates = ", ".join(f"{rows:,} {fate.replace('_', ' ')}" for fate, rows in _fates(selection).items() if rows)
+            raise DataError(
+                f"no row of {self.source.name} is left for training ({fates}): check its texts, or the settings"
+            )
         with self._bar("packing rows", sum(group.rows for group in selection.groups)) as bar:
 
             def written(number: int, result: dict | None) -> None:
@@ -181,16 +195,16 @@ class _Preparation:
         written = [(group.split, json.loads(file.read_text())) for group, file in files]
         encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)
         tokenizer_entry = json.loads(self._tokenizer_entry_file.read_text())
-        dropped = Counter({reason: int((selection.fate == FATE[reason]).sum()) for reason in DROP_REASONS})
+        fates = _fates(selection)
         for split in SPLITS:
             entries = [entry for entry_split, entry in written if entry_split == split]
             files = [file for entry in entries for file in entry["files"]]
             counts = {name: sum(entry[name] for entry in entries) for name in ("documents", "tokens")}
             counts["packed_rows"] = sum(file["rows"] for file in files)
             if split == "training":
-                validation = int((selection.fate == FATE["validation"]).sum())
-                totals = {"rows_in": len(selection.fate), "rows_dropped": dict(dropped)}
-                counts = totals | counts | {"validation_documents": validation}
+                dropped = {reason: fates[reason] for reason in DROP_REASONS}
+                totals = {"rows_in": len(selection.fate), "rows_dropped": dropped}
+                counts = totals | counts | {"validation_documents": fates["validation"]}
             elif not files:
                 continue
             else:
@@ -220,6 +234,11 @@ class _Preparation:
     def _say(self, sentence: str) -> None:
         if self.progress:
             print(sentence, file=sys.stderr)
+
+
+def _fates(selection: Selection) -> dict[str, int]:
+    """How many rows have each fate."""
+    return {name: int(np.count_nonzero(selection.fate == number)) for name, number in FATE.items()}
 
 
 def _load(name: str) -> PreTrainedTokenizerFast:

@@ -37,9 +37,12 @@ class Settings:
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
     def __post_init__(self) -> None:
-        for name, least in (("seq_len", 2), ("rows_per_shard", 1), ("minimum_tokens", 1)):
-            if getattr(self, name) < least:
-                raise DataError(f"{name} {getattr(self, name)} is too small: it must be at least {least}")
+        # A member's name has six digits for its row.
+        limits = {"seq_len": (2, 2**20), "rows_per_shard": (1, 10**6), "minimum_tokens": (1, 2**20)}
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                size = "small" if getattr(self, name) < least else "large"
+                raise DataError(f"{name} {getattr(self, name)} is too {size}: give {least} to {most:,}")
         if self.long_documents not in LONG_DOCUMENTS:
             raise DataError(f"long_documents is {self.long_documents!r}: give one of {', '.join(LONG_DOCUMENTS)}")
         if not 0 <= self.validation_share < 1:

@@ -86,8 +86,11 @@ class Team:
             yield
         except BaseException:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((self._pool._processes or {}).values()):
+            processes = list((self._pool._processes or {}).values())
+            for process in processes:
                 process.terminate()
+            for process in processes:
+                process.join()
             raise
         self._pool.shutdown()
 
@@ -114,16 +117,16 @@ class Team:
 
     def do_once(self, function: Callable, arguments: tuple, result: Path) -> None:
         """Have a single piece of work done in this process, or wait until another member has done it."""
-        pool, self._pool = self._pool, None
-        try:
-            self.do(lambda *given: function(*given[:-1]), arguments, [result], lambda number, value: None)
-        finally:
-            self._pool = pool
+        here = Team(self.member, 1, self.finished, self.claims)
+        here._held = self._held
+        here.do(lambda *given: function(*given[:-1]), arguments, [result], lambda number, value: None)
 
     def _unclaimed(self, waiting: set[int], results: Sequence[Path]) -> Iterator[int]:
         """Claim and give units, one when it is asked for: this member's share first, then what others leave."""
         index, count = self.member.index, self.member.count
         for number in sorted(waiting, key=lambda number: ((number - index) % count, number)):
+            if count > 1 and self.finished.exists():
+                raise FinishedElsewhere
             if not results[number].exists() and self._claim(results[number].name):
                 yield number
 

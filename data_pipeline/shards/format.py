@@ -38,14 +38,18 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict:
     """Write a file under a temporary name of this process's own, sync and rename it; returns its bytes and sha256."""
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
     digest, size = hashlib.sha256(), 0
-    with partial.open("wb") as file:
-        for block in _blocks(parts):
-            file.write(block)
-            digest.update(block)
-            size += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            for block in _blocks(parts):
+                file.write(block)
+                digest.update(block)
+                size += len(block)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it holds room that a full disk needs
+        raise
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 

@@ -34,7 +34,7 @@ class JsonlChunk:
     def _rows(self) -> Iterator[dict[str, str]]:
         number = 0
         try:
-            with gzip.open(self.file) if self.file.suffix == ".gz" else self.file.open("rb") as lines:
+            with gzip.open(self.file) if self.file.suffix.lower() == ".gz" else self.file.open("rb") as lines:
                 if self.start:
                     lines.seek(self.start - 1)
                     lines.readline()  # what began before; nothing where a line ends just before `start`
@@ -59,7 +59,7 @@ class JsonlChunk:
             if not isinstance(row, dict):
                 raise DataError("{where} is not a JSON object: every line must hold one row")
             return values_of(row, "{where},", self.file.name)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self._where(number)} is not valid JSON: correct or remove it ({error})") from error
         except DataError as error:
             # Counting the lines before this chunk takes reading them: only where it is needed.
@@ -77,7 +77,7 @@ class JsonlChunk:
 
 def jsonl_chunks(file: Path) -> list[JsonlChunk]:
     """Divide a file into ranges of bytes; a compressed one can only be read from its beginning."""
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return [JsonlChunk(file)]
     size = file.stat().st_size
     return [JsonlChunk(file, start, min(start + BYTES_PER_CHUNK, size)) for start in range(0, size, BYTES_PER_CHUNK)]

@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.rows import COLUMNS, ROWS_PER_FRAME, require_columns
+from data_pipeline.sources.rows import BYTES_PER_FRAME, COLUMNS, ROWS_PER_FRAME, require_columns
 
 ROWS_PER_CHUNK = 8192  # at most, where row groups allow it
 
@@ -29,13 +29,19 @@ class ParquetChunk:
         with _open(self.file) as parquet:
             columns = [column for column in COLUMNS if column in parquet.schema_arrow.names]
             for group in range(self.first_group, self.first_group + self.groups):
+                rows = _rows_per_frame(parquet.metadata.row_group(group))
                 try:
-                    for batch in parquet.iter_batches(batch_size=ROWS_PER_FRAME, row_groups=[group], columns=columns):
+                    for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
+                        batch.validate(full=True)  # parquet promises UTF-8, and its readers trust it
                         yield _text_frame(pl.from_arrow(pa.Table.from_batches([batch])), self.file)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
                         f"{self.file} is corrupt in row group {group}: fetch it again or leave it out ({error})"
                     ) from error
+
+
+def _rows_per_frame(group) -> int:
+    return max(1, min(ROWS_PER_FRAME, BYTES_PER_FRAME * group.num_rows // max(1, group.total_byte_size)))
 
 
 def parquet_chunks(file: Path) -> list[ParquetChunk]:
@@ -65,12 +71,16 @@ def _open(file: Path):
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable parquet file: fetch it again or leave it out ({error})") from error
-    require_columns(parquet.schema_arrow.names, str(file))
+    names = parquet.schema_arrow.names
+    require_columns(names, str(file))
+    if twice := [column for column in COLUMNS if names.count(column) > 1]:
+        raise DataError(f"{file} has two columns {twice[0]}: rename one")
     for column in COLUMNS:
         if column in parquet.schema_arrow.names:
             kind = parquet.schema_arrow.field(column).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+            known = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+            if not any(is_known(kind) for is_known in known):
                 raise DataError(f"the column {column} of {file} holds {kind}, not text: convert it to strings")
     return parquet
 

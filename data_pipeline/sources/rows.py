@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 import polars as pl
 
@@ -12,7 +11,8 @@ from data_pipeline.errors import DataError
 
 REQUIRED_COLUMNS = ("question", "answer")
 COLUMNS = ("question", "answer", "source")
-ROWS_PER_FRAME = 8192  # what is held in memory as text at a time
+ROWS_PER_FRAME = 8192  # what is held in memory as text at a time,
+BYTES_PER_FRAME = 2**24  # or as much, about, where rows are long
 
 
 def require_columns(found: Iterable[str], where: str) -> None:
@@ -40,9 +40,20 @@ def values_of(row: dict, where: str, default_source: str) -> dict[str, str]:
 
 
 def frames(values: Iterator[dict[str, str]]) -> Iterator[pl.DataFrame]:
-    """Put rows into frames of ROWS_PER_FRAME rows."""
-    while batch := list(islice(values, ROWS_PER_FRAME)):
-        yield pl.DataFrame(batch, schema=dict.fromkeys(COLUMNS, pl.String))
+    """Put rows into frames of ROWS_PER_FRAME rows, or of fewer long ones."""
+    batch, size = [], 0
+    for row in values:
+        batch.append(row)
+        size += sum(map(len, row.values()))
+        if len(batch) >= ROWS_PER_FRAME or size >= BYTES_PER_FRAME:
+            yield _frame(batch)
+            batch, size = [], 0
+    if batch:
+        yield _frame(batch)
+
+
+def _frame(rows: list[dict[str, str]]) -> pl.DataFrame:
+    return pl.DataFrame(rows, schema=dict.fromkeys(COLUMNS, pl.String))
 
 
 def empty_frame() -> pl.DataFrame:

@@ -24,6 +24,7 @@ from data_pipeline.sources.parquet import parquet_chunks
 from data_pipeline.sources.rows import frames, values_of
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
+BLOCK_BYTES, BLOCKS = 2**16, 64
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -83,15 +84,26 @@ def open_source(source: str | list[str]) -> Source:
 
 def file_source(parts: list[str]) -> Source:
     """Open parquet and jsonl files, which follow one another in sorted order; no chunk crosses a file."""
-    files = sorted({file for part in parts for file in _files_of(part)})
+    files = sorted({file.resolve(): file for part in parts for file in _files_of(part)}.values())
     if not files:
         raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
     first, last = files[0].name, files[-1].name
-    identity = [{"name": file.name, "bytes": file.stat().st_size} for file in files]
+    identity = [{"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file)} for file in files]
     chunks = []
     for file in files:
-        chunks += parquet_chunks(file) if file.suffix == ".parquet" else jsonl_chunks(file)
+        chunks += parquet_chunks(file) if file.suffix.lower() == ".parquet" else jsonl_chunks(file)
     return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks))
+
+
+def _digest(file: Path) -> str:
+    """Hash blocks spread over a file, so that an edited one is noticed without reading gigabytes: all of it up to 4 MiB."""
+    digest, size = hashlib.sha256(), file.stat().st_size
+    step = max(BLOCK_BYTES, size // BLOCKS)
+    with file.open("rb") as content:
+        for start in [*range(0, size, step), max(0, size - BLOCK_BYTES)]:
+            content.seek(start)
+            digest.update(content.read(BLOCK_BYTES))
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -129,12 +141,12 @@ def _files_of(part: str) -> list[Path]:
     if path.is_dir():
         found = [file for file in path.rglob("*") if file.is_file()]
     elif path.exists():
-        if not path.name.endswith(FILE_SUFFIXES):
+        if not path.name.lower().endswith(FILE_SUFFIXES):
             raise DataError(f"{part} is of no known kind: give {', '.join(FILE_SUFFIXES)} files")
         return [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    files = [file for file in found if file.name.endswith(FILE_SUFFIXES)]
+    files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES)]
     if not files:
         fault = "holds" if path.is_dir() else "does not exist, or matches"
         raise DataError(f"the source {part} {fault} no {', '.join(FILE_SUFFIXES)} file: check the path")

@@ -140,7 +140,8 @@ def _tokenizer_class(name_or_path: str) -> type:
 
     # AutoTokenizer imports all of torch on the way, which takes as long as preparing 100,000 rows.
     path = Path(name_or_path) / "tokenizer_config.json"
-    named = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class") if path.is_file() else None
+    described = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = described.get("tokenizer_class") if isinstance(described, dict) else None
     return getattr(transformers, named) if named and hasattr(transformers, named) else transformers.AutoTokenizer
 
 

@@ -1,10 +1,13 @@
 import hashlib
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -247,7 +250,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(corpus, settings):
 
 def test_a_source_without_usable_rows_is_refused(settings, tmp_path):
     (tmp_path / "empty.jsonl").write_text('{"question": "q", "answer": ""}\n' * 3)
-    with pytest.raises(DataError, match=r"empty.jsonl has no row with a question and an answer"):
+    with pytest.raises(DataError, match=r"no row of empty.jsonl is left for training \(3 empty\): check its texts"):
         prepare(str(tmp_path / "empty.jsonl"), tmp_path / "out", settings, **QUIETLY)
 
 
@@ -256,6 +259,73 @@ def test_a_setting_that_cannot_work_is_refused(corpus, settings, tmp_path, setti
     ((name, value),) = setting.items()
     with pytest.raises(DataError, match=f"{name} {value} is too s"):
         prepare(str(corpus), tmp_path / "out", replace(settings, **setting), **QUIETLY)
+
+
+@pytest.mark.parametrize(
+    "lost", ["shard-00000-001.tar", "validation/index.json", "validation/tokenizer/tokenizer.json"]
+)
+def test_a_finished_folder_that_has_lost_a_file_is_made_anew(corpus, settings, tmp_path, lost, capsys):
+    settings = replace(settings, validation_share=0.2)
+    prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
+    before = contents(tmp_path / "out")
+    (tmp_path / "out" / lost).unlink()
+    prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
+    assert f"has lost {lost}: it is made anew" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_source_that_was_edited_is_another_one(corpus, settings, tmp_path):
+    source = tmp_path / "corpus.jsonl"
+    source.write_text(corpus.read_text())
+    prepare(str(source), tmp_path / "out", settings, **QUIETLY)
+    source.write_text(corpus.read_text().replace("water", "metal"))  # as many bytes
+    with pytest.raises(DataError, match="was prepared with source"):
+        prepare(str(source), tmp_path / "out", settings, **QUIETLY)
+
+
+def test_with_nothing_left_other_settings_can_be_tried(corpus, settings, tmp_path, capsys):
+    with pytest.raises(DataError, match=r"left for training \(420 excluded source\)"):
+        prepare(str(corpus), tmp_path / "out", replace(settings, sources=("s9",)), **QUIETLY)
+    assert "no row has the source 's9', which the settings name" in capsys.readouterr().err
+    prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_command_with_a_line_and_all_its_processes(corpus, tmp_path, number):
+    (tmp_path / "in").mkdir()
+    for part in range(4):
+        (tmp_path / "in" / f"{part}.jsonl").write_text(corpus.read_text() * 40)
+    command = [
+        sys.executable,
+        "-m",
+        "launcher.cli",
+        "prepare",
+        tmp_path / "in",
+        "--tokenizer",
+        "train",
+        "--seq-len",
+        "64",
+    ]
+    command += ["--workers", "2", "--out", tmp_path / "out"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "out" / ".work" / "config.json").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "Traceback" not in said
+    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "the same command goes on from here"}[number] in said
+    group = [stat for stat in map(stat_of, Path("/proc").glob("[0-9]*/stat")) if stat[2:3] == [str(process.pid)]]
+    assert [stat for stat in group if stat[0] != "Z"] == []
+
+
+def stat_of(path):
+    """Gives a process's state, parent and group."""
+    try:
+        return path.read_text().rpartition(")")[2].split()[:3]
+    except OSError:  # it has ended
+        return []
 
 
 def test_progress_is_shown_on_stderr_alone(corpus, settings, tmp_path, capsys):

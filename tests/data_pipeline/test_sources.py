@@ -2,6 +2,8 @@ import gzip
 import json
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import DataError
@@ -175,3 +177,30 @@ def test_a_path_without_data_is_named(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=source.replace("*", r"\*")):
         open_source(source)
+
+
+def test_long_rows_come_in_small_frames(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.sources.rows.BYTES_PER_FRAME", 5000)
+    monkeypatch.setattr("data_pipeline.sources.parquet.BYTES_PER_FRAME", 5000)
+    rows = [{"question": f"q{n}", "answer": f"{n:04}" * 250, "source": "s"} for n in range(40)]
+    write_jsonl(tmp_path / "a.jsonl", rows)
+    pl.DataFrame(rows).write_parquet(tmp_path / "b.parquet", compression="uncompressed")
+    for name in ("a.jsonl", "b.parquet"):
+        frames = list(open_source(str(tmp_path / name)).frames())
+        assert max(map(len, frames)) <= 6
+        assert sum(map(len, frames)) == 40
+
+
+def test_bytes_that_are_no_utf8_in_parquet_are_named(tmp_path):
+    offsets, letters = pa.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])), pa.py_buffer(b"caf\xe9")
+    broken = pa.Array.from_buffers(pa.string(), 1, [None, offsets, letters])
+    pq.write_table(pa.table({"question": broken, "answer": ["a"]}), tmp_path / "bad.parquet")
+    with pytest.raises(DataError, match="bad.parquet is corrupt in row group 0"):
+        read(str(tmp_path))
+
+
+def test_a_file_named_twice_is_read_once(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "A.JSONL", ROWS)
+    monkeypatch.chdir(tmp_path)
+    assert open_source(["./A.JSONL", str(tmp_path / "A.JSONL"), str(tmp_path)]).num_rows is None
+    assert len(read(["./A.JSONL", str(tmp_path / "A.JSONL"), str(tmp_path)])) == len(TEXTS)

@@ -14,8 +14,8 @@ import pytest
 import data_pipeline.preparation.prepare
 from data_pipeline.checking.verification import verify
 from data_pipeline.errors import DataError
-from data_pipeline.preparation.encode_chunks import load_arrays
 from data_pipeline.preparation.prepare import prepare
+from data_pipeline.preparation.scratch import load_arrays
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.preparation.team import Member
 

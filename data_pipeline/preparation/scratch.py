@@ -1,0 +1,77 @@
+"""Files of the unfinished work: whole or not there, and found out where they are damaged."""
+
+from __future__ import annotations
+
+import os
+import socket
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.shards.format import PARTIAL_SUFFIX
+
+WORK_NAME = ".work"
+
+
+def work_folder(out: Path) -> Path:
+    """Where the unfinished work is kept, until the index is written."""
+    return out / WORK_NAME
+
+
+def claims_folder(out: Path) -> Path:
+    """Where the members of a team claim units of work."""
+    return work_folder(out) / "claims"
+
+
+def write_scratch(path: Path, content: bytes | Callable[[BinaryIO], None]) -> None:
+    """Write a file of the unfinished work whole, or not at all.
+
+    Arrays are not synced: what a power cut spoils of them is found out and made again.
+    """
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
+    try:
+        with partial.open("wb") as file:
+            if isinstance(content, bytes):
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            else:
+                content(file)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # it holds room that a full disk needs
+        raise
+
+
+def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write a scratch file of arrays whole, or not at all; damage shows when it is read."""
+    write_scratch(path, lambda file: np.savez(file, **arrays))
+
+
+def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Read arrays of a scratch file; raises DataError, and removes the file, where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in names or arrays.files}
+    except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
+        path.unlink(missing_ok=True)
+        raise DataError(f"{path} was damaged and is removed: run again, it will be made anew ({error})") from error
+
+
+def map_array(path: Path, beside: Path) -> np.ndarray:
+    """Map a scratch file of one array into memory; where it is damaged, remove it and `beside`, and raise DataError."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        for damaged in (beside, path):
+            damaged.unlink(missing_ok=True)
+        raise DataError(f"{path} was damaged and is removed: run again, it will be made anew ({error})") from error
+
+
+def stamp(path: str | Path) -> int:
+    """What changes with a file or folder, for caches that outlive it; 0 where it is missing."""
+    return Path(path).stat().st_mtime_ns if Path(path).exists() else 0
