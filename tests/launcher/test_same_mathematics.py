@@ -115,7 +115,7 @@ def plain_pytorch(config: RunConfig, recomputed: bool) -> tuple[dict[str, list[f
     data = ShardFolder(config.data)
     model = build_model(config, data).train()
     if recomputed:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=EPSILON, weight_decay=config.weight_decay)
     stream = BatchStream(data, seed=config.seed, global_batch_rows=GLOBAL_ROWS, micro_batch_rows=GLOBAL_ROWS, rank=0,
                          world_size=1, loss_on=config.loss_on)  # fmt: skip
