@@ -56,7 +56,7 @@ class Schedule:
 
 @dataclass
 class Precision:
-    """`force` keeps the JSON's fp16 on a CPU, where it is slow and may be unsupported."""
+    """`force` keeps the JSON's fp16 or bf16 on a CPU where it is slow, and may be unsupported."""
 
     force: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -30,15 +31,33 @@ def resolve_deepspeed_config(
     """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and what a user should be told.
 
     A number in the JSON wins over a default of the run configuration. Raises `ConfigurationError` for a missing or
-    broken file, for different numbers in both places, and for a batch that does not divide.
+    broken file, for different numbers in both places, for an `"auto"` that nothing fills, and for a batch that does not
+    divide.
     """
     resolved = read_json(path)
+    automatic = _automatic(resolved)
     config = _agree(resolved, config, str(path))
     notes = []
     _resolve_precision(resolved, config, environment, notes)
     _resolve_batch(resolved, config, environment)
     _resolve_experts(resolved, config, environment, num_experts, notes)
-    return resolved, config, notes
+    if left := _automatic(resolved):
+        raise ConfigurationError(
+            f'{".".join(left[0])} is "auto" in {path}, and nothing fills it; write its value there'
+        )
+    filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic]
+    return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
+
+
+def _automatic(content, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where `content` says `"auto"`, as the keys that lead there."""
+    if isinstance(content, dict):
+        return [place for key, value in content.items() for place in _automatic(value, (*keys, key))]
+    return [keys] if content == "auto" else []
+
+
+def _at(content: dict, keys: tuple[str, ...]) -> str:
+    return json.dumps(functools.reduce(dict.__getitem__, keys, content))
 
 
 def read_json(path: str | Path) -> dict:
@@ -84,16 +103,18 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
 
 
 def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
-    fp16 = resolved.get("fp16", {})
-    if environment.device.type != "cpu" or not fp16.get("enabled") or config.precision.force:
+    """On a CPU train in bf16 where that is native, else in fp32, instead of a half precision that would be slower."""
+    asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), None)
+    if environment.device.type != "cpu" or asked is None or config.precision.force:
         return
-    del resolved["fp16"]
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    native = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if asked == native:
+        return
+    del resolved[asked]
+    if native == "bf16":
         resolved["bf16"] = {"enabled": True}
-        used = "bf16, which this CPU computes natively"
-    else:
-        used = "fp32"
-    notes.append(f"this is a CPU, where fp16 is slow: training in {used} (precision.force=true keeps fp16)")
+    used = "bf16, which it computes natively" if native == "bf16" else "fp32"
+    notes.append(f"this is a CPU, where {asked} is slow: training in {used} (precision.force=true keeps {asked})")
 
 
 def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:

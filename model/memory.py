@@ -45,7 +45,7 @@ class LSTMMemory(nn.Module):
         super().__init__()
         self.layer_index = layer_index
         self.stride = config.memory_stride
-        self.lstm = nn.LSTM(
+        self.lstm = OrderedLSTM(
             config.hidden_size, config.memory_hidden_size, num_layers=config.memory_num_layers, batch_first=True
         )
         self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -133,6 +133,39 @@ class LSTMMemory(nn.Module):
         partial = partial + torch.where(completed_none, before.partial[last], 0.0)
         flat = torch.stack(states)[:, :, last].permute(2, 0, 1, 3).flatten(1)
         cache.update_recurrent_state(torch.cat((flat, partial), dim=1), self.layer_index, state_idx=MEMORY)
+
+
+class OrderedLSTM(nn.LSTM):
+    """An LSTM whose weights get their gradients in one order, the last weight's first, whatever the sequences are.
+
+    On a CPU that order is one for sequences of equal lengths and another for unequal ones. DeepSpeed adds the ranks'
+    gradients up in the order in which they arrive at each rank: ZeRO-1 added those of different weights together.
+    """
+
+    def forward(self, sequences, initial=None):
+        if not torch.is_grad_enabled():
+            return super().forward(sequences, initial)
+        weights = self._flat_weights
+        ordered = list(weights)
+        for count in range(1, len(weights) + 1):  # each waits for the ones behind it
+            ordered[:count] = Together.apply(*ordered[:count])
+        self._flat_weights = ordered
+        try:
+            return super().forward(sequences, initial)
+        finally:
+            self._flat_weights = weights
+
+
+class Together(torch.autograd.Function):
+    """Tensors as they are; their gradients wait for one another."""
+
+    @staticmethod
+    def forward(context, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(context, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return gradients
 
 
 @dataclass(frozen=True)

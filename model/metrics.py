@@ -31,7 +31,9 @@ def routing_statistics(
     """
     probabilities = router_logits[:, text].float().softmax(-1)  # [L, M, E]
     chosen = choose_experts(probabilities, selection_bias.unsqueeze(1), top_k).flatten(1)
-    load = torch.zeros_like(probabilities[:, 0]).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float32))
+    load = probabilities.new_zeros(selection_bias.shape).scatter_add_(
+        1, chosen, torch.ones_like(chosen, dtype=torch.float32)
+    )
     return {
         "routing": probabilities.sum(1),
         "load": load,

@@ -59,7 +59,9 @@ print("RESULT", json.dumps({
 @pytest.fixture(scope="module")
 def measured(trainer) -> dict:
     deepspeed_config = trainer.deepspeed_config("bf16", bf16={"enabled": True})
-    arguments = trainer.arguments("bf16", "activation_checkpointing=false", deepspeed_config=deepspeed_config)
+    arguments = trainer.arguments(
+        "bf16", "activation_checkpointing=false", "precision.force=true", deepspeed_config=deepspeed_config
+    )
     command = [sys.executable, "-c", MEASURE, str(STEPS), str(RATE), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr

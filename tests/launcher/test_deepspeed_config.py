@@ -61,11 +61,35 @@ def test_a_cpu_leaves_fp16_and_says_so_once(monkeypatch, native):
     resolved, _, notes = resolve(["expert_parallel_size=1"])
     assert "fp16" not in resolved
     assert resolved.get("bf16", {}).get("enabled", False) is native
-    (note,) = notes
+    (note,) = (note for note in notes if "CPU" in note)
     assert ("bf16" if native else "fp32") in note
     forced, _, notes = resolve(["precision.force=true", "expert_parallel_size=1"])
     assert forced["fp16"]["enabled"] is True
-    assert notes == []
+    assert not any("CPU" in note for note in notes)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cpu_keeps_bf16_where_it_is_native_alone(monkeypatch, native):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = ZERO3.with_name("zero3_bf16.json")
+    resolved, _, notes = resolve(path=path)
+    assert resolved.get("bf16", {}).get("enabled", False) is native
+    assert any("CPU" in note for note in notes) is not native
+    assert resolve(["precision.force=true"], path=path)[0]["bf16"]["enabled"] is True
+
+
+def test_what_auto_was_filled_with_is_one_note():
+    _, _, notes = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
+    (note,) = (note for note in notes if note.startswith('"auto"'))
+    assert "train_batch_size 24, train_micro_batch_size_per_gpu 4, gradient_accumulation_steps 3" in note
+    assert "optimizer.params.lr 0.5" in note and "expert_parallel.autoep_size 2" in note
+    assert note.count(", ") + 1 == ZERO3.read_text().count('"auto"')
+
+
+def test_an_auto_that_nothing_fills_is_one_sentence(changed):
+    with pytest.raises(ConfigurationError, match='optimizer.params.betas is "auto" in .*, and nothing fills it'):
+        resolve(path=changed("optimizer.params.betas", "auto"))
 
 
 @pytest.mark.parametrize(

@@ -138,3 +138,11 @@ def test_the_implementation_is_chosen_as_in_any_transformers_model(config, ids):
         model.set_experts_implementation(implementation)
         assert model.config._experts_implementation == implementation
         torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_padding_alone_counts_nothing():
+    """As a micro-batch of a skipped bad shard's rows is."""
+    nothing = torch.zeros(3, 20, dtype=torch.bool)
+    statistics = routing_statistics(torch.randn(2, 3, 20, 4), torch.rand(3, 20), nothing, 2, torch.zeros(2, 4))
+    assert statistics["load"].shape == statistics["routing"].shape == (2, 4)
+    assert not any(value.any() for value in statistics.values())

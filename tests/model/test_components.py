@@ -116,3 +116,21 @@ def test_the_embedding_rule_learns_through_the_mask(config):
     output, *_ = embedding(torch.randn(2, 20, config.hidden_size), documents_of([20], [20]))
     output.square().sum().backward()
     assert (embedding.rule.grad != 0).all()
+
+
+def test_the_memorys_weights_get_their_gradients_in_one_order_whatever_the_lengths(config):
+    """Ranks add their gradients up in the order of arrival; torch's own LSTM has several on a CPU."""
+    memory = LSTMMemory(config, layer_index=0)
+    arrived = []
+    for name, weight in memory.lstm.named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    stride, orders = config.memory_stride, set()
+    for blocks in ([1, 1], [3, 3], [1, 5], [4, 2], [0, 0]):
+        documents = documents_of([stride * n for n in blocks] if any(blocks) else [1, 1])
+        memory(
+            torch.randn(1, documents.offset.shape[1], config.hidden_size, requires_grad=True), documents
+        ).sum().backward()
+        orders.add(tuple(arrived))
+        arrived.clear()
+    assert len(orders) == 1
+    assert len(orders.pop()) == len(list(memory.lstm.parameters()))
