@@ -1,6 +1,7 @@
 """Steps that are not finite and losses that spike, with real faults in one rank of two."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -119,3 +120,58 @@ def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():
     assert not is_spike(1.0, usual, factor=10)  # only upwards
     assert not is_spike(3.2, [3.0] * 5, factor=10)  # a loss that does not move may still move a little
     assert is_spike(3.4, [3.0] * 5, factor=10)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(trainer):
+    """A spike at the rows of step 8, rolled back to step 6's checkpoint: in a run by itself, and stopped and resumed."""
+    common = ["on_spike=rollback", "spike.window=4", "spike.factor=30", "checkpoint_every=3", "expert_parallel_size=2"]
+    faults = [{"kind": "spike", "positions": [7 * ROWS]}]
+    trainer.results = trainer.run_with_faults(
+        2, trainer.arguments("rolled", "max_steps=12", "keep_checkpoints=9", *common), faults
+    )
+    # The same rows as one that was never at the spike's: resumed from step 6, whose state says to go past them.
+    return trainer
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_back):
+    assert [result.returncode for result in rolled_back.results] == [0, 0], rolled_back.results[0].stdout
+    printed = rolled_back.results[0].stdout
+    assert "step 8: the loss spikes to" in printed
+    assert "back to step-00000006, and past the rows at positions 24 to 31" in printed
+    folder, shown = rolled_back.folder / "rolled", rolled_back.scalars("rolled")
+    assert set(shown["train/loss"]) == set(range(1, 13))
+    state = read_train_state(folder / "checkpoints" / "step-00000012")
+    assert state.skipped_ranges == [[24, 32]]
+    assert state.position == (12 + 2) * ROWS
+    assert max(shown["train/loss"].values()) < 20
+
+
+def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_back, tmp_path):
+    """The checkpoint of step 6 in a new process, told by hand to go on behind the rows, gives the same last losses."""
+    shutil.copytree(rolled_back.folder / "rolled", rolled_back.folder / "by_hand")
+    folder = rolled_back.folder / "by_hand"
+    for step in (9, 12):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(folder / "tensorboard")
+    path = folder / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["train_state"]["position"] = 8 * ROWS
+    path.write_text(json.dumps(manifest))
+    rolled_back.run(2, rolled_back.arguments("by_hand", "max_steps=12", "checkpoint_every=3", "expert_parallel_size=2"))
+    by_hand, rolled = (rolled_back.scalars(name)["train/loss"] for name in ("by_hand", "rolled"))
+    assert by_hand == {step: rolled[step] for step in range(7, 13)}
+
+
+def test_a_spike_is_marked_by_default_and_rollbacks_that_do_not_help_end_the_run(trainer):
+    spikes = [{"kind": "spike", "positions": list(range(7 * ROWS, 99 * ROWS, ROWS))}]
+    common = ["max_steps=12", "checkpoint_every=3", "spike.window=4", "spike.factor=30"]
+    marked = trainer.run_with_faults(1, trainer.arguments("marked", *common), spikes)
+    assert marked[0].returncode == 0, marked[0].stdout
+    shown = trainer.scalars("marked")["train/spike"]
+    assert (shown[7], shown[8]) == (0, 1)
+    ended = trainer.run_with_faults(1, trainer.arguments("vain", "on_spike=rollback", *common), spikes)
+    assert ended[0].returncode == 1
+    assert ended[0].stdout.count("back to step-00000006") == 3
+    (sentence,) = [line for line in ended[0].stdout.splitlines() if line.startswith("error: ")]
+    assert "spiked again after 3 rollbacks to" in sentence and "step-00000006" in sentence
