@@ -92,12 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
                 guard.saved()
         outcome = "stopped" if stop.agreed else "done"
     finally:
-        watchdog.close()
         batches.close()
         monitor.close()
         if environment.is_main:
             reasons = {"done": "", "stopped": "signal", "failed": repr(sys.exception())}
             run.write_status(outcome, state.step, reasons[outcome])
+        watchdog.close()
     if environment.is_main:
         monitor.say(f"{outcome} at step {state.step}: run {run.path}, logs {run.tensorboard}")
         run.release()

@@ -54,6 +54,10 @@ class Guard:
             raise ConfigurationError(
                 "zero_optimization.stage 0 in fp32 takes steps whose gradients are not finite; set stage 1, 2 or 3"
             )
+        if engine.bfloat16_enabled() and not getattr(engine.optimizer, "check_grad_overflow", True):
+            raise ConfigurationError(
+                "bf16.check_grad_overflow is false in the JSON, which takes steps that are not finite; leave it out"
+            )
         self.engine = engine
         self.config = config
         self.run = run

@@ -52,9 +52,11 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.seconds / 10)):
             if time.monotonic() > self._deadline:
-                self._end()
+                return self._end()
 
     def _end(self) -> None:
+        # Before anything is written: the file system may be what hangs.
+        threading.Timer(GRACE, os._exit, [HANG]).start()
         faulthandler.dump_traceback(self._file)
         sentence = (
             f"{self._what} hangs: it took longer than step_timeout_seconds allows; the stacks are in {self._path}"
@@ -62,5 +64,3 @@ class Watchdog:
         print(f"error: rank {self._rank}: {sentence}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(sys.__stderr__)
         self._report(sentence)
-        time.sleep(GRACE)
-        os._exit(HANG)

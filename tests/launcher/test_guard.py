@@ -98,6 +98,7 @@ def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
     assert status["state"] == "failed" and "not finite" in status["reason"]
 
 
+@pytest.mark.slow
 def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
     """Overflows while the scale sinks do not count as skipped in a row: here four come before the end."""
     scaling = {"enabled": True, "initial_scale_power": 31, "hysteresis": 1, "min_loss_scale": 2**27}
@@ -124,13 +125,12 @@ def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():
 
 @pytest.fixture(scope="module")
 def rolled_back(trainer):
-    """A spike at the rows of step 8, rolled back to step 6's checkpoint: in a run by itself, and stopped and resumed."""
+    """A spike at the rows of step 8, rolled back to step 6's checkpoint."""
     common = ["on_spike=rollback", "spike.window=4", "spike.factor=30", "checkpoint_every=3", "expert_parallel_size=2"]
     faults = [{"kind": "spike", "positions": [7 * ROWS]}]
     trainer.results = trainer.run_with_faults(
         2, trainer.arguments("rolled", "max_steps=12", "keep_checkpoints=9", *common), faults
     )
-    # The same rows as one that was never at the spike's: resumed from step 6, whose state says to go past them.
     return trainer
 
 
@@ -147,7 +147,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_ba
     assert max(shown["train/loss"].values()) < 20
 
 
-def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_back, tmp_path):
+@pytest.mark.slow
+def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_back):
     """The checkpoint of step 6 in a new process, told by hand to go on behind the rows, gives the same last losses."""
     shutil.copytree(rolled_back.folder / "rolled", rolled_back.folder / "by_hand")
     folder = rolled_back.folder / "by_hand"
@@ -163,15 +164,22 @@ def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_ba
     assert by_hand == {step: rolled[step] for step in range(7, 13)}
 
 
-def test_a_spike_is_marked_by_default_and_rollbacks_that_do_not_help_end_the_run(trainer):
-    spikes = [{"kind": "spike", "positions": list(range(7 * ROWS, 99 * ROWS, ROWS))}]
-    common = ["max_steps=12", "checkpoint_every=3", "spike.window=4", "spike.factor=30"]
-    marked = trainer.run_with_faults(1, trainer.arguments("marked", *common), spikes)
-    assert marked[0].returncode == 0, marked[0].stdout
+VAIN = [{"kind": "spike", "positions": list(range(7 * ROWS, 99 * ROWS, ROWS))}]
+VAIN_OVERRIDES = ["max_steps=12", "checkpoint_every=3", "spike.window=4", "spike.factor=30"]
+
+
+def test_a_spike_is_marked_by_default(trainer):
+    (marked,) = trainer.run_with_faults(1, trainer.arguments("marked", *VAIN_OVERRIDES), VAIN)
+    assert marked.returncode == 0, marked.stdout
     shown = trainer.scalars("marked")["train/spike"]
     assert (shown[7], shown[8]) == (0, 1)
-    ended = trainer.run_with_faults(1, trainer.arguments("vain", "on_spike=rollback", *common), spikes)
-    assert ended[0].returncode == 1
-    assert ended[0].stdout.count("back to step-00000006") == 3
-    (sentence,) = [line for line in ended[0].stdout.splitlines() if line.startswith("error: ")]
+    assert read_train_state(trainer.folder / "marked" / "checkpoints" / "step-00000012").skipped_ranges == []
+
+
+@pytest.mark.slow
+def test_rollbacks_that_do_not_help_end_the_run(trainer):
+    (ended,) = trainer.run_with_faults(1, trainer.arguments("vain", "on_spike=rollback", *VAIN_OVERRIDES), VAIN)
+    assert ended.returncode == 1
+    assert ended.stdout.count("back to step-00000006") == 3
+    (sentence,) = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
     assert "spiked again after 3 rollbacks to" in sentence and "step-00000006" in sentence

@@ -3,6 +3,8 @@
 import json
 import time
 
+import pytest
+
 
 def hang(trainer, name: str, kind: str, **options):
     overrides = ["max_steps=9", "checkpoint_every=100", "expert_parallel_size=2", "step_timeout_seconds=6"]
@@ -29,6 +31,7 @@ def test_a_hung_step_leaves_the_stacks_of_all_ranks_and_ends_with_76(trainer):
     assert "step 3 hangs" in status["reason"]
 
 
+@pytest.mark.slow
 def test_so_where_c_code_keeps_the_interpreter_to_itself(trainer):
     results, _ = hang(trainer, "locked", "hang_in_c", grace=1)
     assert results[0].returncode == 76
