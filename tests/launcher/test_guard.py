@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launcher.checkpoint import read_train_state
-from launcher.guard import is_spike
+from launcher.errors import ConfigurationError
+from launcher.guard import Guard, is_spike
 
 ROWS = 4  # in a step
 KEEP_ALL = ["expert_parallel_size=2", "micro_batch_rows=1", "checkpoint_every=1", "keep_checkpoints=20"]
@@ -112,6 +114,15 @@ def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
     parts = ("step 5", "loss scale is at its minimum (1.34218e+08)", "train in bf16", "min_loss_scale", "none")
     assert all(part in sentence for part in parts), sentence
     assert trainer.scalars("fp16")["train/skipped_steps"][5] == 5
+
+
+def test_engines_that_would_take_such_a_step_are_refused():
+    plain = SimpleNamespace(optimizer=object())
+    with pytest.raises(ConfigurationError, match="stage 0 in fp32.*set stage 1, 2 or 3"):
+        Guard(plain, None, None, None)
+    optimizer = SimpleNamespace(overflow=False, check_grad_overflow=False)
+    with pytest.raises(ConfigurationError, match="check_grad_overflow is false"):
+        Guard(SimpleNamespace(optimizer=optimizer, bfloat16_enabled=lambda: True), None, None, None)
 
 
 def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():

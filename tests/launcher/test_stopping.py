@@ -78,6 +78,17 @@ def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer
     check_that_it_stopped_whole(trainer.folder / name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):
+    process = start_launcher(trainer, f"launcher_killed_{rank}")
+    (victim,) = [member for member in members(process.pid) if member.environ().get("RANK") == str(rank)]
+    victim.kill()
+    process.communicate(timeout=90)
+    wait_for_the_end(process.pid, 40)
+    assert process.returncode != 0
+
+
 def one_rank(trainer, name: str, faults=(), **options) -> subprocess.Popen:
     """One process that has taken its first step."""
     arguments = trainer.arguments(name, *ENDLESS)
