@@ -8,7 +8,6 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 
 import torch
@@ -22,17 +21,18 @@ from launcher.data_source import open_run_data
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
+from launcher.guard import Guard, poison
 from launcher.model_source import build_model
 from launcher.monitor import Monitor
 from launcher.plan import make_plan, share_plan
 from launcher.reduction import add_up
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
+from launcher.stopping import STOPPED_AT_A_SIGNAL, StopRequest
+from launcher.watchdog import Watchdog
 from model.loss import total_loss
 from model.metrics import count_tokens
 from model.moe import set_balancing_bias, updated_balancing_bias
-
-STOPPED_AT_A_SIGNAL = 75
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,14 +69,27 @@ def main(arguments: list[str] | None = None) -> int:
     elif environment.is_main:
         run.write_status("running", state.step)
 
+    def report(reason: str) -> None:  # where the end is so sudden that nothing below is reached
+        if environment.is_main:
+            run.write_status("failed", state.step, reason)
+
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
-    stop = StopRequest()
+    stop = StopRequest(report)
+    watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
+    guard = Guard(engine, config, run, monitor)
+    first_step = state.step + 1
     outcome = "failed"
     try:
         while state.step < config.max_steps and not stop.agreed:
-            train_step(engine, batches, state, config, monitor, stop)
+            watchdog.begins(f"step {state.step + 1}", first=state.step + 1 == first_step)
+            train_step(engine, batches, state, config, monitor, stop, guard)
+            if guard.wants_rollback(state):
+                state = guard.roll_back(state)
+                continue
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
+                watchdog.begins(f"saving step {state.step}")
                 save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
+                guard.saved()
         outcome = "stopped" if stop.agreed else "done"
     finally:
         batches.close()
@@ -84,6 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         if environment.is_main:
             reasons = {"done": "", "stopped": "signal", "failed": repr(sys.exception())}
             run.write_status(outcome, state.step, reasons[outcome])
+        watchdog.close()
     if environment.is_main:
         monitor.say(f"{outcome} at step {state.step}: run {run.path}, logs {run.tensorboard}")
         run.release()
@@ -91,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
     return STOPPED_AT_A_SIGNAL if stop.agreed else 0
 
 
-def train_step(engine, batches, state, config, monitor, stop) -> None:
+def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     """Take one global batch through the engine and advance `state`.
 
     The loss is a mean over the global batch's tokens, so their number is agreed on before the first backward, and with
@@ -116,7 +130,7 @@ def train_step(engine, batches, state, config, monitor, stop) -> None:
     means, sums = state.running_means, []
     for batch in micro_batches:
         output = engine(**batch, running_means=means)
-        engine.backward(scale * total_loss(output.loss_sums, config.loss, supervised, tokens))
+        engine.backward(scale * poison(total_loss(output.loss_sums, config.loss, supervised, tokens)))
         engine.step()
         sums.append(output.loss_sums | output.statistics)
     totals = add_up(sums)
@@ -133,29 +147,13 @@ def train_step(engine, batches, state, config, monitor, stop) -> None:
         state.balancing_bias = bias.tolist()
     values = {**engine_values(engine), "balance/bias_max": bias.abs().max().item()}
     values |= {"data/bad_shard_rows": counts["bad_rows"].item(), "perf/data_seconds": batches.seconds_waited}
+    values |= guard.observe(state, total_loss(totals, config.loss, supervised, tokens).item())
     monitor.step_ended(state.step, totals, supervised, tokens, values)
 
 
 def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
     """The rows of a micro-batch that are all padding, as those of a bad shard come where `on_bad_shard` is skip."""
     return (batch["input_ids"] == pad).all(dim=1).sum()
-
-
-class StopRequest:
-    """SIGTERM or SIGUSR1 at any rank ask all of them to stop at the next step boundary, with a checkpoint."""
-
-    def __init__(self):
-        self._received = False
-        self.agreed = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame) -> None:
-        self._received = True
-
-    def requested(self, device: torch.device) -> torch.Tensor:
-        """1 where this rank was asked to stop, to be added up over the ranks."""
-        return torch.tensor(float(self._received), device=device)
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

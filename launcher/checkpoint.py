@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ class TrainState:
     `step`: steps attempted; `position`: rows of the endless stream consumed; `tokens`: non-padding tokens seen;
     `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
+    `skipped_ranges`: positions `[first, end)` that a rollback went past; `skipped_steps`: how many had a loss or gradients
+    that were not finite; `recent_losses`: those that a spike is measured against.
     fp32 values as Python floats and back are exact, in JSON too.
     """
 
@@ -47,6 +49,9 @@ class TrainState:
     mean_routing: list[list[float]]
     mean_retained_ratio: float
     balancing_bias: list[list[float]]
+    skipped_ranges: list[list[int]] = field(default_factory=list)
+    skipped_steps: int = 0
+    recent_losses: list[float] = field(default_factory=list)
 
     @classmethod
     def initial(cls, model: LiquidForCausalLM) -> TrainState:

@@ -62,6 +62,14 @@ class Precision:
 
 
 @dataclass
+class Spike:
+    """A loss is a spike above the median of the last `window` by `factor` times their median absolute deviation."""
+
+    window: int = 50
+    factor: float = 10.0
+
+
+@dataclass
 class RunConfig:
     """All that a run depends on beside the DeepSpeed JSON; the README has a line on each key."""
 
@@ -89,6 +97,10 @@ class RunConfig:
     loss: LossWeights = field(default_factory=LossWeights)
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = field(default_factory=Precision)
+    max_skipped_in_a_row: int = 10
+    on_spike: str = "mark"
+    spike: Spike = field(default_factory=Spike)
+    step_timeout_seconds: float = 1800.0
     prepare: Preparation | None = None
     # The keys that a file or an override set, as opposed to these defaults: only such a key can contradict the JSON.
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
@@ -115,6 +127,15 @@ class RunConfig:
             raise ConfigurationError(
                 f"data_cache.gigabytes is {self.data_cache.gigabytes}; it must be above 0, and finite"
             )
+        if self.on_spike not in ("mark", "rollback"):
+            raise ConfigurationError(f"on_spike is {self.on_spike!r}; it must be 'mark' or 'rollback'")
+        if self.max_skipped_in_a_row < 0:
+            raise ConfigurationError(f"max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 0")
+        if self.spike.window < 2:
+            raise ConfigurationError(f"spike.window is {self.spike.window}; it must be at least 2")
+        for name, value in (("spike.factor", self.spike.factor), ("step_timeout_seconds", self.step_timeout_seconds)):
+            if not 0 < value < math.inf:
+                raise ConfigurationError(f"{name} is {value}; it must be above 0, and finite")
         if self.loss_on not in ("all", "answer"):
             raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
         if self.schedule.cycles < 1 or self.schedule.multiplier < 1:

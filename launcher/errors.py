@@ -1,4 +1,4 @@
-"""Errors a user can cause: one sentence on stderr, exit code 2, no traceback."""
+"""Errors that a user can do something about: one sentence on stderr, an exit code that is not 0, no traceback."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ class ConfigurationError(Exception):
     """What is wrong in a configuration, a run folder or an argument, where, and how to fix it, in one sentence."""
 
 
+class TrainingError(Exception):
+    """Why a run that began well cannot go on, and what to change, in one sentence; exit code 1, not 2."""
+
+
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """End the program with one sentence where the user caused the error, or with Ctrl-C; the rest keeps its traceback."""
@@ -24,3 +28,6 @@ def one_sentence_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -23,6 +23,7 @@ class Monitor:
     def __init__(self, folder: Path, first_step: int, config: RunConfig, active: bool):
         self.active = active
         self.config = config
+        self.folder = folder
         self.every = max(1, config.max_steps // LINES)
         self.started = time.perf_counter()
         if not active:
@@ -59,6 +60,14 @@ class Monitor:
         if self.active:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
+
+    def goes_back_to(self, step: int) -> None:
+        """The steps after `step` are taken again: TensorBoard forgets their points."""
+        if self.active:
+            self.writer.close()
+            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            self.bar.reset(total=self.config.max_steps)
+            self.bar.update(step)
 
     def close(self) -> None:
         if self.active:

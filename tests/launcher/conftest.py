@@ -83,6 +83,15 @@ class Trainer:
             assert result.returncode == 0, result.stdout
         return results
 
+    def run_with_faults(
+        self, world_size: int, arguments: list[str], faults: list[dict], **options
+    ) -> list[subprocess.CompletedProcess]:
+        """Train one run in which `faults` (tests/launcher/fault_worker.py) happen; processes may fail."""
+        options = {"faults": faults, **options}
+        return start(
+            world_size, [sys.executable, "-m", "fault_worker", json.dumps(arguments), json.dumps(options)], patience=20
+        )
+
     def scalars(self, output: str) -> dict[str, dict[int, float]]:
         """What TensorBoard shows of a run: the value of each step, by tag; fails where a step has two points."""
         reader = EventAccumulator(str(self.folder / output / "tensorboard"), size_guidance={"scalars": 0})
@@ -95,8 +104,10 @@ class Trainer:
         return shown
 
 
-def start(world_size: int, command: list[str], timeout: int = 240) -> list[subprocess.CompletedProcess]:
-    """Run a command as `world_size` ranks on this machine; when one fails, the others are ended, not waited for."""
+def start(
+    world_size: int, command: list[str], timeout: int = 240, patience: float = 0
+) -> list[subprocess.CompletedProcess]:
+    """Run a command as `world_size` ranks on this machine; `patience` seconds after one fails, the others are ended."""
     environment = {
         **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),
@@ -112,7 +123,8 @@ def start(world_size: int, command: list[str], timeout: int = 240) -> list[subpr
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if any(process.poll() for process in processes):
-            break
+            deadline = min(deadline, time.monotonic() + patience)
+            patience = timeout
         time.sleep(0.1)
     for process in processes:
         process.kill()

@@ -25,6 +25,7 @@ TAGS = {
     "train/z_loss", "train/learning_rate", "train/grad_norm", "perf/tokens_per_second", "perf/step_seconds",
     "model/retained_ratio", "moe/layer_00/load_max_over_mean", "moe/layer_01/load_max_over_mean",
     "balance/bias_max", "data/bad_shard_rows", "perf/data_seconds",
+    "train/skipped_steps", "train/spike",
 }  # fmt: skip
 
 

@@ -1,0 +1,172 @@
+"""Steps that went wrong: not finite, or a spike of the loss; counted, shown, and where it must be, the end of the run.
+
+DeepSpeed skips a step whose gradients are not finite, on all ranks together: weights and moments stay, in fp32, bf16 and
+fp16. This module makes it skip where only the loss is not finite, and looks at what has become of each step.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from launcher.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.config import RunConfig
+from launcher.errors import ConfigurationError, TrainingError
+from launcher.run_folder import RunFolder
+
+if TYPE_CHECKING:  # reading this module must not wait for DeepSpeed
+    import deepspeed
+
+    from launcher.monitor import Monitor
+
+ROLLBACKS = 3  # in a row from one checkpoint; where they do not help, the weights are to blame and not the rows
+# Of the median: the least that a deviation counts as, so that a loss that hardly moves does not spike at every breath.
+LEAST_DEVIATION = 0.01
+
+
+def poison(loss: torch.Tensor) -> torch.Tensor:
+    """The loss, with gradients that are not finite where it is not: DeepSpeed looks at gradients alone.
+
+    A value that is not finite can have finite gradients (a clamped one, say), and then its step would be taken.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+def is_spike(loss: float, recent: list[float], factor: float) -> bool:
+    """Whether a loss is above the median of recent ones by `factor` times their median absolute deviation."""
+    middle = median(recent)
+    deviation = median(abs(value - middle) for value in recent)
+    return loss - middle > factor * max(deviation, LEAST_DEVIATION * abs(middle))
+
+
+class Guard:
+    """What all ranks find out alike about each step, from sums that they share.
+
+    `observe` after each step, then `wants_rollback`, which ends a run that cannot go on with a `TrainingError`.
+    """
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig, run: RunFolder, monitor: Monitor) -> None:
+        if not hasattr(engine.optimizer, "overflow"):
+            raise ConfigurationError(
+                "zero_optimization.stage 0 in fp32 takes steps whose gradients are not finite; set stage 1, 2 or 3"
+            )
+        if engine.bfloat16_enabled() and not getattr(engine.optimizer, "check_grad_overflow", True):
+            raise ConfigurationError(
+                "bf16.check_grad_overflow is false in the JSON, which takes steps that are not finite; leave it out"
+            )
+        self.engine = engine
+        self.config = config
+        self.run = run
+        self.monitor = monitor
+        self.skipped_in_a_row = 0
+        self.rollbacks = 0  # since the last checkpoint
+        self._spike = self._hopeless = False
+        self._scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
+        if getattr(self._scaler, "dynamic", False):
+            self._scaler.raise_error_at_min_scale = False  # the sentence in `_end_where_hopeless` says what to change
+        else:
+            self._scaler = None
+        self._scale = self._scaler and self._scaler.cur_scale
+
+    def observe(self, state: TrainState, loss: float) -> dict[str, float]:
+        """Look at the step that `state` is behind, with the global batch's loss; returns values for TensorBoard."""
+        skipped, finite = self.engine.optimizer.overflow, math.isfinite(loss)
+        # Too large a loss scale overflows the gradients of a finite loss, and sinks until it fits.
+        by_scale = skipped and finite and self._scaler is not None
+        self._hopeless = by_scale and self._scale == self._scaler.min_scale
+        self._scale = self._scaler and self._scaler.cur_scale
+        state.skipped_steps += skipped
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not by_scale else 0
+        if skipped and not by_scale:
+            what = "gradient" if finite else "loss"
+            self.monitor.say(
+                f"step {state.step} is skipped: its {what} is not finite ({self._rows(state)}; "
+                f"{self.skipped_in_a_row} in a row, {state.skipped_steps} in all)"
+            )
+        self._spike = finite and not skipped and self._spikes(state, loss)
+        if finite and not (self._spike and self.config.on_spike == "rollback"):
+            state.recent_losses = [*state.recent_losses, loss][-self.config.spike.window :]
+        return {"train/skipped_steps": state.skipped_steps, "train/spike": float(self._spike)}
+
+    def wants_rollback(self, state: TrainState) -> bool:
+        """Whether to leave the rows since the last checkpoint behind.
+
+        Raises `TrainingError` where too many steps in a row were skipped, the loss scale cannot sink further, or going
+        back did not help.
+        """
+        self._end_where_hopeless(state)
+        spiked, self._spike = self._spike, False
+        if not (spiked and self.config.on_spike == "rollback"):
+            return False
+        if not self._any_checkpoint():
+            self.monitor.say("there is no checkpoint yet to go back to: the run goes on")
+            return False
+        if self.rollbacks == ROLLBACKS:
+            raise TrainingError(
+                f"the loss spiked again after {ROLLBACKS} rollbacks to {self._last_checkpoint()} (step {state.step}, "
+                f"{self._rows(state)}): the rows are not the cause; lower learning_rate, raise spike.factor, or resume "
+                "from an earlier checkpoint"
+            )
+        return True
+
+    def roll_back(self, state: TrainState) -> TrainState:
+        """Load the last checkpoint into the engine and return its state, whose position is behind the spike's rows.
+
+        The stream of batches stands there already.
+        """
+        chosen = [find_checkpoint(self.run, "auto")[0] if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(chosen, src=0)
+        earlier = load_checkpoint(self.engine, chosen[0])
+        earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
+        earlier.position = state.position
+        earlier.skipped_steps = state.skipped_steps
+        self.rollbacks += 1
+        self._scale = self._scaler and self._scaler.cur_scale
+        first, end = earlier.skipped_ranges[-1]
+        self.monitor.say(f"back to {chosen[0].name}, and past the rows at positions {first} to {end - 1}")
+        self.monitor.goes_back_to(earlier.step)
+        return earlier
+
+    def saved(self) -> None:
+        """A checkpoint was written: rollbacks count anew."""
+        self.rollbacks = 0
+
+    def _spikes(self, state: TrainState, loss: float) -> bool:
+        recent, settings = state.recent_losses, self.config.spike
+        if len(recent) < settings.window or not is_spike(loss, recent, settings.factor):
+            return False
+        self.monitor.say(
+            f"step {state.step}: the loss spikes to {loss:.3f}, and the median of the last {len(recent)} is "
+            f"{median(recent):.3f} ({self._rows(state)})"
+        )
+        return True
+
+    def _end_where_hopeless(self, state: TrainState) -> None:
+        if self._hopeless:
+            raise TrainingError(
+                f"step {state.step}: fp16's loss scale is at its minimum ({self._scaler.min_scale:g}) and the gradients "
+                "overflow still; train in bf16, or lower learning_rate, or lower fp16.min_loss_scale in the JSON; "
+                f"the last checkpoint is {self._last_checkpoint()}"
+            )
+        if self.skipped_in_a_row > self.config.max_skipped_in_a_row:
+            raise TrainingError(
+                f"{self.skipped_in_a_row} steps in a row were not finite, up to step {state.step} ({self._rows(state)}); "
+                f"the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at those rows; "
+                "max_skipped_in_a_row sets how many are borne"
+            )
+
+    def _rows(self, state: TrainState) -> str:
+        return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
+
+    def _any_checkpoint(self) -> bool:
+        found = [self.run.latest.exists()]
+        dist.broadcast_object_list(found, src=0)  # a shared file system may show a new file late
+        return found[0]
+
+    def _last_checkpoint(self) -> str:
+        latest = self.run.latest
+        return str(self.run.checkpoints / latest.read_text().strip()) if latest.exists() else "none"

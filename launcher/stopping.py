@@ -1,0 +1,55 @@
+"""Stopping at a signal: all ranks agree at a step boundary, so that the checkpoint is one of all of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+
+STOPPED_AT_A_SIGNAL = 75  # the exit code of a run that saved a checkpoint and can be started again
+INTERRUPTED = 128 + signal.SIGINT
+SAME_REQUEST = 2.0  # seconds in which the signals of one Ctrl-C come: the terminal's, and those of launchers
+
+
+class StopRequest:
+    """SIGTERM, SIGUSR1 or SIGINT at any rank ask all of them to stop at the next step boundary, with a checkpoint.
+
+    A second SIGINT more than `SAME_REQUEST` seconds after the first ends this process at once: Ctrl-C twice. SIGTERM
+    always asks: the deepspeed launcher sends it to one rank after another for as long as each takes to save.
+    `agreed`: whether the ranks have agreed to stop. `report` is called with a sentence before an end at once.
+    """
+
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report = report
+        self.agreed = False
+        self._received = False
+        self._interrupted: float | None = None
+        # Python runs a handler between two instructions of the main thread, which a hung collective never reaches.
+        # This pipe is written to by the signal itself, and a thread reads it.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._receive, args=(reading,), name="signals", daemon=True).start()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda number, frame: None)
+
+    def requested(self, device: torch.device) -> torch.Tensor:
+        """1 where this rank was asked to stop, to be added up over the ranks."""
+        return torch.tensor(float(self._received), device=device)
+
+    def _receive(self, reading: int) -> None:
+        while True:
+            (number,) = os.read(reading, 1)
+            now = time.monotonic()
+            if number == signal.SIGINT and self._interrupted is None:
+                self._interrupted = now
+            elif number == signal.SIGINT and now - self._interrupted > SAME_REQUEST:
+                print("interrupted twice: stopping at once, without a checkpoint", file=sys.stderr, flush=True)
+                self._report("interrupted twice")
+                os._exit(INTERRUPTED)
+            self._received = self._received or number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)

@@ -1,0 +1,79 @@
+"""One rank of a test in which things go wrong: trains a run with faults at chosen steps or positions of one rank."""
+
+import ctypes
+import json
+import math
+import os
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+
+import launcher.watchdog
+import train
+from launcher.errors import one_sentence_errors
+
+build_engine, train_step = train.build_engine, train.train_step
+
+
+def build_with_faults(faults: list[dict]):
+    """`build_engine`, whose model goes wrong where a fault says so: at `position` or `step`, at `rank` or at all."""
+    now = {"step": 0, "position": 0}
+
+    def due(*kinds: str) -> list[dict]:
+        rank = dist.get_rank()
+        return [
+            fault for fault in faults
+            if fault["kind"] in kinds and fault.get("rank", rank) == rank
+            and (now["step"] in fault.get("steps", []) or now["position"] in fault.get("positions", []))
+        ]  # fmt: skip
+
+    def before(module, arguments):
+        for fault in due("hang", "hang_in_c", "kill", "sleep"):
+            if fault["kind"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif fault["kind"] == "hang_in_c":
+                ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
+            else:
+                time.sleep(fault.get("seconds", 1000))
+
+    def spoil(module, arguments, output):
+        for _ in due("nan"):
+            output.data.mul_(math.nan)
+
+    def spoil_loss(module, arguments, output):
+        for _ in due("infinite"):
+            output.loss_sums["z_loss"] = output.loss_sums["z_loss"] + math.inf  # with finite gradients
+        for _ in due("spike"):
+            output.loss_sums["cross_entropy"] = 20 * output.loss_sums["cross_entropy"]
+
+    def build(model, resolved):
+        norm = model.model.layers[0].convolution_norm
+        norm.register_forward_hook(spoil)
+        model.register_forward_pre_hook(before)
+        model.register_forward_hook(spoil_loss)
+        return build_engine(model, resolved)
+
+    def step(engine, batches, state, *others):
+        now.update(step=state.step + 1, position=state.position)
+        train_step(engine, batches, state, *others)
+
+    train.build_engine, train.train_step = build, step
+
+
+def main() -> int:
+    arguments, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+    if options.get("claim_fp16"):
+        get_accelerator().is_fp16_supported = lambda: True
+    launcher.watchdog.GRACE = options.get("grace", launcher.watchdog.GRACE)
+    build_with_faults(options.get("faults", []))
+    with one_sentence_errors():
+        return train.main(arguments)
+
+
+if __name__ == "__main__":
+    code = main()
+    dist.destroy_process_group()
+    sys.exit(code)

@@ -1,0 +1,196 @@
+"""Steps that are not finite and losses that spike, with real faults in one rank of two."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launcher.checkpoint import read_train_state
+from launcher.errors import ConfigurationError
+from launcher.guard import Guard, is_spike
+
+ROWS = 4  # in a step
+KEEP_ALL = ["expert_parallel_size=2", "micro_batch_rows=1", "checkpoint_every=1", "keep_checkpoints=20"]
+NOT_FINITE = [{"kind": "nan", "rank": 1, "steps": [3]}, {"kind": "infinite", "rank": 0, "steps": [4]}]
+
+
+def tensors(content, name: str = "") -> dict[str, torch.Tensor]:
+    """All tensors in a nest of dictionaries and lists, by their path."""
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    items = content.items() if isinstance(content, dict) else enumerate(content)
+    found = {}
+    for key, value in items:
+        if isinstance(value, torch.Tensor | dict | list | tuple):
+            found |= tensors(value, f"{name}.{key}")
+    return found
+
+
+def saved(folder, step: int) -> dict[str, torch.Tensor]:
+    """Every tensor that all ranks saved of weights and moments at a step."""
+    found = {}
+    for path in sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.pt")):
+        # Buffers hold the balancing bias, which moves with the routers' choices and not with gradients.
+        state = {
+            name: value
+            for name, value in tensors(torch.load(path, weights_only=False)).items()
+            if "e_score_correction_bias" not in name
+        }
+        found |= {f"{path.name}{name}": value for name, value in state.items()}
+    assert any("exp_avg" in name for name in found)
+    return found
+
+
+def differing(folder, step: int, other: int) -> list[str]:
+    first, second = saved(folder, step), saved(folder, other)
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def check_that_two_steps_were_skipped(trainer, name: str, results) -> None:
+    assert [result.returncode for result in results] == [0, 0], results[0].stdout
+    folder, shown = trainer.folder / name, trainer.scalars(name)
+    assert differing(folder, 2, 3) == [] and differing(folder, 3, 4) == []
+    assert differing(folder, 1, 2) and differing(folder, 4, 5)
+    assert [shown["train/skipped_steps"][step] for step in range(1, 7)] == [0, 0, 1, 2, 2, 2]
+    assert [shown["train/grad_norm"][step] == float("inf") for step in range(1, 7)] == [0, 0, 1, 1, 0, 0]
+    for step in (5, 6):
+        assert shown["train/loss"][step] < 20
+    state = read_train_state(folder / "checkpoints" / "step-00000006")
+    assert (state.skipped_steps, len(state.recent_losses), state.position) == (2, 4, 6 * ROWS)
+    printed = results[0].stdout
+    assert "step 3 is skipped: its loss is not finite (rows at positions 8 to 11; 1 in a row, 1 in all)" in printed
+    assert "step 4 is skipped: its loss is not finite (rows at positions 12 to 15; 2 in a row, 2 in all)" in printed
+
+
+def test_a_step_that_is_not_finite_on_one_rank_leaves_all_weights_and_moments(trainer):
+    results = trainer.run_with_faults(2, trainer.arguments("skipped", "max_steps=6", *KEEP_ALL), NOT_FINITE)
+    check_that_two_steps_were_skipped(trainer, "skipped", results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_so_in_every_stage_and_precision(trainer, stage, precision):
+    sections = {"bf16": {"enabled": True}} if precision == "bf16" else {}
+    zero = json.loads(trainer.fp32.read_text())["zero_optimization"] | {"stage": stage}
+    name = f"zero{stage}_{precision}"
+    path = trainer.deepspeed_config(name, zero_optimization=zero, **sections)
+    arguments = trainer.arguments(name, "max_steps=6", *KEEP_ALL, deepspeed_config=path)
+    check_that_two_steps_were_skipped(trainer, name, trainer.run_with_faults(2, arguments, NOT_FINITE))
+
+
+def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
+    faults = [{"kind": "nan", "rank": 1, "steps": list(range(3, 20))}]
+    overrides = ["max_steps=20", "checkpoint_every=4", "max_skipped_in_a_row=3"]
+    results = trainer.run_with_faults(2, trainer.arguments("hopeless", *overrides), faults)
+    assert [result.returncode for result in results] == [1, 1]
+    printed = results[0].stdout
+    (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    parts = (
+        "4 steps in a row were not finite, up to step 6",
+        "rows at positions 20 to 23",
+        "checkpoints/step-00000004",
+    )
+    assert all(part in sentence for part in parts), sentence
+    assert "Traceback" not in printed
+    status = json.loads((trainer.folder / "hopeless" / "status.json").read_text())
+    assert status["state"] == "failed" and "not finite" in status["reason"]
+
+
+@pytest.mark.slow
+def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
+    """Overflows while the scale sinks do not count as skipped in a row: here four come before the end."""
+    scaling = {"enabled": True, "initial_scale_power": 31, "hysteresis": 1, "min_loss_scale": 2**27}
+    path = trainer.deepspeed_config("fp16", fp16=scaling)
+    overrides = ["max_steps=20", "precision.force=true", "max_skipped_in_a_row=1"]
+    results = trainer.run_with_faults(
+        2, trainer.arguments("fp16", *overrides, deepspeed_config=path), [], claim_fp16=True
+    )
+    assert [result.returncode for result in results] == [1, 1]
+    (sentence,) = [line for line in results[0].stdout.splitlines() if line.startswith("error: ")]
+    parts = ("step 5", "loss scale is at its minimum (1.34218e+08)", "train in bf16", "min_loss_scale", "none")
+    assert all(part in sentence for part in parts), sentence
+    assert trainer.scalars("fp16")["train/skipped_steps"][5] == 5
+
+
+def test_engines_that_would_take_such_a_step_are_refused():
+    plain = SimpleNamespace(optimizer=object())
+    with pytest.raises(ConfigurationError, match="stage 0 in fp32.*set stage 1, 2 or 3"):
+        Guard(plain, None, None, None)
+    optimizer = SimpleNamespace(overflow=False, check_grad_overflow=False)
+    with pytest.raises(ConfigurationError, match="check_grad_overflow is false"):
+        Guard(SimpleNamespace(optimizer=optimizer, bfloat16_enabled=lambda: True), None, None, None)
+
+
+def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():
+    usual = [3.0, 3.1, 2.9, 3.05, 2.95]
+    assert not is_spike(3.4, usual, factor=10)
+    assert is_spike(3.6, usual, factor=10)
+    assert not is_spike(1.0, usual, factor=10)  # only upwards
+    assert not is_spike(3.2, [3.0] * 5, factor=10)  # a loss that does not move may still move a little
+    assert is_spike(3.4, [3.0] * 5, factor=10)
+
+
+@pytest.fixture(scope="module")
+def rolled_back(trainer):
+    """A spike at the rows of step 8, rolled back to step 6's checkpoint."""
+    common = ["on_spike=rollback", "spike.window=4", "spike.factor=30", "checkpoint_every=3", "expert_parallel_size=2"]
+    faults = [{"kind": "spike", "positions": [7 * ROWS]}]
+    trainer.results = trainer.run_with_faults(
+        2, trainer.arguments("rolled", "max_steps=12", "keep_checkpoints=9", *common), faults
+    )
+    return trainer
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_back):
+    assert [result.returncode for result in rolled_back.results] == [0, 0], rolled_back.results[0].stdout
+    printed = rolled_back.results[0].stdout
+    assert "step 8: the loss spikes to" in printed
+    assert "back to step-00000006, and past the rows at positions 24 to 31" in printed
+    folder, shown = rolled_back.folder / "rolled", rolled_back.scalars("rolled")
+    assert set(shown["train/loss"]) == set(range(1, 13))
+    state = read_train_state(folder / "checkpoints" / "step-00000012")
+    assert state.skipped_ranges == [[24, 32]]
+    assert state.position == (12 + 2) * ROWS
+    assert max(shown["train/loss"].values()) < 20
+
+
+@pytest.mark.slow
+def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_back):
+    """The checkpoint of step 6 in a new process, told by hand to go on behind the rows, gives the same last losses."""
+    shutil.copytree(rolled_back.folder / "rolled", rolled_back.folder / "by_hand")
+    folder = rolled_back.folder / "by_hand"
+    for step in (9, 12):
+        shutil.rmtree(folder / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(folder / "tensorboard")
+    path = folder / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["train_state"]["position"] = 8 * ROWS
+    path.write_text(json.dumps(manifest))
+    rolled_back.run(2, rolled_back.arguments("by_hand", "max_steps=12", "checkpoint_every=3", "expert_parallel_size=2"))
+    by_hand, rolled = (rolled_back.scalars(name)["train/loss"] for name in ("by_hand", "rolled"))
+    assert by_hand == {step: rolled[step] for step in range(7, 13)}
+
+
+VAIN = [{"kind": "spike", "positions": list(range(7 * ROWS, 99 * ROWS, ROWS))}]
+VAIN_OVERRIDES = ["max_steps=12", "checkpoint_every=3", "spike.window=4", "spike.factor=30"]
+
+
+def test_a_spike_is_marked_by_default(trainer):
+    (marked,) = trainer.run_with_faults(1, trainer.arguments("marked", *VAIN_OVERRIDES), VAIN)
+    assert marked.returncode == 0, marked.stdout
+    shown = trainer.scalars("marked")["train/spike"]
+    assert (shown[7], shown[8]) == (0, 1)
+    assert read_train_state(trainer.folder / "marked" / "checkpoints" / "step-00000012").skipped_ranges == []
+
+
+@pytest.mark.slow
+def test_rollbacks_that_do_not_help_end_the_run(trainer):
+    (ended,) = trainer.run_with_faults(1, trainer.arguments("vain", "on_spike=rollback", *VAIN_OVERRIDES), VAIN)
+    assert ended.returncode == 1
+    assert ended.stdout.count("back to step-00000006") == 3
+    (sentence,) = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
+    assert "spiked again after 3 rollbacks to" in sentence and "step-00000006" in sentence

@@ -1,0 +1,156 @@
+"""Signals: to the ranks, through the real `deepspeed` launcher, and to one rank that is not asked but killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from launcher.checkpoint import find_checkpoint, read_train_state
+from launcher.environment import free_port
+from launcher.run_folder import RunFolder
+
+ENDLESS = ["max_steps=100000", "checkpoint_every=100000", "schedule.steps=20", "expert_parallel_size=2"]
+
+
+def start_launcher(trainer, output: str, *overrides: str) -> subprocess.Popen:
+    """`deepspeed --num_gpus 2 train.py` in a process group of its own, at its first step."""
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
+    command += trainer.arguments(output, *ENDLESS, *overrides)
+    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("step 1/"):
+            return process
+    raise AssertionError("".join(printed))
+
+
+def members(group: int) -> list[psutil.Process]:
+    """The processes of a group that have not ended."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def wait_for_the_end(group: int, seconds: float) -> float:
+    """How long the last process of a group lived on; fails where one is left."""
+    started = time.monotonic()
+    while members(group):
+        left = [process.cmdline() for process in members(group)]
+        if time.monotonic() - started > seconds:
+            os.killpg(group, signal.SIGKILL)
+            raise AssertionError(f"left after {seconds} s: {left}")
+        time.sleep(0.2)
+    return time.monotonic() - started
+
+
+def check_that_it_stopped_whole(folder) -> int:
+    """The step at which a run stopped, with a whole checkpoint of it."""
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("stopped", "signal")
+    checkpoint, passed_over = find_checkpoint(RunFolder(folder), "auto")
+    assert passed_over == [] and read_train_state(checkpoint).step == status["step"]
+    return status["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer, number):
+    """A Ctrl-C is an INT to the group, to which the launcher adds a TERM to each rank."""
+    name = f"launcher_{number.name}"
+    process = start_launcher(trainer, name)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    wait_for_the_end(process.pid, 40)
+    assert process.returncode != 0
+    check_that_it_stopped_whole(trainer.folder / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):
+    process = start_launcher(trainer, f"launcher_killed_{rank}")
+    (victim,) = [member for member in members(process.pid) if member.environ().get("RANK") == str(rank)]
+    victim.kill()
+    process.communicate(timeout=90)
+    wait_for_the_end(process.pid, 40)
+    assert process.returncode != 0
+
+
+def one_rank(trainer, name: str, faults=(), **options) -> subprocess.Popen:
+    """One process that has taken its first step."""
+    arguments = trainer.arguments(name, *ENDLESS)
+    command = [
+        sys.executable,
+        "-m",
+        "fault_worker",
+        json.dumps(arguments),
+        json.dumps({"faults": [*faults], **options}),
+    ]
+    folder = os.path.dirname(__file__)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(os.path.dirname(folder)), folder])}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            break
+    return process
+
+
+def test_interrupt_and_termination_at_once_are_one_request(trainer):
+    """In a step of four seconds, so that both come before its end: the step is finished, and saved."""
+    process = one_rank(trainer, "both", [{"kind": "sleep", "steps": [2], "seconds": 4}])
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # within two seconds: the same Ctrl-C
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert check_that_it_stopped_whole(trainer.folder / "both") == 3
+
+
+def test_a_second_interrupt_ends_a_hanging_run_at_once(trainer):
+    process = one_rank(trainer, "twice", [{"kind": "hang", "steps": [2]}])
+    process.send_signal(signal.SIGINT)
+    time.sleep(2.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    started = time.monotonic()
+    printed, _ = process.communicate(timeout=60)
+    assert time.monotonic() - started < 2
+    assert process.returncode == 130
+    assert "interrupted twice: stopping at once, without a checkpoint" in printed
+    status = json.loads((trainer.folder / "twice" / "status.json").read_text())
+    assert (status["state"], status["reason"]) == ("failed", "interrupted twice")
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_and_the_next_start_has_the_undisturbed_curve(trainer):
+    common = ["max_steps=8", "checkpoint_every=3", "expert_parallel_size=2"]
+    started = time.monotonic()
+    results = trainer.run_with_faults(
+        2, trainer.arguments("killed", *common), [{"kind": "kill", "rank": 1, "steps": [5]}]
+    )
+    assert results[1].returncode == -signal.SIGKILL
+    assert results[0].returncode == 1, results[0].stdout  # by itself: the test kills only after 20 s
+    assert time.monotonic() - started < 60
+    status = json.loads((trainer.folder / "killed" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 5)
+    (output, _) = trainer.run(2, trainer.arguments("killed", *common), trainer.arguments("whole", *common))
+    assert "resuming from" in output.stdout and "step-00000003" in output.stdout
+    killed, whole = (trainer.scalars(name)["train/loss"] for name in ("killed", "whole"))
+    assert killed == whole and set(whole) == set(range(1, 9))
