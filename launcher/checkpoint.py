@@ -38,6 +38,7 @@ class TrainState:
     `step`: steps attempted; `position`: rows of the endless stream consumed; `tokens`: non-padding tokens seen;
     `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
+    `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
     fp32 values as Python floats and back are exact, in JSON too.
     """
 
@@ -47,6 +48,8 @@ class TrainState:
     mean_routing: list[list[float]]
     mean_retained_ratio: float
     balancing_bias: list[list[float]]
+    best_metric: float | None = None
+    best_step: int | None = None
 
     @classmethod
     def initial(cls, model: LiquidForCausalLM) -> TrainState:
@@ -57,6 +60,13 @@ class TrainState:
             sizes.num_hidden_layers, sizes.num_experts, sizes.embedding_target_ratio
         )
         return state
+
+    def note_validation(self, cross_entropy: float) -> bool:
+        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is."""
+        is_best = self.best_metric is None or cross_entropy < self.best_metric
+        if is_best:
+            self.best_metric, self.best_step = cross_entropy, self.step
+        return is_best
 
     @property
     def running_means(self) -> RunningMeans:

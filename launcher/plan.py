@@ -22,6 +22,7 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.model_source import model_config
 from launcher.run_folder import RunFolder
+from launcher.validation import open_validation_data
 from model.configuration import LiquidConfig, own_fields
 
 
@@ -46,6 +47,7 @@ def make_plan(
     if isinstance(config.data, str) and not is_remote(config.data):
         _prepare_if_missing(config)
     data = open_run_data(config)
+    open_validation_data(config, data)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
     run = RunFolder(config.output)
