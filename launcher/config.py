@@ -26,6 +26,7 @@ class Preparation:
     source: str = "sample"
     tokenizer: str = "train"
     seq_len: int = 256
+    validation_share: float = 0.0
 
 
 @dataclass

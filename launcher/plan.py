@@ -104,5 +104,8 @@ def _prepare_if_missing(config: RunConfig) -> None:
     """Make the data folder where the configuration says how and it is not there yet."""
     if config.prepare is not None and not (Path(config.data) / "index.json").exists():
         print(f"preparing {config.prepare.source} into {config.data}", flush=True)
-        settings = Settings(tokenizer=config.prepare.tokenizer, seq_len=config.prepare.seq_len)
-        prepare(config.prepare.source, config.data, settings)
+        wanted = config.prepare
+        settings = Settings(
+            tokenizer=wanted.tokenizer, seq_len=wanted.seq_len, validation_share=wanted.validation_share
+        )
+        prepare(wanted.source, config.data, settings)

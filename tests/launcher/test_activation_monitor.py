@@ -1,6 +1,8 @@
 """What is seen inside the model: under ZeRO-3 and recomputation the numbers of plain PyTorch, each once."""
 
+import dataclasses
 import shutil
+import time
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
 from launcher.activation_monitor import ActivationMonitor, Statistics
-from launcher.config import load_run_config
+from launcher.config import RunConfig, load_run_config
 from launcher.errors import ConfigurationError
 from launcher.gradient_norms import GROUPS, group_of
 from launcher.model_source import build_model
@@ -190,3 +192,26 @@ def test_layers_that_are_not_there_are_refused():
                             (["("], "no regular expression")):  # fmt: skip
         with pytest.raises(ConfigurationError, match=fault):
             ActivationMonitor(nn.Sequential(nn.Identity()), patterns)
+
+
+def test_looking_every_100_steps_takes_less_than_a_hundredth_of_the_time(process_group, config):
+    """In processor time, which other processes do not change."""
+    data = ShardFolder(config.data)
+    model = build_model(dataclasses.replace(config, model="tiny", init_from=None), data).train()
+    (batch,) = BatchStream(data, seed=1, global_batch_rows=8, micro_batch_rows=8, rank=0, world_size=1).next_step()
+    settings = RunConfig().monitor
+    monitor = ActivationMonitor(model, settings.layers)
+    taken = {True: [], False: []}
+    for looks in [True, False] * 4:
+        begun = time.process_time()
+        if looks:
+            monitor.begin(torch.device("cpu"))
+        model(**batch).loss.backward()
+        if looks:
+            assert monitor.collect(1.0)["gradients"].keys() == {"model.liquid_embedding", "model.norm"} | {
+                f"model.layers.{layer}" for layer in range(4)
+            }
+        taken[looks].append(time.process_time() - begun)
+    usual = min(taken[False])
+    assert (min(taken[True]) - usual) / settings.every < 0.01 * usual
+    assert min(taken[True]) < 1.5 * usual  # nor does the step that is looked at stand out

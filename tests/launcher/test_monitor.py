@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_pipeline.preparation.prepare import prepare
-from data_pipeline.preparation.settings import Settings
 from launcher.config import load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
@@ -27,9 +25,9 @@ STEPS = 6
 def watched(trainer, tmp_path_factory):
     """A run of which everything is looked at, on two ranks."""
     data = tmp_path_factory.mktemp("data") / "with_validation"
-    prepare("sample", data, Settings(seq_len=64, validation_share=0.02), progress=False)
     overrides = [
-        f"data={data}", f"max_steps={STEPS}", "monitor.every=2", "monitor.peak_teraflops=0.5", "profile.steps=[3, 4]",
+        f"data={data}", "prepare.seq_len=64", "prepare.validation_share=0.02",
+        f"max_steps={STEPS}", "monitor.every=2", "monitor.peak_teraflops=0.5", "profile.steps=[3, 4]",
         "validate_every=3", "validation_samples=2", "expert_parallel_size=2", "checkpoint_every=3",
     ]  # fmt: skip
     trainer.outputs = trainer.run(2, trainer.arguments("watched", *overrides))
@@ -96,7 +94,7 @@ def test_answers_to_held_out_questions_are_text(tensorboard):
     (tag,) = (tag for tag in texts[run] if tag.startswith("validation/answers"))
     events = tensorboard(f"plugin/text/text?run={run}&tag={tag}")
     assert [event["step"] for event in events] == [3, 6]
-    assert events[0]["text"].count("<tr>") == 1 + 2  # the head, two questions
+    assert events[0]["text"].count("<tr>") == 1 + 1 + 2  # TensorBoard's own table around it, the head, two questions
 
 
 def test_figures_are_at_the_steps_that_were_asked_for(watched):
@@ -115,10 +113,8 @@ def test_figures_are_at_the_steps_that_were_asked_for(watched):
 def test_a_profile_of_rank_0_is_written(watched):
     traces = list((watched.folder / "watched" / "profile").iterdir())
     assert [trace.name for trace in traces] == ["trace-3-4.json"]
-    events = json.loads(traces[0].read_text())["traceEvents"]
-    assert sum(event.get("name") == "Optimizer.step#FusedAdam.step" for event in events) > 0 or any(
-        event.get("name") == "aten::mm" for event in events
-    )
+    content = traces[0].read_bytes()  # parsing it all would take seconds
+    assert b'"traceEvents"' in content and content.count(b'"aten::mm"') > 10 and content.rstrip().endswith(b"}")
     assert "trace-3-4.json" in watched.outputs[0].stdout
 
 
