@@ -67,12 +67,16 @@ class ActivationMonitor:
         self._sums = torch.zeros(*size, 5, dtype=torch.float64, device=device)
         self._largest = torch.zeros(*size, dtype=torch.float32, device=device)
 
+    def stop(self) -> None:
+        """Look no more, whether or not the step came to its end."""
+        self._counting = False
+
     def collect(self, gradient_scale: float) -> dict[str, dict[str, Statistics]]:
         """Give the step's statistics by kind and layer, of all ranks, and look no more.
 
         gradient_scale: how many times too large the backward's gradients are (loss scale, ranks).
         """
-        self._counting = False
+        self.stop()
         dist.all_reduce(self._sums)
         dist.all_reduce(self._largest, dist.ReduceOp.MAX)
         sums, largest = self._sums.tolist(), self._largest.tolist()

@@ -28,6 +28,8 @@ class LayerWatch:
         self._looks = self.looks_at(step)
         if self._looks:
             self._activations.begin(self.engine.device)
+        elif self._activations is not None:
+            self._activations.stop()  # the last step may have been given up before its backward
 
     def backward_ended(self) -> None:
         """Gather `values` (by TensorBoard tag) and `warnings`, after the last backward of a step that is looked at."""

@@ -77,7 +77,7 @@ def peak_flops(device: torch.device, in_16_bits: bool) -> float | None:
 def utilisation(
     flops: TokenFlops, checkpointing: bool, tokens_per_second: float, world_size: int, peak: float
 ) -> dict[str, float]:
-    """MFU and HFU of a step, by TensorBoard tag; `peak` in FLOP/s of one device."""
+    """MFU and HFU of a step, by TensorBoard tag; of non-padding tokens; `peak` in FLOP/s of one device."""
     share = tokens_per_second / (world_size * peak)
     return {
         "perf/mfu": share * flops.training,

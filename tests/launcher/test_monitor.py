@@ -1,16 +1,20 @@
 """What TensorBoard and the console show of a run."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 import time
 import urllib.request
 from urllib.error import URLError
+from xml.etree import ElementTree
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from launcher.cli import main as lfm
 from launcher.config import load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
@@ -177,3 +181,36 @@ def test_the_picture_of_the_load_has_a_cell_for_each_expert():
 def test_wrong_settings_are_refused_in_a_sentence(trainer, override, fault):
     with pytest.raises(ConfigurationError, match=fault):
         load_run_config(trainer.config, [override])
+
+
+def test_a_report_is_one_page_with_every_plot_drawn(watched, tmp_path, capsys):
+    lfm(["report", str(watched.folder / "watched"), "--out", str(tmp_path / "report.html")])
+    assert str(tmp_path / "report.html") in capsys.readouterr().out
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Loss", "Validation loss by source", "Gradient norm by group", "Utilisation", "Router entropy"):
+        assert f">{title}</text>" in page, title
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) >= 12
+    for drawing in drawings:
+        tree = ElementTree.fromstring(drawing)
+        curves = [
+            group for group in tree.iter("{http://www.w3.org/2000/svg}g") if group.get("id", "").startswith("line2d")
+        ]
+        assert any(len(path.get("d", "").split("L")) > 1 for group in curves for path in group if "d" in path.attrib)
+    ids = [name for drawing in drawings for name in re.findall(r'<clipPath id="(\w+)"', drawing)]
+    assert len(ids) == len(set(ids))  # else a plot is cut by another's frame
+    (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    assert base64.b64decode(image).startswith(b"\x89PNG")
+    assert "Answers to held-out questions at step 6" in page and page.count("<tr>") == 1 + 2
+    assert "global_batch_rows: 4" in page and "State: <b>done</b> at step 6" in page
+    assert "<script" not in page and not re.findall(r'(?:src|href)="(?!data:|#)', page)
+
+
+def test_what_is_no_run_has_no_report(watched, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        lfm(["report", str(tmp_path)])
+    assert "is not a run folder" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(SystemExit):
+        lfm(["report", str(tmp_path)])
+    assert "has not taken a step yet" in capsys.readouterr().err
