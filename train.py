@@ -29,6 +29,7 @@ from launcher.reduction import add_up
 from launcher.run_folder import RunFolder
 from launcher.schedule import learning_rate
 from launcher.stopping import STOPPED_AT_A_SIGNAL, StopRequest
+from launcher.validation import Validation, open_validation_data
 from launcher.watchdog import Watchdog
 from model.loss import total_loss
 from model.metrics import count_tokens
@@ -62,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     run = run or RunFolder(config.output)
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
+    monitor.watch(engine, data.seq_len)
+    validation = Validation(config, open_validation_data(config, data), environment.rank, environment.world_size)
     for note in plan.notes:
         monitor.say(note)
     if state.step >= config.max_steps:
@@ -86,9 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
             if guard.wants_rollback(state):
                 state = guard.roll_back(state)
                 continue
+            if validation.is_due(state.step) and not stop.agreed:
+                watchdog.begins(f"validating at step {state.step}")
+                validate(engine, validation, state, monitor)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
-                save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
+                with monitor.timed_apart("save", state.step):
+                    save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
                 guard.saved()
         outcome = "stopped" if stop.agreed else "done"
     finally:
@@ -111,7 +118,7 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     The loss is a mean over the global batch's tokens, so their number is agreed on before the first backward, and with
     it whether to stop. DeepSpeed averages gradients over ranks and micro-batches; the factor `scale` makes that a sum.
     """
-    monitor.step_begins()
+    monitor.step_begins(state.step + 1)
     micro_batches = [{name: rows.to(engine.device) for name, rows in batch.items()} for batch in batches.next_step()]
     pad = engine.module.config.pad_token_id
     counts = add_up([
@@ -129,9 +136,13 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     scale = dist.get_world_size() * len(micro_batches)
     means, sums = state.running_means, []
     for batch in micro_batches:
-        output = engine(**batch, running_means=means)
-        engine.backward(scale * poison(total_loss(output.loss_sums, config.loss, supervised, tokens)))
-        engine.step()
+        with monitor.timed("forward"):
+            output = engine(**batch, running_means=means)
+        with monitor.timed("backward"):
+            engine.backward(scale * poison(total_loss(output.loss_sums, config.loss, supervised, tokens)))
+        monitor.backward_ended()
+        with monitor.timed("optimizer"):
+            engine.step()
         sums.append(output.loss_sums | output.statistics)
     totals = add_up(sums)
 
@@ -149,6 +160,14 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     values |= {"data/bad_shard_rows": counts["bad_rows"].item(), "perf/data_seconds": batches.seconds_waited}
     values |= guard.observe(state, total_loss(totals, config.loss, supervised, tokens).item())
     monitor.step_ended(state.step, totals, supervised, tokens, values)
+
+
+def validate(engine, validation, state, monitor) -> None:
+    """Look at every held-out row once, and note in `state` where it is the best so far; nothing else changes."""
+    with monitor.timed_apart("validation", state.step):
+        result, answers = validation.run(engine)
+    is_best = state.note_validation(result.cross_entropy)
+    monitor.validated(state.step, result, is_best, answers)
 
 
 def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:

@@ -40,6 +40,7 @@ class TrainState:
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
     `skipped_ranges`: positions `[first, end)` that a rollback went past; `skipped_steps`: how many had a loss or gradients
     that were not finite; `recent_losses`: those that a spike is measured against.
+    `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
     fp32 values as Python floats and back are exact, in JSON too.
     """
 
@@ -52,6 +53,8 @@ class TrainState:
     skipped_ranges: list[list[int]] = field(default_factory=list)
     skipped_steps: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    best_metric: float | None = None
+    best_step: int | None = None
 
     @classmethod
     def initial(cls, model: LiquidForCausalLM) -> TrainState:
@@ -62,6 +65,13 @@ class TrainState:
             sizes.num_hidden_layers, sizes.num_experts, sizes.embedding_target_ratio
         )
         return state
+
+    def note_validation(self, cross_entropy: float) -> bool:
+        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is."""
+        is_best = self.best_metric is None or cross_entropy < self.best_metric
+        if is_best:
+            self.best_metric, self.best_step = cross_entropy, self.step
+        return is_best
 
     @property
     def running_means(self) -> RunningMeans:

@@ -12,6 +12,7 @@ import sys
 from launcher.errors import ConfigurationError, one_sentence_errors
 from launcher.folder_commands import add_inspect, add_verify
 from launcher.prepare_command import add_prepare
+from launcher.report import add_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +31,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Training: deepspeed train.py --deepspeed_config ds_configs/zero3.json [--config run.yaml] [key=value ...]",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_fetch, add_prepare, add_verify, add_inspect, _add_export, _add_generate, _add_evaluate):
+    for add in (
+        _add_fetch,
+        add_prepare,
+        add_verify,
+        add_inspect,
+        _add_export,
+        _add_generate,
+        _add_evaluate,
+        add_report,
+    ):
         add(commands)
     return parser
 

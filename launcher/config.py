@@ -26,6 +26,7 @@ class Preparation:
     source: str = "sample"
     tokenizer: str = "train"
     seq_len: int = 256
+    validation_share: float = 0.0
 
 
 @dataclass
@@ -70,12 +71,33 @@ class Spike:
 
 
 @dataclass
+class Watching:
+    """What is looked at inside the model every so many steps, and the speed that the device could have (TFLOP/s)."""
+
+    every: int = 100
+    layers: list[str] = field(
+        default_factory=lambda: [r"model\.liquid_embedding", r"model\.layers\.\d+", r"model\.norm"]
+    )
+    peak_teraflops: float | None = None
+
+
+@dataclass
+class Profile:
+    """The first and the last step of a profile of rank 0, or none."""
+
+    steps: list[int] | None = None
+
+
+@dataclass
 class RunConfig:
     """All that a run depends on beside the DeepSpeed JSON; the README has a line on each key."""
 
     data: str | list[WeightedData] = "data/sample"
     on_bad_shard: str = "refuse"
     data_cache: DataCache = field(default_factory=DataCache)
+    validation_data: str | None = None
+    validate_every: int | None = None
+    validation_samples: int = 3
     output: str = "runs/sample"
     model: str = "tiny"
     seed: int = 1234
@@ -102,6 +124,8 @@ class RunConfig:
     spike: Spike = field(default_factory=Spike)
     step_timeout_seconds: float = 1800.0
     prepare: Preparation | None = None
+    monitor: Watching = field(default_factory=Watching)
+    profile: Profile = field(default_factory=Profile)
     # The keys that a file or an override set, as opposed to these defaults: only such a key can contradict the JSON.
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
@@ -136,6 +160,22 @@ class RunConfig:
         for name, value in (("spike.factor", self.spike.factor), ("step_timeout_seconds", self.step_timeout_seconds)):
             if not 0 < value < math.inf:
                 raise ConfigurationError(f"{name} is {value}; it must be above 0, and finite")
+        for name, value in (
+            ("validate_every", self.validate_every or 0),
+            ("validation_samples", self.validation_samples),
+            ("monitor.every", self.monitor.every),
+        ):
+            if value < 0:
+                raise ConfigurationError(f"{name} is {value}; it must be at least 0, which turns it off")
+        if self.monitor.peak_teraflops is not None and not 0 < self.monitor.peak_teraflops < math.inf:
+            raise ConfigurationError(
+                f"monitor.peak_teraflops is {self.monitor.peak_teraflops}; it must be above 0, and finite"
+            )
+        profiled = self.profile.steps
+        if profiled is not None and not (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]):
+            raise ConfigurationError(
+                f"profile.steps is {profiled}; it must be the first and the last step, as in profile.steps=[10, 12]"
+            )
         if self.loss_on not in ("all", "answer"):
             raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
         if self.schedule.cycles < 1 or self.schedule.multiplier < 1:
@@ -219,6 +259,8 @@ def _convert(hint, value, key: str, where: str):
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         hint = next((o for o in options if (typing.get_origin(o) is list) == isinstance(value, list)), options[0])
     if typing.get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ConfigurationError(f"{key} in {where} is {value!r}; it must be a list, such as [1, 2]")
         (element,) = typing.get_args(hint)
         return [_convert(element, entry, f"{key}[{index}]", where) for index, entry in enumerate(value)]
     if dataclasses.is_dataclass(hint):

@@ -17,10 +17,14 @@ def open_run_data(config: RunConfig) -> RowReader:
 
     Raises `DataError` where a folder cannot be opened, or the folders do not go together.
     """
+    data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
+    return open_data(data, config.on_bad_shard, shard_cache(config))
+
+
+def shard_cache(config: RunConfig) -> ShardCache:
+    """The cache that `data_cache` describes."""
     folder = config.data_cache.folder
-    cache = ShardCache(
+    return ShardCache(
         Path(os.path.expandvars(folder)).expanduser() if folder else default_cache_folder(),
         round(config.data_cache.gigabytes * 1e9),
     )
-    data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
-    return open_data(data, config.on_bad_shard, cache)

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+import math
+import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from launcher.answers import SampledAnswer, answers_as_text
 from launcher.config import RunConfig
+from launcher.expert_load import LEGEND, load_image
+from launcher.layer_watch import LayerWatch
+from launcher.profiler import StepProfiler
+from launcher.step_timer import StepTimer
+from launcher.throughput import peak_flops, token_flops, utilisation
+from launcher.validation import ValidationResult
 from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN
 from model.metrics import load_max_over_mean
 
 LINES = 50  # a run without a terminal prints about this many
+SOURCES = 8  # whose validation losses are curves; all of them are in a table
+RUN_FILE = "run.yaml"  # beside the TensorBoard folder (launcher/run_folder.py)
 
 
 class Monitor:
-    """Rank 0's view of the run; the other ranks make one with `active=False` that does nothing."""
+    """Rank 0's view of the run; the other ranks make one with `active=False` that only takes part in adding up."""
 
     def __init__(self, folder: Path, first_step: int, config: RunConfig, active: bool):
         self.active = active
         self.config = config
         self.folder = folder
+        self.layers: LayerWatch | None = None
+        self.profiler: StepProfiler | None = None
         self.every = max(1, config.max_steps // LINES)
         self.started = time.perf_counter()
         if not active:
@@ -34,9 +50,50 @@ class Monitor:
         self.bar = tqdm(
             total=config.max_steps, initial=first_step - 1, unit="step", dynamic_ncols=True, disable=not terminal
         )
+        self.first_step = first_step
+        self.begun = time.perf_counter()
+        self.writer.add_text("run/run.yaml", _as_code((folder.parent / RUN_FILE).read_text()), first_step)
+        self.writer.add_text("moe/load/legend", LEGEND, first_step)
+        if config.profile.steps is not None:
+            self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
 
-    def step_begins(self) -> None:
+    def watch(self, engine, seq_len: int) -> None:
+        """Look inside the engine's model from now on, and time its steps; called by all ranks.
+
+        seq_len: of the rows, for counting FLOPs. Raises `ConfigurationError` where `monitor.layers` names no layer.
+        """
+        self.device = engine.device
+        self.timer = StepTimer(engine.device)
+        self.layers = LayerWatch(engine, self.config.monitor)
+        self.flops = token_flops(engine.module.config, seq_len)
+        given = self.config.monitor.peak_teraflops
+        self.peak = (
+            1e12 * given if given else peak_flops(engine.device, engine.fp16_enabled() or engine.bfloat16_enabled())
+        )
+
+    def step_begins(self, step: int) -> None:
+        self.layers.step_begins(step)
+        if self.profiler is not None:
+            self.profiler.step_begins(step)
         self.started = time.perf_counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add to the seconds of a part of the step, `perf/PART_seconds`."""
+        with self.timer.timed(part):
+            yield
+
+    @contextmanager
+    def timed_apart(self, part: str, step: int) -> Iterator[None]:
+        """Show the seconds of something between two steps, a save say, as `perf/PART_seconds`."""
+        begin = time.perf_counter()
+        yield
+        if self.active:
+            self.writer.add_scalar(f"perf/{part}_seconds", time.perf_counter() - begin, step)
+
+    def backward_ended(self) -> None:
+        """Look at the gradients, where this is a step to look at; called by all ranks after each backward."""
+        self.layers.backward_ended()
 
     def step_ended(
         self, step: int, totals: dict[str, torch.Tensor], supervised: float, tokens: float, values: dict[str, float]
@@ -49,11 +106,51 @@ class Monitor:
         values["model/retained_ratio"] = totals["retained_ratio"].item() / tokens
         values["perf/tokens_per_second"] = tokens / seconds
         values["perf/step_seconds"] = seconds
+        values |= {f"perf/{part}_seconds": spent for part, spent in self.timer.take().items()}
+        values["perf/memory_gigabytes"] = memory_used(self.device) / 1e9
+        if self.peak is not None:
+            recomputes = self.config.activation_checkpointing
+            values |= utilisation(self.flops, recomputes, tokens / seconds, dist.get_world_size(), self.peak)
+        values["train/perplexity"] = math.exp(min(values["train/cross_entropy"], 700.0))
         for layer, imbalance in enumerate(load_max_over_mean(totals["load"]).tolist()):
             values[f"moe/layer_{layer:02d}/load_max_over_mean"] = imbalance
-        for tag, value in values.items():
+        for layer, entropy in enumerate((totals["router_entropy"] / tokens).tolist()):
+            values[f"moe/layer_{layer:02d}/router_entropy"] = entropy
+        for tag, value in (values | self.layers.values).items():
             self.writer.add_scalar(tag, value, step)
+        if self.layers.looks_at(step):
+            self.writer.add_image("moe/load", load_image(totals["load"]), step)
         self._show(step, values)
+        for warning in self.layers.warnings:
+            self.say(f"step {step}: {warning}")
+        if self.profiler is not None and (trace := self.profiler.step_ended(step)):
+            self.say(f"the profile is in {trace}")
+
+    def validated(self, step: int, result: ValidationResult, is_best: bool, answers: list[SampledAnswer]) -> None:
+        """Show what a validation found, and a few held-out questions with the model's answers."""
+        if not self.active:
+            return
+        shares = {
+            "token_accuracy": result.token_accuracy,
+            "top5_accuracy": result.top5_accuracy,
+            "sequence_accuracy": result.sequence_accuracy,
+        }
+        values = {"cross_entropy": result.cross_entropy, "perplexity": result.perplexity}
+        values |= {name: share for name, share in shares.items() if share is not None}
+        values |= {f"by_source/{name}": loss for name, (loss, _) in list(result.by_source.items())[:SOURCES]}
+        for name, value in values.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        rows = [f"| {name} | {loss:.4f} | {tokens:,} |" for name, (loss, tokens) in result.by_source.items()]
+        table = "\n".join(["| source | cross entropy | tokens |", "|---|---|---|", *rows])
+        self.writer.add_text("validation/by_source", table, step)
+        if answers:
+            self.writer.add_text("validation/answers", answers_as_text(answers), step)
+        said = "  ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in shares.items() if share is not None)
+        best = "  (the best so far)" if is_best else ""
+        self.say(
+            f"validation at step {step}: cross entropy {result.cross_entropy:.4f}  perplexity {result.perplexity:.2f}  "
+            f"{said}{best}"
+        )
 
     def say(self, message: str) -> None:
         """Print a line without breaking the bar."""
@@ -90,4 +187,18 @@ class Monitor:
         self.bar.update(step - self.bar.n)
         if self.bar.disable and (step % self.every == 0 or step in (1, self.config.max_steps)):
             rate = values["train/learning_rate"]
-            print(f"step {step}/{self.config.max_steps}  {summary}  lr {rate:.2e}", flush=True)
+            left = (time.perf_counter() - self.begun) / (step - self.first_step + 1) * (self.config.max_steps - step)
+            eta = tqdm.format_interval(round(left))
+            print(f"step {step}/{self.config.max_steps}  {summary}  lr {rate:.2e}  ETA {eta}", flush=True)
+
+
+def memory_used(device: torch.device) -> float:
+    """The most bytes that were allocated so far: on CUDA those of its tensors, elsewhere this process's RAM."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _as_code(text: str) -> str:
+    """Text as Markdown that shows it as it is, for TensorBoard."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

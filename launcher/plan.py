@@ -22,6 +22,7 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.model_source import model_config
 from launcher.run_folder import RunFolder
+from launcher.validation import open_validation_data
 from model.configuration import LiquidConfig, own_fields
 
 
@@ -46,6 +47,7 @@ def make_plan(
     if isinstance(config.data, str) and not is_remote(config.data):
         _prepare_if_missing(config)
     data = open_run_data(config)
+    open_validation_data(config, data)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
     run = RunFolder(config.output)
@@ -102,5 +104,8 @@ def _prepare_if_missing(config: RunConfig) -> None:
     """Make the data folder where the configuration says how and it is not there yet."""
     if config.prepare is not None and not (Path(config.data) / "index.json").exists():
         print(f"preparing {config.prepare.source} into {config.data}", flush=True)
-        settings = Settings(tokenizer=config.prepare.tokenizer, seq_len=config.prepare.seq_len)
-        prepare(config.prepare.source, config.data, settings)
+        wanted = config.prepare
+        settings = Settings(
+            tokenizer=wanted.tokenizer, seq_len=wanted.seq_len, validation_share=wanted.validation_share
+        )
+        prepare(wanted.source, config.data, settings)

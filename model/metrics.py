@@ -27,7 +27,7 @@ def routing_statistics(
 
     `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]`, `selection_bias` `[L, E]` (with which
     the routers chose) → `routing` `[L, E]` (sum of probabilities), `load` `[L, E]` (how often an expert was chosen),
-    `retained_ratio` `[]`.
+    `router_entropy` `[L]` (of each token's probabilities, in nats), `retained_ratio` `[]`.
     """
     probabilities = router_logits[:, text].float().softmax(-1)  # [L, M, E]
     chosen = choose_experts(probabilities, selection_bias.unsqueeze(1), top_k).flatten(1)
@@ -37,6 +37,7 @@ def routing_statistics(
     return {
         "routing": probabilities.sum(1),
         "load": load,
+        "router_entropy": torch.special.entr(probabilities).sum((1, 2)),
         "retained_ratio": retained_ratio[text].sum(),
     }
 

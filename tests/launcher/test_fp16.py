@@ -1,5 +1,6 @@
 """fp16 with dynamic loss scaling, for real: too large a scale is skipped and halved, then training goes on."""
 
+import math
 from itertools import pairwise
 from statistics import mean
 
@@ -15,13 +16,19 @@ SETTLED, STEPS = 19, 24
 def run(trainer):
     scaling = {"enabled": True, "loss_scale": 0, "initial_scale_power": 31, "hysteresis": 1, "loss_scale_window": 1000}
     deepspeed_config = trainer.deepspeed_config("fp16", fp16=scaling)
-    overrides = ["precision.force=true", "expert_parallel_size=2", f"schedule.steps={STEPS}", "loss_on=all"]
+    overrides = [
+        "precision.force=true",
+        "expert_parallel_size=2",
+        f"schedule.steps={STEPS}",
+        "loss_on=all",
+        "monitor.every=2",
+    ]
     runs = [
         trainer.arguments("fp16", *overrides, f"max_steps={steps}", deepspeed_config=deepspeed_config)
         for steps in (SETTLED, STEPS)
     ]
     fp32 = trainer.arguments("fp32", *overrides, f"max_steps={STEPS}")
-    trainer.run(2, *runs, fp32, claim_fp16=True)
+    trainer.outputs = trainer.run(2, *runs, fp32, claim_fp16=True)
     return trainer
 
 
@@ -61,3 +68,19 @@ def test_weights_are_finite_and_move_once_the_scale_fits(run):
     first, last = (load_run(run.folder / "fp16", f"step-{step:08d}").state_dict() for step in (SETTLED, STEPS))
     assert all(weight.isfinite().all() for weight in last.values())
     assert not any(torch.equal(first[name], last[name]) for name in last if name.endswith("proj.weight"))
+
+
+def test_norms_of_groups_are_without_the_loss_scale(run):
+    shown = run.scalars("fp16")
+    tags = [tag for tag in shown if tag.startswith("grad_norm/")]
+    finite = [step for step in shown[tags[0]] if math.isfinite(shown["train/grad_norm"][step])]
+    assert len(tags) == 7 and len(finite) > 2
+    for step in finite:
+        total = sum(shown[tag][step] ** 2 for tag in tags) ** 0.5
+        assert total == pytest.approx(shown["train/grad_norm"][step], rel=1e-3)
+        # Nor are the activations' gradients with it: with a scale of 2^17 they would be thousands.
+        assert 0 < shown["gradients/model.norm/max_abs"][step] < 1
+
+
+def test_gradients_that_overflow_are_not_called_a_fault(run):
+    assert not any("the gradients of" in result.stdout for result in run.outputs)
