@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from launcher.checkpoint import TrainState, load_checkpoint
+from launcher.checkpoint_saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
 from launcher.data_source import open_run_data
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
@@ -69,14 +70,18 @@ def main(arguments: list[str] | None = None) -> int:
     elif environment.is_main:
         run.write_status("running", state.step)
 
+    checkpoints = CheckpointSaver(engine, run, data.fingerprint, config.keep_checkpoints, monitor.say)
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest()
     outcome = "failed"
     try:
         while state.step < config.max_steps and not stop.agreed:
             train_step(engine, batches, state, config, monitor, stop)
+            checkpoints.publish_when_written()
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
-                save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
+                checkpoints.save(state)
+                monitor.flush()
+        checkpoints.finish()
         outcome = "stopped" if stop.agreed else "done"
     finally:
         batches.close()

@@ -60,6 +60,11 @@ class Monitor:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
 
+    def flush(self) -> None:
+        """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""
+        if self.active:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.active:
             self.bar.close()
