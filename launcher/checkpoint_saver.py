@@ -42,15 +42,18 @@ class FileWriter(TorchCheckpointEngine):
         try:
             super().makedirs(path, exist_ok=exist_ok)
         except OSError as error:
-            self.error = self.error or str(error)
+            self.error = str(error)
 
     def save(self, state_dict: dict, path: str) -> None:
+        if self.error is not None:
+            return
         try:
             with open(path, "wb") as file:
                 torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
         except (OSError, RuntimeError) as error:
-            self.error = self.error or f"{os.path.basename(path)}: {_reason(error)}"
-            Path(path).unlink(missing_ok=True)  # what it takes of a full disk is wanted elsewhere
+            self.error = f"{os.path.basename(path)}: {_reason(error)}"
+            for name in (*self.files, os.path.basename(path)):  # others want what they take of a full disk
+                Path(path).with_name(name).unlink(missing_ok=True)
         else:
             self.files.append(os.path.basename(path))
 
@@ -131,8 +134,11 @@ class CheckpointSaver:
         if unwritten.item() == 0:
             self.settle()
 
-    def settle(self) -> None:
-        """Wait for the pending save, if there is one, and make it a checkpoint, or remove it where a rank has failed."""
+    def settle(self, last: bool = False) -> None:
+        """Wait for the pending save, if there is one, and make it a checkpoint, or remove it where a rank has failed.
+
+        `last`: none comes after it, so a failure is `finish`'s to tell.
+        """
         if self._pending is None:
             return
         started = time.perf_counter()
@@ -150,14 +156,14 @@ class CheckpointSaver:
         dist.broadcast_object_list(verdict, src=0)
         self._failure = verdict[0] and f"{pending.tag} could not be saved to {self._run.checkpoints} ({verdict[0]})"
         self.seconds_blocked += time.perf_counter() - started
-        if self._failure:
+        if self._failure and not last:
             self._say(f"checkpoint {self._failure}; training goes on, and the next one is tried when it is due")
-        else:
+        elif not self._failure:
             self._say(f"checkpoint {pending.tag} is saved; training waited {self.seconds_blocked:.2f} s for it")
 
     def finish(self) -> None:
         """Wait for the last save. Raises `ConfigurationError` where it failed: the run's end would be lost."""
-        self.settle()
+        self.settle(last=True)
         self._thread.shutdown()
         if self._failure:
             complete = complete_checkpoints(self._run)
@@ -203,15 +209,17 @@ def delete_old(run: RunFolder, keep: int) -> None:
     complete = complete_checkpoints(run)
     best_step = _best_step(complete[0])
     since_best = [folder for folder in complete if best_step is not None and _best_step(folder) == best_step]
-    doomed = [folder for folder in complete[keep:] if folder not in since_best[-1:]]
-    doomed += [
-        universal
-        for universal in run.checkpoints.glob("universal-*[0-9]")
-        if not run.checkpoints.joinpath(universal.name.removeprefix("universal-")).exists()
-    ]
-    for folder in doomed:
-        # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
-        shutil.rmtree(folder.rename(folder.with_suffix(".partial")))
+    for old in complete[keep:]:
+        if old not in since_best[-1:]:
+            _delete(old)
+    for universal in run.checkpoints.glob("universal-*[0-9]"):
+        if not run.checkpoints.joinpath(universal.name.removeprefix("universal-")).exists():
+            _delete(universal)
+
+
+def _delete(folder: Path) -> None:
+    # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
+    shutil.rmtree(folder.rename(folder.with_suffix(".partial")))
 
 
 def _best_step(checkpoint: Path) -> int | None:
