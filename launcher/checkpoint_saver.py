@@ -48,22 +48,23 @@ class FileWriter(TorchCheckpointEngine):
         if self.error is not None:
             return
         try:
-            with open(path, "wb") as file:
-                torch.save(state_dict, file, _use_new_zipfile_serialization=self.zipfile_serialization)
+            super().save(state_dict, path)
         except (OSError, RuntimeError) as error:
-            self.error = f"{os.path.basename(path)}: {_reason(error)}"
+            self.error = f"{os.path.basename(path)}: {_reason(error, path)}"
             for name in (*self.files, os.path.basename(path)):  # others want what they take of a full disk
                 Path(path).with_name(name).unlink(missing_ok=True)
         else:
             self.files.append(os.path.basename(path))
 
 
-def _reason(error: BaseException) -> str:
-    """What the system said: torch raises its own error while it closes a file that could not be written."""
-    cause = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__
-    return str(cause.strerror or cause) if cause is not None else str(error).splitlines()[0]
+def _reason(error: Exception, path: str) -> str:
+    """What the system says: torch only knows that the file has become shorter than it should, so one more write asks."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as cause:
+        return cause.strerror or str(cause)
+    return str(error).splitlines()[0]
 
 
 @dataclass
