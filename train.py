@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from launcher.checkpoint import TrainState, load_checkpoint
+from launcher.checkpoint_saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
 from launcher.data_source import open_run_data
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
@@ -76,16 +77,18 @@ def main(arguments: list[str] | None = None) -> int:
         if environment.is_main:
             run.write_status("failed", state.step, reason)
 
+    checkpoints = CheckpointSaver(engine, run, data.fingerprint, config.keep_checkpoints, monitor.say)
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest(report)
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
-    guard = Guard(engine, config, run, monitor)
+    guard = Guard(engine, config, run, monitor, checkpoints)
     first_step = state.step + 1
     outcome = "failed"
     try:
         while state.step < config.max_steps and not stop.agreed:
             watchdog.begins(f"step {state.step + 1}", first=state.step + 1 == first_step)
             train_step(engine, batches, state, config, monitor, stop, guard)
+            checkpoints.publish_when_written()
             if guard.wants_rollback(state):
                 state = guard.roll_back(state)
                 continue
@@ -95,8 +98,10 @@ def main(arguments: list[str] | None = None) -> int:
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
                 with monitor.timed_apart("save", state.step):
-                    save_checkpoint(engine, run, state, data.fingerprint, config.keep_checkpoints)
-                guard.saved()
+                    checkpoints.save(state)
+                monitor.flush()
+        watchdog.begins("finishing the last save")
+        checkpoints.finish()
         outcome = "stopped" if stop.agreed else "done"
     finally:
         batches.close()

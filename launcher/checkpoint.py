@@ -1,34 +1,28 @@
-"""Checkpoints that are whole or not there: written beside, listed in a manifest with hashes, then renamed.
+"""Checkpoints that are whole or not there, what they hold beside the weights, and which to resume from.
 
 A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
-file's size and sha256, the train state and the fingerprint of the data. `latest` names the newest one.
+file's size and sha256, the train state, the fingerprint of the data and how many ranks wrote it. `latest` names the
+newest one. `checkpoint_saver.py` writes them, `universal.py` converts them for another number of ranks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from launcher.errors import ConfigurationError
-from launcher.run_folder import RunFolder, replace_text, sync_folder
+from launcher.manifest import MANIFEST, find_fault, read_manifest
+from launcher.run_folder import RunFolder
 from model import LiquidForCausalLM
 from model.loss import RunningMeans
 from model.moe import balancing_bias, set_balancing_bias
 
 if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
     import deepspeed
-
-
-MANIFEST = "manifest.json"
-FORMAT = 2  # of the manifest: 2 added the balancing bias
 
 
 @dataclass
@@ -83,43 +77,15 @@ class TrainState:
         self.mean_retained_ratio = means.retained_ratio.item()
 
 
-def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine,
-    run: RunFolder,
-    state: TrainState,
-    data_fingerprint: str,
-    keep: int,
-) -> Path:
-    """Write the checkpoint of `state.step`, called by all ranks; keeps the newest `keep`. Returns its folder."""
-    tag = f"step-{state.step:08d}"
-    folder, partial = run.checkpoints / tag, run.checkpoints / f"{tag}.partial"
-    is_main = dist.get_rank() == 0
-    if is_main and partial.exists():
-        shutil.rmtree(partial)  # of an attempt that died while saving
-    dist.barrier()
-    engine.save_checkpoint(str(run.checkpoints), tag=partial.name, save_latest=False)
-    dist.barrier()
-    if is_main:
-        manifest = {
-            "format": FORMAT,
-            "train_state": asdict(state),
-            "data_fingerprint": data_fingerprint,
-            "world_size": dist.get_world_size(),
-            "expert_parallel_size": engine.config.get("expert_parallel", {}).get("autoep_size", 1),
-            "files": {name: _describe(partial / name) for name in _files(partial)},
-        }
-        replace_text(partial / MANIFEST, json.dumps(manifest))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(partial, folder)
-        sync_folder(run.checkpoints)
-        replace_text(run.latest, tag + "\n")
-        for old in _complete(run)[keep:]:
-            # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
-            doomed = old.rename(old.with_suffix(".partial"))
-            shutil.rmtree(doomed)
-    dist.barrier()
-    return folder
+def complete_checkpoints(run: RunFolder) -> list[Path]:
+    """Checkpoints that have a manifest, newest first."""
+    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial"]
+    return sorted(folders, reverse=True)
+
+
+def universal_folder(checkpoint: Path) -> Path:
+    """Where the universal form of a checkpoint is kept."""
+    return checkpoint.with_name(f"universal-{checkpoint.name}")
 
 
 def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]]:
@@ -128,7 +94,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
     `auto` takes the newest whose files are what its manifest says, `never` none, anything else is a checkpoint's tag or
     path. Raises `ConfigurationError` where `never` meets a run that has checkpoints or a named one is not whole.
     """
-    complete = _complete(run)
+    complete = complete_checkpoints(run)
     if resume == "never":
         if complete:
             raise ConfigurationError(
@@ -143,12 +109,12 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
                 f"{resume} is not a checkpoint of {run.path}; resume goes on with the run in output, "
                 "and init_from begins a new one with exported weights"
             )
-        if fault := _fault(folder):
+        if fault := find_fault(folder):
             raise ConfigurationError(f"cannot resume from {resume}: {fault}; resume=auto takes the newest whole one")
         return folder, []
     passed_over = []
     for folder in complete:
-        fault = _fault(folder)
+        fault = find_fault(folder)
         if fault is None:
             return folder, passed_over
         passed_over.append(f"checkpoint {folder.name} is passed over: {fault}")
@@ -163,7 +129,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
 def set_aside_later(run: RunFolder, checkpoint: Path) -> list[str]:
     """Rename the checkpoints after `checkpoint`, which a run that goes on from it leaves behind; returns what was done."""
     notes = []
-    for folder in _complete(run):
+    for folder in complete_checkpoints(run):
         if folder.name > checkpoint.name:
             aside = folder.with_name(f"left-{folder.name}")
             if aside.exists():
@@ -171,11 +137,6 @@ def set_aside_later(run: RunFolder, checkpoint: Path) -> list[str]:
             folder.rename(aside)
             notes.append(f"checkpoint {folder.name} is of steps that will be taken again: it is now {aside.name}")
     return notes
-
-
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a checkpoint."""
-    return json.loads((folder / MANIFEST).read_text())
 
 
 def read_train_state(folder: Path) -> TrainState:
@@ -189,42 +150,3 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainSta
     state = read_train_state(folder)
     set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))
     return state
-
-
-def _complete(run: RunFolder) -> list[Path]:
-    """Checkpoints that have a manifest, newest first."""
-    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial"]
-    return sorted(folders, reverse=True)
-
-
-def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None."""
-    if not (folder / MANIFEST).is_file():
-        return f"{folder} has no {MANIFEST}"
-    try:
-        manifest = read_manifest(folder)
-        files, written = manifest["files"], manifest["format"]
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
-    if written != FORMAT:
-        return f"another version of this code wrote it (format {written}; this one reads {FORMAT})"
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _describe(path) != expected:
-            return f"the sha256 of {name} is not the manifest's"
-    return None
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _describe(path: Path) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": digest}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from transformers import GenerationConfig
 from launcher.checkpoint import find_checkpoint, read_train_state
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
+from launcher.universal import convert
 from model import LiquidConfig, LiquidForCausalLM
 
 # What an export consists of; a folder with anything else in it is not replaced.
@@ -100,12 +99,7 @@ def _consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """
     with tempfile.TemporaryDirectory(prefix=".universal.", dir=checkpoint.parent) as temporary:
         universal = Path(temporary) / "universal"  # the converter writes beside its output folder, too
-        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-        command += ["--input_folder", str(checkpoint), "--output_folder", str(universal)]
-        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode:
-            raise RuntimeError(f"converting {checkpoint} failed:\n{result.stderr[-2000:]}")
+        convert(checkpoint, universal)
         files = {file.parent.name: file for file in (universal / "zero").glob("*/fp32.pt")}
         contents = {name: torch.load(file, weights_only=True) for name, file in files.items()}
     weights = {name: value["param"] if isinstance(value, dict) else value for name, value in contents.items()}

@@ -21,6 +21,7 @@ from launcher.run_folder import RunFolder
 if TYPE_CHECKING:  # reading this module must not wait for DeepSpeed
     import deepspeed
 
+    from launcher.checkpoint_saver import CheckpointSaver
     from launcher.monitor import Monitor
 
 ROLLBACKS = 3  # in a row from one checkpoint; where they do not help, the weights are to blame and not the rows
@@ -49,7 +50,14 @@ class Guard:
     `observe` after each step, then `wants_rollback`, which ends a run that cannot go on with a `TrainingError`.
     """
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig, run: RunFolder, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        config: RunConfig,
+        run: RunFolder,
+        monitor: Monitor,
+        checkpoints: CheckpointSaver,
+    ) -> None:
         if not hasattr(engine.optimizer, "overflow"):
             raise ConfigurationError(
                 "zero_optimization.stage 0 in fp32 takes steps whose gradients are not finite; set stage 1, 2 or 3"
@@ -62,8 +70,9 @@ class Guard:
         self.config = config
         self.run = run
         self.monitor = monitor
+        self.checkpoints = checkpoints
         self.skipped_in_a_row = 0
-        self.rollbacks = 0  # since the last checkpoint
+        self._rollbacks, self._went_back_to = 0, None  # how many in a row, and to which checkpoint
         self._spike = self._hopeless = False
         self._scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
         if getattr(self._scaler, "dynamic", False):
@@ -102,10 +111,14 @@ class Guard:
         spiked, self._spike = self._spike, False
         if not (spiked and self.config.on_spike == "rollback"):
             return False
-        if not self._any_checkpoint():
+        self.checkpoints.settle()  # a save that is still being hashed is the one to go back to
+        newest = self._newest()
+        if newest is None:
             self.monitor.say("there is no checkpoint yet to go back to: the run goes on")
             return False
-        if self.rollbacks == ROLLBACKS:
+        if newest != self._went_back_to:
+            self._rollbacks, self._went_back_to = 0, newest
+        if self._rollbacks == ROLLBACKS:
             raise TrainingError(
                 f"the loss spiked again after {ROLLBACKS} rollbacks to {self._last_checkpoint()} (step {state.step}, "
                 f"{self._rows(state)}): the rows are not the cause; lower learning_rate, raise spike.factor, or resume "
@@ -124,16 +137,12 @@ class Guard:
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
-        self.rollbacks += 1
+        self._rollbacks += 1
         self._scale = self._scaler and self._scaler.cur_scale
         first, end = earlier.skipped_ranges[-1]
         self.monitor.say(f"back to {chosen[0].name}, and past the rows at positions {first} to {end - 1}")
         self.monitor.goes_back_to(earlier.step)
         return earlier
-
-    def saved(self) -> None:
-        """A checkpoint was written: rollbacks count anew."""
-        self.rollbacks = 0
 
     def _spikes(self, state: TrainState, loss: float) -> bool:
         recent, settings = state.recent_losses, self.config.spike
@@ -146,6 +155,8 @@ class Guard:
         return True
 
     def _end_where_hopeless(self, state: TrainState) -> None:
+        if self._hopeless or self.skipped_in_a_row > self.config.max_skipped_in_a_row:
+            self.checkpoints.settle()  # so that what is named is all that there is
         if self._hopeless:
             raise TrainingError(
                 f"step {state.step}: fp16's loss scale is at its minimum ({self._scaler.min_scale:g}) and the gradients "
@@ -162,9 +173,10 @@ class Guard:
     def _rows(self, state: TrainState) -> str:
         return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
 
-    def _any_checkpoint(self) -> bool:
-        found = [self.run.latest.exists()]
-        dist.broadcast_object_list(found, src=0)  # a shared file system may show a new file late
+    def _newest(self) -> str | None:
+        """The newest checkpoint's name, as rank 0 sees it: a shared file system may show a new file late to the others."""
+        found = [self.run.latest.read_text().strip() if self.run.latest.exists() else None]
+        dist.broadcast_object_list(found, src=0)
         return found[0]
 
     def _last_checkpoint(self) -> str:

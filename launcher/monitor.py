@@ -166,6 +166,11 @@ class Monitor:
             self.bar.reset(total=self.config.max_steps)
             self.bar.update(step)
 
+    def flush(self) -> None:
+        """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""
+        if self.active:
+            self.writer.flush()
+
     def close(self) -> None:
         if self.active:
             self.bar.close()

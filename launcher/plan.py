@@ -14,14 +14,16 @@ import torch.distributed as dist
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoint import find_checkpoint, read_manifest, set_aside_later
+from launcher.checkpoint import find_checkpoint, set_aside_later
 from launcher.config import RunConfig, load_run_config
 from launcher.data_source import open_run_data
 from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.manifest import read_manifest
 from launcher.model_source import model_config
 from launcher.run_folder import RunFolder
+from launcher.universal import keep_universal
 from launcher.validation import open_validation_data
 from model.configuration import LiquidConfig, own_fields
 
@@ -55,7 +57,7 @@ def make_plan(
     checkpoint, passed_over = find_checkpoint(run, config.resume)
     schedule_end = config.schedule.steps or config.max_steps
     if checkpoint is not None:
-        _check_resumable(checkpoint, run, resolved, sizes, data.fingerprint, environment)
+        _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
         notes += [*passed_over, f"resuming from {checkpoint}", *set_aside_later(run, checkpoint)]
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
         if config.max_steps > schedule_end:
@@ -64,6 +66,8 @@ def make_plan(
     config.schedule.steps = schedule_end
     run.describe(config, resolved, environment)
     run.keep_model_files(sizes, data.tokenizer_path)
+    if checkpoint is not None:  # after run.yaml: another start need not load a universal one
+        checkpoint = _for_these_ranks(checkpoint, resolved, environment, notes)
     return Plan(config, resolved, checkpoint, notes), run
 
 
@@ -75,9 +79,9 @@ def share_plan(plan: Plan | None) -> Plan:
 
 
 def _check_resumable(
-    checkpoint: Path, run: RunFolder, resolved: dict, sizes: LiquidConfig, fingerprint: str, environment: Environment
+    checkpoint: Path, run: RunFolder, config: RunConfig, sizes: LiquidConfig, fingerprint: str
 ) -> None:
-    """Raise `ConfigurationError` where a checkpoint is of another model, corpus or number of ranks than this run."""
+    """Raise `ConfigurationError` where a checkpoint is of another model, corpus or global batch than this run."""
     before = LiquidConfig.from_pretrained(run.model)
     for name in own_fields():
         if getattr(before, name) != getattr(sizes, name):
@@ -91,13 +95,29 @@ def _check_resumable(
             f"{checkpoint} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
             f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
         )
+    batch = run.read_description()["config"]["global_batch_rows"]
+    if batch != config.global_batch_rows:
+        raise ConfigurationError(
+            f"{run.path} was trained with global_batch_rows {batch} and now it is {config.global_batch_rows}, which would "
+            f"bend its curve; set global_batch_rows={batch}, or another output"
+        )
+
+
+def _for_these_ranks(checkpoint: Path, resolved: dict, environment: Environment, notes: list[str]) -> Path:
+    """The checkpoint, or its universal form where other ranks wrote it, which `resolved` then tells DeepSpeed to load."""
+    manifest = read_manifest(checkpoint)
     ranks = (environment.world_size, resolved.get("expert_parallel", {}).get("autoep_size", 1))
     wrote = (manifest["world_size"], manifest["expert_parallel_size"])
-    if ranks != wrote:
-        raise ConfigurationError(
-            f"{checkpoint} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]} and this run has "
-            f"{ranks[0]} with {ranks[1]}; start as before"
-        )
+    if ranks == wrote:
+        return checkpoint
+    print(f"looking for {checkpoint.name} in a form for other ranks than wrote it, or converting it", flush=True)
+    universal, is_new = keep_universal(checkpoint)
+    resolved["checkpoint"] = {**resolved.get("checkpoint", {}), "load_universal": True}
+    notes.append(
+        f"{checkpoint.name} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]}, this run has "
+        f"{ranks[0]} with {ranks[1]}: {'converted to' if is_new else 'taken from'} {universal}"
+    )
+    return universal
 
 
 def _prepare_if_missing(config: RunConfig) -> None:

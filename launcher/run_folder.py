@@ -50,8 +50,8 @@ class RunFolder:
             raise ConfigurationError(
                 f"another job is training in {self.path}; wait for it, or set another output"
             ) from error
-        for folder in self.checkpoints.glob("step-*.partial"):
-            shutil.rmtree(folder)  # left by a job that died while saving it, or while deleting it
+        for folder in self.checkpoints.glob("*.partial"):
+            shutil.rmtree(folder)  # left by a job that died while saving, converting or deleting it
 
     def release(self) -> None:
         """Let another job have the folder."""
@@ -97,11 +97,15 @@ class RunFolder:
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader, or a crash, finds the old content or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

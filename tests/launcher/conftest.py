@@ -92,6 +92,13 @@ class Trainer:
             world_size, [sys.executable, "-m", "fault_worker", json.dumps(arguments), json.dumps(options)], patience=20
         )
 
+    def run_with_save_faults(
+        self, runs: list[list[str]], faults: list[tuple[int, int, int, str]]
+    ) -> list[subprocess.CompletedProcess]:
+        """Train on two ranks with faults (run, step, rank, kind) as in checkpoint_worker.py; processes may fail."""
+        named = [dict(zip(("run", "step", "rank", "kind"), fault, strict=True)) for fault in faults]
+        return start(2, [sys.executable, "-m", "checkpoint_worker", json.dumps(runs), json.dumps(named)])
+
     def scalars(self, output: str) -> dict[str, dict[int, float]]:
         """What TensorBoard shows of a run: the value of each step, by tag; fails where a step has two points."""
         reader = EventAccumulator(str(self.folder / output / "tensorboard"), size_guidance={"scalars": 0})

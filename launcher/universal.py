@@ -1,0 +1,64 @@
+"""DeepSpeed's universal form of a checkpoint: one file a parameter, whatever number of ranks wrote it or reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from launcher.checkpoint import universal_folder
+from launcher.errors import ConfigurationError
+from launcher.manifest import MANIFEST, describe_durably, files_of, find_fault, read_manifest, write_manifest
+
+
+def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
+    """The universal form of a whole checkpoint, kept beside it, with a manifest of its own and the same train state.
+
+    Returns its folder and whether it was made now; one that is there, whole and of this very checkpoint is taken.
+    Raises `ConfigurationError` where the checkpoint holds no optimizer state yet or the disk does not take it.
+    """
+    folder = universal_folder(checkpoint)
+    source = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    if find_fault(folder) is None and read_manifest(folder).get("source") == source:
+        return folder, False
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        for stale in (partial, folder):
+            if stale.exists():
+                shutil.rmtree(stale)
+        convert(checkpoint, partial / "universal")
+        inner = partial / "universal"  # the converter writes beside its output folder, too
+        manifest = {**read_manifest(checkpoint), "source": source}
+        write_manifest(inner, {**manifest, "files": describe_durably(inner, files_of(inner))})
+        inner.rename(folder)
+        shutil.rmtree(partial)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot keep the universal form of {checkpoint} in {folder}: {error.strerror or error}; it takes about "
+            "as much space as the checkpoint itself"
+        ) from error
+    return folder, True
+
+
+def convert(checkpoint: Path, target: Path) -> None:
+    """Write the universal form of a checkpoint to the folder `target`, in a process of its own.
+
+    Raises `ConfigurationError` where no step has been taken yet, and `RuntimeError` where DeepSpeed's converter fails.
+    """
+    optimizer_file = min(checkpoint.glob("*optim_states.pt"))
+    optimizer = torch.load(optimizer_file, weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
+    if not optimizer["optimizer_state_dict"]["state"]:
+        raise ConfigurationError(
+            f"{checkpoint} cannot be converted: all its steps were skipped, so the optimizer has no state yet; "
+            "go on with as many processes as wrote it, or begin anew in another output"
+        )
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"converting {checkpoint} failed:\n{result.stderr[-2000:]}")

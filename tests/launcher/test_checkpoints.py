@@ -1,0 +1,133 @@
+"""Saves that the disk does not take, processes that die while saving, and which checkpoints are kept."""
+
+import json
+import subprocess
+
+import pytest
+
+from launcher.checkpoint import TrainState, find_checkpoint, read_train_state
+from launcher.checkpoint_saver import delete_old
+from launcher.manifest import write_manifest
+from launcher.run_folder import RunFolder
+
+STEPS = 12
+COMMON = [f"schedule.steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2"]
+KILLS = [
+    (4, 0, "kill before the manifest", "step-00000002"),
+    (6, 0, "kill before the rename", "step-00000004"),
+    (8, 0, "kill before latest", "step-00000008"),
+    (10, 0, "kill before old ones are deleted", "step-00000010"),
+]
+
+
+@pytest.fixture(scope="module")
+def full(trainer):
+    """`whole`: undisturbed. `full`: its checkpoints on a small disk, full at step 4; one rank fails at 6 and at the end."""
+    folder = trainer.folder / "full" / "checkpoints"
+    folder.mkdir(parents=True)
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk takes root")
+    whole = trainer.arguments("whole", f"max_steps={STEPS}", *COMMON)
+    shorter, longer = (trainer.arguments("full", f"max_steps={steps}", *COMMON) for steps in (10, STEPS))
+    faults = [(1, 4, 0, "full disk"), (1, 6, 1, "file size limit"), (2, STEPS, 1, "file size limit")]
+    try:
+        trainer.outputs = trainer.run_with_save_faults([whole, shorter, longer], faults)
+        yield trainer
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_fails_the_save_not_the_run(full):
+    output = full.outputs[0].stdout
+    failures = [line for line in output.splitlines() if line.startswith("checkpoint") and "could not be saved" in line]
+    assert len(failures) == 2, output
+    assert "step-00000004" in failures[0] and "No space left on device" in failures[0]
+    assert "step-00000006" in failures[1] and "rank 1" in failures[1] and "File too large" in failures[1]
+    assert all("training goes on" in line for line in failures)
+    whole, disturbed = (full.scalars(name)["train/loss"] for name in ("whole", "full"))
+    assert disturbed == whole
+
+
+def test_a_last_save_that_fails_ends_the_run_with_one_sentence(full):
+    run = RunFolder(full.folder / "full")
+    ended = [rank for rank in full.outputs if rank.returncode == 2]  # `start` kills the other once one has ended
+    assert ended, full.outputs[0].stdout
+    assert not any("Traceback" in rank.stdout for rank in full.outputs)
+    last = ended[0].stdout.splitlines()[-1]
+    assert "error: the last checkpoint, step-00000012 could not be saved" in last
+    assert "step-00000010 is the newest whole one" in last
+    assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
+
+
+def test_failed_saves_leave_the_older_checkpoints_whole_and_nothing_else(full):
+    run = RunFolder(full.folder / "full")
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000008", "step-00000010"]
+    assert find_checkpoint(run, "auto") == (run.checkpoints / "step-00000010", [])
+    assert find_checkpoint(run, "step-00000008")[0] is not None
+    assert run.latest.read_text() == "step-00000010\n"
+
+
+def test_a_rank_killed_inside_a_file_of_a_save_costs_only_the_steps_since_the_last(full):
+    arguments = full.arguments("inside", f"max_steps={STEPS}", *COMMON)
+    killed = full.run_with_save_faults([arguments], [(0, 8, 1, "kill inside a file")])
+    assert killed[1].returncode == -9, killed[1].stdout
+    assert (full.folder / "inside" / "checkpoints" / "step-00000008.partial").is_dir()
+    (resumed, _) = full.run(2, arguments)
+    assert "resuming from" in resumed.stdout and "step-00000006" in resumed.stdout
+    assert full.scalars("inside")["train/loss"] == full.scalars("whole")["train/loss"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_every_stage_of_publishing_has_the_curve_of_an_undisturbed_one(full):
+    run = RunFolder(full.folder / "killed")
+    arguments = full.arguments("killed", f"max_steps={STEPS}", *COMMON)
+    for step, rank, kind, newest in KILLS:
+        killed = full.run_with_save_faults([arguments], [(0, step, rank, kind)])
+        assert killed[rank].returncode == -9, killed[rank].stdout
+        assert find_checkpoint(run, "auto") == (run.checkpoints / newest, [])
+    full.run(2, arguments)
+    assert full.scalars("killed")["train/loss"] == full.scalars("whole")["train/loss"]
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000010", "step-00000012"]
+    assert run.latest.read_text() == "step-00000012\n"
+
+
+def make_checkpoint(run: RunFolder, step: int, best_step: int | None) -> None:
+    folder = run.checkpoints / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    state = TrainState(step, 4 * step, 100 * step, [], 0.0, [], best_metric=1.0, best_step=best_step)
+    write_manifest(folder, {"train_state": vars(state), "files": {}})
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    best_steps = {2: 2, 4: 4, 6: 4, 8: 7, 10: 7, 12: 7}  # at 7 there was a validation, and no save before 8
+    kept = []
+    for step, best_step in best_steps.items():
+        make_checkpoint(run, step, best_step)
+        delete_old(run, keep=2)
+        kept.append([int(path.name.removeprefix("step-")) for path in sorted(run.checkpoints.iterdir())])
+    assert kept == [[2], [2, 4], [4, 6], [6, 8], [8, 10], [8, 10, 12]]
+
+
+def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4, 6):
+        make_checkpoint(run, step, best_step=None)
+    (run.checkpoints / "universal-step-00000002").mkdir()
+    (run.checkpoints / "universal-step-00000006").mkdir()
+    (run.checkpoints / "step-00000002" / "manifest.json").write_text("{")
+    delete_old(run, keep=1)
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000006", "universal-step-00000006"]
+
+
+def test_a_checkpoint_without_best_metric_and_skipped_ranges_is_still_read(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 2, best_step=None)
+    manifest = run.checkpoints / "step-00000002" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name in ("best_metric", "best_step", "skipped_ranges"):
+        del content["train_state"][name]
+    manifest.write_text(json.dumps({**content, "format": 2}))
+    state = read_train_state(find_checkpoint(run, "auto")[0])
+    assert (state.step, state.best_metric, state.best_step, state.skipped_ranges) == (2, None, None, [])
