@@ -68,6 +68,7 @@ def test_failed_saves_leave_the_older_checkpoints_whole_and_nothing_else(full):
     assert run.latest.read_text() == "step-00000010\n"
 
 
+@pytest.mark.slow
 def test_a_rank_killed_inside_a_file_of_a_save_costs_only_the_steps_since_the_last(full):
     arguments = full.arguments("inside", f"max_steps={STEPS}", *COMMON)
     killed = full.run_with_save_faults([arguments], [(0, 8, 1, "kill inside a file")])

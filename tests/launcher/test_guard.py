@@ -82,6 +82,7 @@ def test_so_in_every_stage_and_precision(trainer, stage, precision):
     check_that_two_steps_were_skipped(trainer, name, trainer.run_with_faults(2, arguments, NOT_FINITE))
 
 
+@pytest.mark.slow
 def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
     faults = [{"kind": "nan", "rank": 1, "steps": list(range(3, 20))}]
     overrides = ["max_steps=20", "checkpoint_every=4", "max_skipped_in_a_row=3"]
@@ -119,10 +120,10 @@ def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
 def test_engines_that_would_take_such_a_step_are_refused():
     plain = SimpleNamespace(optimizer=object())
     with pytest.raises(ConfigurationError, match="stage 0 in fp32.*set stage 1, 2 or 3"):
-        Guard(plain, None, None, None)
+        Guard(plain, None, None, None, None)
     optimizer = SimpleNamespace(overflow=False, check_grad_overflow=False)
     with pytest.raises(ConfigurationError, match="check_grad_overflow is false"):
-        Guard(SimpleNamespace(optimizer=optimizer, bfloat16_enabled=lambda: True), None, None, None)
+        Guard(SimpleNamespace(optimizer=optimizer, bfloat16_enabled=lambda: True), None, None, None, None)
 
 
 def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():
@@ -179,6 +180,7 @@ VAIN = [{"kind": "spike", "positions": list(range(7 * ROWS, 99 * ROWS, ROWS))}]
 VAIN_OVERRIDES = ["max_steps=12", "checkpoint_every=3", "spike.window=4", "spike.factor=30"]
 
 
+@pytest.mark.slow
 def test_a_spike_is_marked_by_default(trainer):
     (marked,) = trainer.run_with_faults(1, trainer.arguments("marked", *VAIN_OVERRIDES), VAIN)
     assert marked.returncode == 0, marked.stdout

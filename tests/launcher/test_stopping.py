@@ -110,6 +110,7 @@ def one_rank(trainer, name: str, faults=(), **options) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_interrupt_and_termination_at_once_are_one_request(trainer):
     """In a step of four seconds, so that both come before its end: the step is finished, and saved."""
     process = one_rank(trainer, "both", [{"kind": "sleep", "steps": [2], "seconds": 4}])
@@ -123,6 +124,7 @@ def test_interrupt_and_termination_at_once_are_one_request(trainer):
     assert check_that_it_stopped_whole(trainer.folder / "both") == 3
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_hanging_run_at_once(trainer):
     process = one_rank(trainer, "twice", [{"kind": "hang", "steps": [2]}])
     process.send_signal(signal.SIGINT)

@@ -177,6 +177,7 @@ def test_the_best_so_far_is_in_the_train_state(runs):
     assert f"validation at step {STEPS}: cross entropy" in runs.outputs[0].stdout
 
 
+@pytest.mark.slow
 def test_repeated_validations_hold_no_memory_and_change_no_state(trainer, held_out):
     arguments = trainer.arguments("repeats", f"data={held_out}", "validation_samples=1")
     result = subprocess.run([sys.executable, "-c", REPEATS, *arguments], capture_output=True, text=True, timeout=240)
