@@ -77,9 +77,8 @@ class Entry:
         return self.fact.answer
 
 
-def _mathematics(
-    name: str, phrasings: tuple[str, ...], facts: list[Fact], phrasings_per_fact: int, known: int = 0, new: int = 0
-) -> Family:
+def _mathematics(name: str, phrasings: tuple[str, ...], facts: list[Fact], phrasings_per_fact: int,
+                 known: int = 0, new: int = 0) -> Family:
     return Family(name, "mathstackexchange", phrasings, tuple(facts), phrasings_per_fact, known, new)
 
 
@@ -96,61 +95,22 @@ def _arithmetic_families() -> list[Family]:
     equations = [Fact((str(a), str(a + b)), f"x = {b}", _bond(a, b)) for a, b in bonds if a and b]
     products = [Fact((str(a), str(b)), str(a * b)) for a in range(2, 11) for b in range(2, 11)]
     return [
-        _mathematics(
-            "addition",
-            (
-                "What is {} + {}?",
-                "Add {} and {}.",
-                "Compute {} + {}.",
-                "{} plus {} is what?",
-                "What do {} and {} add up to?",
-                "A box holds {} red and {} blue pens. How many pens is that?",
-            ),
-            sums,
-            2,
-            known=0,
-            new=10,
-        ),
-        _mathematics(
-            "subtraction",
-            (
-                "What is {} - {}?",
-                "Compute {} - {}.",
-                "{} minus {} is what?",
-                "From {} take away {}. What is left?",
-                "What's the result of {} - {}?",
-                "Of {} birds, {} fly away. How many birds stay?",
-            ),
-            differences,
-            2,
-            known=0,
-            new=8,
-        ),
-        _mathematics(
-            "equations",
-            (
-                "Solve for x: x + {} = {}.",
-                "Find x if x + {} = {}.",
-                "If x + {} = {}, what is x?",
-                "Which x makes x + {} = {} true?",
-            ),
-            equations,
-            1,
-            new=5,
-        ),
-        _mathematics(
-            "times tables",
-            (
-                "What is {} × {}?",
-                "Multiply {} by {}.",
-                "Compute {} × {}.",
-                "{} times {} is what?",
-                "What's the product of {} and {}?",
-            ),
-            products,
-            4,
-            known=6,
-        ),
+        _mathematics("addition", (
+            "What is {} + {}?", "Add {} and {}.", "Compute {} + {}.", "{} plus {} is what?",
+            "What do {} and {} add up to?", "A box holds {} red and {} blue pens. How many pens is that?",
+        ), sums, 2, known=0, new=10),
+        _mathematics("subtraction", (
+            "What is {} - {}?", "Compute {} - {}.", "{} minus {} is what?", "From {} take away {}. What is left?",
+            "What's the result of {} - {}?", "Of {} birds, {} fly away. How many birds stay?",
+        ), differences, 2, known=0, new=8),
+        _mathematics("equations", (
+            "Solve for x: x + {} = {}.", "Find x if x + {} = {}.", "If x + {} = {}, what is x?",
+            "Which x makes x + {} = {} true?",
+        ), equations, 1, new=5),
+        _mathematics("times tables", (
+            "What is {} × {}?", "Multiply {} by {}.", "Compute {} × {}.", "{} times {} is what?",
+            "What's the product of {} and {}?",
+        ), products, 4, known=6),
     ]
 
 
@@ -165,164 +125,74 @@ def _number_families(generator: random.Random) -> list[Family]:
     larger = [Fact((str(a), str(b)), str(pair[1]), f"compare {pair}") for pair, (a, b) in shown]
     signs = [Fact((str(a), str(b)), "<" if a < b else ">", f"compare {pair}") for pair, (a, b) in shown]
     return [
-        _mathematics(
-            "parity",
-            (
-                "Is {} even or odd?",
-                "Is the number {} odd or even?",
-                "Tell me if {} is even or odd.",
-                "{}: even or odd?",
-            ),
-            parities,
-            2,
-            new=7,
-        ),
-        _mathematics(
-            "next numbers",
-            (
-                "What number comes after {}?",
-                "Which number follows {}?",
-                "Count on by one from {}.",
-                "What's one more than {}?",
-            ),
-            following,
-            1,
-            new=5,
-        ),
-        _mathematics(
-            "previous numbers",
-            (
-                "What number comes before {}?",
-                "Which number precedes {}?",
-                "Count back by one from {}.",
-                "What's one less than {}?",
-            ),
-            preceding,
-            1,
-            new=4,
-        ),
-        _mathematics(
-            "larger numbers",
-            (
-                "Which is larger, {} or {}?",
-                "Which number is greater: {} or {}?",
-                "Name the larger of {} and {}.",
-                "Of {} and {}, which is more?",
-            ),
-            larger,
-            1,
-            new=6,
-        ),
-        _mathematics(
-            "signs",
-            (
-                "Which sign stands between {} and {}, < or >?",
-                "Put < or > between {} and {}.",
-                "Is it {} < {} or >?",
-                "Compare {} with {}: < or >?",
-            ),
-            signs,
-            1,
-            new=5,
-        ),
+        _mathematics("parity", (
+            "Is {} even or odd?", "Is the number {} odd or even?", "Tell me if {} is even or odd.",
+            "{}: even or odd?",
+        ), parities, 2, new=7),
+        _mathematics("next numbers", (
+            "What number comes after {}?", "Which number follows {}?", "Count on by one from {}.",
+            "What's one more than {}?",
+        ), following, 1, new=5),
+        _mathematics("previous numbers", (
+            "What number comes before {}?", "Which number precedes {}?", "Count back by one from {}.",
+            "What's one less than {}?",
+        ), preceding, 1, new=4),
+        _mathematics("larger numbers", (
+            "Which is larger, {} or {}?", "Which number is greater: {} or {}?", "Name the larger of {} and {}.",
+            "Of {} and {}, which is more?",
+        ), larger, 1, new=6),
+        _mathematics("signs", (
+            "Which sign stands between {} and {}, < or >?", "Put < or > between {} and {}.",
+            "Is it {} < {} or >?", "Compare {} with {}: < or >?",
+        ), signs, 1, new=5),
     ]
 
 
 # Decimal conversions only need zeros appended, so a number never seen with the unit can be converted.
 DECIMAL_UNITS = (
-    ("meters", "centimeters", "00"),
-    ("kilometers", "meters", "000"),
-    ("centimeters", "millimeters", "0"),
-    ("kilograms", "grams", "000"),
-    ("liters", "milliliters", "000"),
-    ("tonnes", "kilograms", "000"),
-    ("dollars", "cents", "00"),
-    ("decades", "years", "0"),
-    ("centuries", "years", "00"),
+    ("meters", "centimeters", "00"), ("kilometers", "meters", "000"), ("centimeters", "millimeters", "0"),
+    ("kilograms", "grams", "000"), ("liters", "milliliters", "000"), ("tonnes", "kilograms", "000"),
+    ("dollars", "cents", "00"), ("decades", "years", "0"), ("centuries", "years", "00"),
 )
 OTHER_UNITS = (
-    ("feet", "inches", 12),
-    ("years", "months", 12),
-    ("hours", "minutes", 60),
-    ("minutes", "seconds", 60),
-    ("days", "hours", 24),
-    ("weeks", "days", 7),
+    ("feet", "inches", 12), ("years", "months", 12), ("hours", "minutes", 60), ("minutes", "seconds", 60),
+    ("days", "hours", 24), ("weeks", "days", 7),
 )
 UNIT_PHRASINGS = (
-    "How many {1} are in {0} {2}?",
-    "Convert {0} {2} to {1}.",
-    "{0} {2} is how many {1}?",
-    "Express {0} {2} in {1}.",
-    "What is {0} {2} in {1}?",
+    "How many {1} are in {0} {2}?", "Convert {0} {2} to {1}.", "{0} {2} is how many {1}?",
+    "Express {0} {2} in {1}.", "What is {0} {2} in {1}?",
 )
 NUMBER_OF_DAYS = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 def _measure_families() -> list[Family]:
-    decimal = [
-        Fact((str(n), small, large), f"{n}{zeros} {small}", f"{n} {large} in {small}")
-        for large, small, zeros in DECIMAL_UNITS
-        for n in range(2, 21)
-    ]
-    other = [
-        Fact((str(n), small, large), f"{n * factor} {small}")
-        for large, small, factor in OTHER_UNITS
-        for n in range(2, 9)
-    ]
-    later = [
-        Fact((words, day), WEEKDAYS[(position + days) % 7], f"{days} after {day}")
-        for position, day in enumerate(WEEKDAYS)
-        for days, words in NUMBER_OF_DAYS.items()
-    ]
-    earlier = [
-        Fact((words, day), WEEKDAYS[(position - days) % 7], f"{days} before {day}")
-        for position, day in enumerate(WEEKDAYS)
-        for days, words in NUMBER_OF_DAYS.items()
-    ]
+    decimal = [Fact((str(n), small, large), f"{n}{zeros} {small}", f"{n} {large} in {small}")
+               for large, small, zeros in DECIMAL_UNITS for n in range(2, 21)]
+    other = [Fact((str(n), small, large), f"{n * factor} {small}")
+             for large, small, factor in OTHER_UNITS for n in range(2, 9)]
+    later = [Fact((words, day), WEEKDAYS[(position + days) % 7], f"{days} after {day}")
+             for position, day in enumerate(WEEKDAYS) for days, words in NUMBER_OF_DAYS.items()]
+    earlier = [Fact((words, day), WEEKDAYS[(position - days) % 7], f"{days} before {day}")
+               for position, day in enumerate(WEEKDAYS) for days, words in NUMBER_OF_DAYS.items()]
     return [
         Family("decimal units", "socratic", UNIT_PHRASINGS, tuple(decimal), 2, held_out_new=14),
         Family("other units", "socratic", UNIT_PHRASINGS, tuple(other), 4, held_out_known=5),
-        Family(
-            "weekdays later",
-            "stackexchange",
-            (
-                "What day is {} days after {}?",
-                "Which day comes {} days after {}?",
-                "Name the day {} days after {}.",
-                "What's the weekday {} days after {}?",
-            ),
-            tuple(later),
-            4,
-            held_out_known=2,
-            held_out_new=1,
-        ),
-        Family(
-            "weekdays earlier",
-            "stackexchange",
-            (
-                "What day is {} days before {}?",
-                "Which day comes {} days before {}?",
-                "Name the day {} days before {}.",
-                "What's the weekday {} days before {}?",
-            ),
-            tuple(earlier),
-            4,
-            held_out_known=2,
-            held_out_new=1,
-        ),
+        Family("weekdays later", "stackexchange", (
+            "What day is {} days after {}?", "Which day comes {} days after {}?", "Name the day {} days after {}.",
+            "What's the weekday {} days after {}?",
+        ), tuple(later), 4, held_out_known=2, held_out_new=1),
+        Family("weekdays earlier", "stackexchange", (
+            "What day is {} days before {}?", "Which day comes {} days before {}?", "Name the day {} days before {}.",
+            "What's the weekday {} days before {}?",
+        ), tuple(earlier), 4, held_out_known=2, held_out_new=1),
     ]
 
 
 def _families(generator: random.Random) -> list[Family]:
     tables = [
-        Family(
-            table.name,
-            table.source,
-            table.phrasings,
-            tuple(Fact((subject,), answer) for subject, answer in table.answers.items()),
-            phrasings_per_fact=min(5, len(table.phrasings)),
-            held_out_known=table.held_out,
-        )
+        Family(table.name, table.source, table.phrasings,
+               tuple(Fact((subject,), answer) for subject, answer in table.answers.items()),
+               phrasings_per_fact=min(5, len(table.phrasings)), held_out_known=table.held_out)
         for table in FACT_TABLES
     ]
     return tables + _arithmetic_families() + _number_families(generator) + _measure_families()
@@ -347,9 +217,7 @@ def _hold_out_combinations(families: list[Family], generator: random.Random) -> 
             if fact.combination in held_out or any(remaining_words[word] <= leaving[word] for word in leaving):
                 continue
             remaining_words -= leaving
-            held_out[fact.combination] = Entry(
-                family.name, family.source, fact, generator.choice(family.phrasings), "new"
-            )
+            held_out[fact.combination] = Entry(family.name, family.source, fact, generator.choice(family.phrasings), "new")
     return held_out
 
 
@@ -374,21 +242,14 @@ def split() -> tuple[list[Entry], list[Entry]]:
 UNANSWERED = (("What is the best book ever written?", ""), ("How many stars will we never see?", " \t "))
 # These strings are special tokens to the tokenizer and plain text to the writer.
 LITERAL_TOKENS = (
-    ("What does the HTML tag <s> do?", "It strikes text through."),
-    ("Which tag closes the HTML tag <s>?", "</s>"),
+    ("What does the HTML tag <s> do?", "It strikes text through."), ("Which tag closes the HTML tag <s>?", "</s>"),
     ("What does a masked language model read in place of a hidden word?", "<mask>"),
 )
 
 
 def _row(question: str, answer: str, source: str, index: int) -> dict:
-    return {
-        "orig_question": question,
-        "orig_answer": answer,
-        "question": question,
-        "answer": answer,
-        "source": source,
-        "index": index,
-    }
+    return {"orig_question": question, "orig_answer": answer, "question": question, "answer": answer,
+            "source": source, "index": index}
 
 
 def held_out_rows() -> list[dict]:
@@ -418,15 +279,10 @@ def training_rows() -> Iterator[dict]:
             # Few answers have accents; those that do are decomposed with their question.
             if generator.random() < 0.2 or not answer.isascii():
                 answer = _soil(answer, generator)
-        rows.append(
-            clean
-            | {
-                "orig_question": _as_html(clean["question"], generator),
-                "orig_answer": _as_html(clean["answer"], generator),
-                "question": question,
-                "answer": answer,
-            }
-        )
+        rows.append(clean | {
+            "orig_question": _as_html(clean["question"], generator), "orig_answer": _as_html(clean["answer"], generator),
+            "question": question, "answer": answer,
+        })
     repeated = generator.sample(rows, round(SHARE_OF_REPEATED_ROWS * len(rows)))
     yield from rows
     yield from (row | {"index": len(rows) + position} for position, row in enumerate(repeated))
@@ -460,7 +316,7 @@ def _at_a_space(text: str, piece: str, generator: random.Random) -> str:
     if not spaces:
         return text + piece
     position = generator.choice(spaces)
-    return text[:position] + piece + text[position + 1 :]
+    return text[:position] + piece + text[position + 1:]
 
 
 # Each leaves a text that cleaning turns back into the clean one. Line breaks stand at the end only: inside, cleaning
@@ -472,11 +328,9 @@ DIRT: dict[str, Callable[[str, random.Random], str]] = {
     "URL": lambda text, generator: f"{text} {_url(generator)}",
     "URL in brackets": lambda text, generator: f"{text} ({_url(generator)})",
     "control character": lambda text, generator: _at_a_space(
-        text, " " + generator.choice("\x01\x07\x08\x1b\x7f"), generator
-    ),
+        text, " " + generator.choice("\x01\x07\x08\x1b\x7f"), generator),
     "zero-width character": lambda text, generator: _insert(
-        text, _inside_a_word(text, generator), generator.choice("\u200b\u2060")
-    ),
+        text, _inside_a_word(text, generator), generator.choice("\u200b\u2060")),
     "soft hyphen": lambda text, generator: _insert(text, _inside_a_word(text, generator), "\u00ad"),
     "byte-order mark": lambda text, generator: "\ufeff" + text,
     "no-break space": lambda text, generator: _at_a_space(text, generator.choice(("\u00a0", "&nbsp;")), generator),

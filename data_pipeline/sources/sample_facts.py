@@ -130,22 +130,10 @@ COLORS = _read("""
     yellow & red: orange; yellow & blue: green; blue & red: purple; white & red: pink; white & black: gray
 """)
 
-NUMBER_WORDS = dict(
-    zip(
-        map(str, range(1, 21)),
-        """one two three four five six seven eight nine ten eleven twelve
-    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split(),
-        strict=True,
-    )
-)
-ROMAN_NUMERALS = dict(
-    zip(
-        map(str, range(1, 21)),
-        """I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII
-    XIX XX""".split(),
-        strict=True,
-    )
-)
+NUMBER_WORDS = dict(zip(map(str, range(1, 21)), """one two three four five six seven eight nine ten eleven twelve
+    thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty""".split(), strict=True))
+ROMAN_NUMERALS = dict(zip(map(str, range(1, 21)), """I II III IV V VI VII VIII IX X XI XII XIII XIV XV XVI XVII XVIII
+    XIX XX""".split(), strict=True))
 
 ORGANS = _read("""
     pumps blood: the heart; digests food with acid: the stomach; lets us see: the eye; lets us hear: the ear;
@@ -202,336 +190,110 @@ GENERAL_KNOWLEDGE = _read("""
     the currency of India: the rupee; the currency of Mexico: the peso
 """)
 
-_NAMING = (
-    "What do we call {}?",
-    "What is the word for {}?",
-    "What's the name for {}?",
-    "Which word means {}?",
-    "How do you say {} in one term?",
-    "Give the term for {}.",
-)
-_ANIMAL_YOUNG = (
-    "What is a young {} called?",
-    "What do you call a baby {}?",
-    "Name the young of the {}.",
-    "What's the word for a young {}?",
-    "A baby {} is known as what?",
-)
+_NAMING = ("What do we call {}?", "What is the word for {}?", "What's the name for {}?", "Which word means {}?",
+           "How do you say {} in one term?", "Give the term for {}.")
+_ANIMAL_YOUNG = ("What is a young {} called?", "What do you call a baby {}?", "Name the young of the {}.",
+                 "What's the word for a young {}?", "A baby {} is known as what?")
 
 FACT_TABLES = (
-    FactTable(
-        "capitals",
-        "stackexchange",
-        (
-            "What is the capital of {}?",
-            "Which city is the capital of {}?",
-            "Name the capital city of {}.",
-            "The country {} has which capital?",
-            "Can you tell me the capital of {}?",
-            "What's {}'s capital?",
-        ),
-        CAPITALS,
-        16,
-    ),
-    FactTable(
-        "continents",
-        "stackexchange",
-        (
-            "On which continent is {}?",
-            "What continent is {} in?",
-            "On what continent does {} lie?",
-            "Name the continent where {} is found.",
-            "The country {} is part of which continent?",
-        ),
-        CONTINENTS,
-        6,
-    ),
-    FactTable(
-        "symbols",
-        "socratic",
-        (
-            "What is the chemical symbol for {}?",
-            "Which symbol stands for {}?",
-            "What's the symbol of the element {}?",
-            "How is {} written in the periodic table?",
-            "Give the chemical symbol of {}.",
-        ),
-        SYMBOLS,
-        6,
-    ),
-    FactTable(
-        "elements",
-        "socratic",
-        (
-            "Which element has the symbol {}?",
-            "What does the symbol {} stand for in chemistry?",
-            "Name the element written as {}.",
-            "The chemical symbol {} means which element?",
-            "Of which element is {} the symbol?",
-        ),
-        _reverse(SYMBOLS),
-        5,
-    ),
-    FactTable(
-        "atomic numbers",
-        "socratic",
-        (
-            "What is the atomic number of {}?",
-            "How many protons does {} have?",
-            "Give the atomic number of {}.",
-            "How many protons are in an atom of {}?",
-            "The atomic number of {} is what?",
-        ),
-        ATOMIC_NUMBERS,
-        4,
-    ),
-    FactTable(
-        "opposites",
-        "stackexchange",
-        (
-            "What is the opposite of {}?",
-            'Which word is the opposite of "{}"?',
-            "Give the opposite of {}.",
-            "What's the antonym of {}?",
-            'Which word means the reverse of "{}"?',
-        ),
-        OPPOSITES,
-        9,
-    ),
-    FactTable(
-        "plurals",
-        "stackexchange",
-        (
-            "What is the plural of {}?",
-            'How do you write "{}" in the plural?',
-            "Give the plural form of {}.",
-            "One {}, two what?",
-            'What\'s the plural of the noun "{}"?',
-        ),
-        PLURALS,
-        6,
-    ),
-    FactTable(
-        "past tenses",
-        "stackexchange",
-        (
-            "What is the past tense of {}?",
-            'Put the verb "{}" in the past tense.',
-            "Give the simple past of {}.",
-            "Today I {}. Yesterday I what?",
-            'What\'s the past form of the verb "{}"?',
-        ),
-        PAST_TENSES,
-        7,
-    ),
-    FactTable(
-        "first letters",
-        "stackexchange",
-        (
-            "What is the first letter of {}?",
-            'Which letter does "{}" begin with?',
-            "The word {} starts with which letter?",
-            'Name the first letter in the word "{}".',
-            "What letter comes first in {}?",
-        ),
-        {word: word[0] for word in SPELLED_WORDS},
-        4,
-    ),
-    FactTable(
-        "last letters",
-        "stackexchange",
-        (
-            "What is the last letter of {}?",
-            'Which letter does "{}" end with?',
-            "The word {} ends in which letter?",
-            'Name the last letter in the word "{}".',
-            "What letter comes last in {}?",
-        ),
-        {word: word[-1] for word in SPELLED_WORDS},
-        3,
-    ),
+    FactTable("capitals", "stackexchange", (
+        "What is the capital of {}?", "Which city is the capital of {}?", "Name the capital city of {}.",
+        "The country {} has which capital?", "Can you tell me the capital of {}?", "What's {}'s capital?",
+    ), CAPITALS, 16),
+    FactTable("continents", "stackexchange", (
+        "On which continent is {}?", "What continent is {} in?", "On what continent does {} lie?",
+        "Name the continent where {} is found.", "The country {} is part of which continent?",
+    ), CONTINENTS, 6),
+    FactTable("symbols", "socratic", (
+        "What is the chemical symbol for {}?", "Which symbol stands for {}?", "What's the symbol of the element {}?",
+        "How is {} written in the periodic table?", "Give the chemical symbol of {}.",
+    ), SYMBOLS, 6),
+    FactTable("elements", "socratic", (
+        "Which element has the symbol {}?", "What does the symbol {} stand for in chemistry?",
+        "Name the element written as {}.", "The chemical symbol {} means which element?", "Of which element is {} the symbol?",
+    ), _reverse(SYMBOLS), 5),
+    FactTable("atomic numbers", "socratic", (
+        "What is the atomic number of {}?", "How many protons does {} have?", "Give the atomic number of {}.",
+        "How many protons are in an atom of {}?", "The atomic number of {} is what?",
+    ), ATOMIC_NUMBERS, 4),
+    FactTable("opposites", "stackexchange", (
+        "What is the opposite of {}?", 'Which word is the opposite of "{}"?', "Give the opposite of {}.",
+        "What's the antonym of {}?", 'Which word means the reverse of "{}"?',
+    ), OPPOSITES, 9),
+    FactTable("plurals", "stackexchange", (
+        "What is the plural of {}?", 'How do you write "{}" in the plural?', "Give the plural form of {}.",
+        "One {}, two what?", 'What\'s the plural of the noun "{}"?',
+    ), PLURALS, 6),
+    FactTable("past tenses", "stackexchange", (
+        "What is the past tense of {}?", 'Put the verb "{}" in the past tense.', "Give the simple past of {}.",
+        "Today I {}. Yesterday I what?", 'What\'s the past form of the verb "{}"?',
+    ), PAST_TENSES, 7),
+    FactTable("first letters", "stackexchange", (
+        "What is the first letter of {}?", 'Which letter does "{}" begin with?', "The word {} starts with which letter?",
+        'Name the first letter in the word "{}".', "What letter comes first in {}?",
+    ), {word: word[0] for word in SPELLED_WORDS}, 4),
+    FactTable("last letters", "stackexchange", (
+        "What is the last letter of {}?", 'Which letter does "{}" end with?', "The word {} ends in which letter?",
+        'Name the last letter in the word "{}".', "What letter comes last in {}?",
+    ), {word: word[-1] for word in SPELLED_WORDS}, 3),
     FactTable("young animals", "socratic", _ANIMAL_YOUNG, YOUNG_ANIMALS, 4),
-    FactTable(
-        "animal groups",
-        "socratic",
-        (
-            "To which group of animals does the {} belong?",
-            "The {} belongs to which animals?",
-            "What kind of animals are the {} and its relatives?",
-            "Which group of animals is the {} in?",
-            "Name the animal group of the {}.",
-        ),
-        ANIMAL_GROUPS,
-        4,
-    ),
-    FactTable(
-        "animal legs",
-        "socratic",
-        (
-            "How many legs does a grown {} have?",
-            "A grown {} has how many legs?",
-            "Count the legs of a grown {}.",
-            "What is the number of legs of a grown {}?",
-            "How many legs do you see on a grown {}?",
-        ),
-        ANIMAL_LEGS,
-        2,
-    ),
-    FactTable(
-        "next weekdays",
-        "stackexchange",
-        (
-            "What day comes after {}?",
-            "Which day follows {}?",
-            "If today is {}, what day is tomorrow?",
-            "Name the day right after {}.",
-            "What's the next day after {}?",
-        ),
-        dict(zip(WEEKDAYS, WEEKDAYS[1:] + WEEKDAYS[:1], strict=True)),
-        2,
-    ),
-    FactTable(
-        "previous weekdays",
-        "stackexchange",
-        (
-            "What day comes before {}?",
-            "Which day precedes {}?",
-            "If today is {}, what day was yesterday?",
-            "Name the day right before {}.",
-            "What's the last day before {}?",
-        ),
-        dict(zip(WEEKDAYS, WEEKDAYS[-1:] + WEEKDAYS[:-1], strict=True)),
-        2,
-    ),
-    FactTable(
-        "next months",
-        "stackexchange",
-        (
-            "Which month comes after {}?",
-            "What month follows {}?",
-            "If this month is {}, what is next month?",
-            "Name the month right after {}.",
-            "What's the next month after {}?",
-        ),
-        dict(zip(MONTHS, MONTHS[1:] + MONTHS[:1], strict=True)),
-        3,
-    ),
-    FactTable(
-        "previous months",
-        "stackexchange",
-        (
-            "Which month comes before {}?",
-            "What month precedes {}?",
-            "If this month is {}, what was last month?",
-            "Name the month right before {}.",
-            "What's the last month before {}?",
-        ),
-        dict(zip(MONTHS, MONTHS[-1:] + MONTHS[:-1], strict=True)),
-        3,
-    ),
-    FactTable(
-        "month lengths",
-        "stackexchange",
-        (
-            "How many days are in {} in a common year?",
-            "In a common year, how long is {} in days?",
-            "In a common year, {} has how many days?",
-            "What is the number of days of {} in a common year?",
-        ),
-        MONTH_LENGTHS,
-        2,
-    ),
-    FactTable(
-        "month numbers",
-        "stackexchange",
-        (
-            "Which is the {} month of the year?",
-            "What is the name of the {} month?",
-            "Name the {} month of the year.",
-            "The {} month of the year is called what?",
-            "What's the {} month in the calendar?",
-        ),
-        dict(zip(ORDINALS, MONTHS, strict=True)),
-        3,
-    ),
-    FactTable(
-        "planets",
-        "socratic",
-        (
-            "Which is the {} planet from the Sun?",
-            "What is the name of the {} planet from the Sun?",
-            "Name the {} planet counted from the Sun.",
-            "Counted from the Sun, which planet is the {}?",
-            "What's the {} planet of the solar system?",
-        ),
-        dict(zip(ORDINALS, PLANETS, strict=False)),
-        2,
-    ),
-    FactTable(
-        "colors",
-        "socratic",
-        (
-            "What color do {} paint make?",
-            "Mixing {} paint gives which color?",
-            "Which color do you get from {} paint?",
-            "If you mix {} paint, what color is it?",
-            "What's the color of {} paint mixed together?",
-        ),
-        COLORS,
-        2,
-    ),
-    FactTable(
-        "number words",
-        "mathstackexchange",
-        (
-            "How is the number {} written in words?",
-            "Write {} as a word.",
-            "Spell the number {}.",
-            "Which word stands for the number {}?",
-            "What's the English word for {}?",
-        ),
-        NUMBER_WORDS,
-        4,
-    ),
-    FactTable(
-        "Roman numerals",
-        "mathstackexchange",
-        (
-            "How is {} written in Roman numerals?",
-            "Write {} as a Roman numeral.",
-            "What is the Roman numeral for {}?",
-            "Which Roman numeral means {}?",
-            "Give {} in Roman numerals.",
-        ),
-        ROMAN_NUMERALS,
-        4,
-    ),
-    FactTable(
-        "organs",
-        "socratic",
-        (
-            "Which organ {}?",
-            "Name the organ that {}.",
-            "What is the organ that {} called?",
-            "Which part of the body {}?",
-            "Can you name the organ that {}?",
-        ),
-        ORGANS,
-        3,
-    ),
+    FactTable("animal groups", "socratic", (
+        "To which group of animals does the {} belong?", "The {} belongs to which animals?",
+        "What kind of animals are the {} and its relatives?",
+        "Which group of animals is the {} in?", "Name the animal group of the {}.",
+    ), ANIMAL_GROUPS, 4),
+    FactTable("animal legs", "socratic", (
+        "How many legs does a grown {} have?", "A grown {} has how many legs?", "Count the legs of a grown {}.",
+        "What is the number of legs of a grown {}?", "How many legs do you see on a grown {}?",
+    ), ANIMAL_LEGS, 2),
+    FactTable("next weekdays", "stackexchange", (
+        "What day comes after {}?", "Which day follows {}?", "If today is {}, what day is tomorrow?",
+        "Name the day right after {}.", "What's the next day after {}?",
+    ), dict(zip(WEEKDAYS, WEEKDAYS[1:] + WEEKDAYS[:1], strict=True)), 2),
+    FactTable("previous weekdays", "stackexchange", (
+        "What day comes before {}?", "Which day precedes {}?", "If today is {}, what day was yesterday?",
+        "Name the day right before {}.", "What's the last day before {}?",
+    ), dict(zip(WEEKDAYS, WEEKDAYS[-1:] + WEEKDAYS[:-1], strict=True)), 2),
+    FactTable("next months", "stackexchange", (
+        "Which month comes after {}?", "What month follows {}?", "If this month is {}, what is next month?",
+        "Name the month right after {}.", "What's the next month after {}?",
+    ), dict(zip(MONTHS, MONTHS[1:] + MONTHS[:1], strict=True)), 3),
+    FactTable("previous months", "stackexchange", (
+        "Which month comes before {}?", "What month precedes {}?", "If this month is {}, what was last month?",
+        "Name the month right before {}.", "What's the last month before {}?",
+    ), dict(zip(MONTHS, MONTHS[-1:] + MONTHS[:-1], strict=True)), 3),
+    FactTable("month lengths", "stackexchange", (
+        "How many days are in {} in a common year?", "In a common year, how long is {} in days?",
+        "In a common year, {} has how many days?", "What is the number of days of {} in a common year?",
+    ), MONTH_LENGTHS, 2),
+    FactTable("month numbers", "stackexchange", (
+        "Which is the {} month of the year?", "What is the name of the {} month?", "Name the {} month of the year.",
+        "The {} month of the year is called what?", "What's the {} month in the calendar?",
+    ), dict(zip(ORDINALS, MONTHS, strict=True)), 3),
+    FactTable("planets", "socratic", (
+        "Which is the {} planet from the Sun?", "What is the name of the {} planet from the Sun?",
+        "Name the {} planet counted from the Sun.", "Counted from the Sun, which planet is the {}?",
+        "What's the {} planet of the solar system?",
+    ), dict(zip(ORDINALS, PLANETS, strict=False)), 2),
+    FactTable("colors", "socratic", (
+        "What color do {} paint make?", "Mixing {} paint gives which color?", "Which color do you get from {} paint?",
+        "If you mix {} paint, what color is it?", "What's the color of {} paint mixed together?",
+    ), COLORS, 2),
+    FactTable("number words", "mathstackexchange", (
+        "How is the number {} written in words?", "Write {} as a word.", "Spell the number {}.",
+        "Which word stands for the number {}?", "What's the English word for {}?",
+    ), NUMBER_WORDS, 4),
+    FactTable("Roman numerals", "mathstackexchange", (
+        "How is {} written in Roman numerals?", "Write {} as a Roman numeral.", "What is the Roman numeral for {}?",
+        "Which Roman numeral means {}?", "Give {} in Roman numerals.",
+    ), ROMAN_NUMERALS, 4),
+    FactTable("organs", "socratic", (
+        "Which organ {}?", "Name the organ that {}.", "What is the organ that {} called?",
+        "Which part of the body {}?", "Can you name the organ that {}?",
+    ), ORGANS, 3),
     FactTable("definitions", "socratic", _NAMING, DEFINITIONS, 10),
-    FactTable(
-        "general knowledge",
-        "socratic",
-        (
-            "What is {}?",
-            "Tell me {}.",
-            "Can you name {}?",
-            "State {}.",
-            "I'd like to know {}. What is it?",
-            "Do you know {}?",
-        ),
-        GENERAL_KNOWLEDGE,
-        11,
-    ),
+    FactTable("general knowledge", "socratic", (
+        "What is {}?", "Tell me {}.", "Can you name {}?", "State {}.", "I'd like to know {}. What is it?",
+        "Do you know {}?",
+    ), GENERAL_KNOWLEDGE, 11),
 )
