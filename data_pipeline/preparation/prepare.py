@@ -100,6 +100,9 @@ def prepare(
         remove_work(out)
         return finished_index(out, config)
     except OSError as error:
+        # What another member needed no more when it had written the index is gone.
+        if member.count > 1 and (out / INDEX_NAME).exists() and isinstance(error, FileNotFoundError):
+            return finished_index(out, config)
         raise DataError(
             f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error}"
             + (f": {error.filename})" if error.filename else ")")
@@ -185,7 +188,7 @@ class _Preparation:
                     self.team.do(encode_chunk, (self.job,), self.job.chunk_files(), encoded)
             except EncoderMismatchError:
                 pass  # its finder has left word; another member may have, too
-            if self.job.fast_encoder == fast:
+            if not fast or self.job.fast_encoder:
                 return
             self._say(f"{self.job.mismatch_file.read_text()}: all rows are encoded anew by the tokenizer, more slowly")
 

@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -75,7 +76,7 @@ class Team:
         if self.workers == 1:
             yield
             return
-        with _environment(POLARS_MAX_THREADS="1", OMP_NUM_THREADS="1"):
+        with _environment(POLARS_MAX_THREADS="1", OMP_NUM_THREADS="1"), _without_interrupts():
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
             )
@@ -189,9 +190,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Start processes that Ctrl-C does not reach, from their first moment on: it reaches all of a terminal's otherwise.
+
+    They inherit that it is ignored; the parent, which ends them, does so only meanwhile.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no handler can be set, none is Python's to be inherited
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _begin_worker(parent: int) -> None:
-    # Ctrl-C reaches all processes of a terminal: the parent ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
         # A parent that is killed cannot end its workers, and they would wait for work for ever.
         ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
