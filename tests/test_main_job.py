@@ -43,7 +43,9 @@ def test_every_row_of_the_real_corpus_is_accounted_for(tmp_path):
         pytest.skip(f"the corpus is not at {CORPUS}")
     source, tokenizer = str(CORPUS / "webinstruct_dev"), str(CORPUS / "led_tokenizer")
     printed = run("lfm", "prepare", source, "--tokenizer", tokenizer, "--out", str(tmp_path / "web"))
-    numbers = re.search(r"([\d,]+) rows = ([\d,]+) packed \+ ([\d,]+) dropped", printed).groups()
-    rows, packed, dropped = (int(number.replace(",", "")) for number in numbers)
-    assert rows == 96_898 == packed + dropped
+    numbers = re.search(
+        r"([\d,]+) rows = ([\d,]+) packed \+ ([\d,]+) for validation \+ ([\d,]+) dropped", printed
+    ).groups()
+    rows, packed, held_out, dropped = (int(number.replace(",", "")) for number in numbers)
+    assert rows == 96_898 == packed + held_out + dropped
     run("lfm", "verify", str(tmp_path / "web"))
