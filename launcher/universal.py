@@ -50,6 +50,7 @@ def convert(checkpoint: Path, target: Path) -> None:
     Raises `ConfigurationError` where no step has been taken yet, and `RuntimeError` where DeepSpeed's converter fails.
     """
     optimizer_file = min(checkpoint.glob("*optim_states.pt"))
+    # DeepSpeed's states are pickles of its own classes; this one has just been found to be what the manifest says.
     optimizer = torch.load(optimizer_file, weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
     if not optimizer["optimizer_state_dict"]["state"]:
         raise ConfigurationError(

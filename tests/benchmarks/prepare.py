@@ -182,7 +182,9 @@ def datatrove_pipeline(rows: pl.DataFrame, options: argparse.Namespace, folder: 
         ),
     ]
     begun = time.perf_counter()
-    LocalPipelineExecutor(pipeline, tasks=options.workers, workers=options.workers).run()
+    LocalPipelineExecutor(
+        pipeline, tasks=options.workers, workers=options.workers, logging_dir=str(folder / "datatrove-logs")
+    ).run()
     return time.perf_counter() - begun
 
 

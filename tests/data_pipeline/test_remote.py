@@ -69,7 +69,6 @@ def test_a_store_in_memory_is_read(folder, cache):
     assert digest(ShardFolder(url_of(folder), cache=cache)) == reference  # under another name, from the same cache
 
 
-@pytest.mark.skipif(find_spec("aiohttp") is None, reason="aiohttp is not there: install 'fsspec[http]'")
 def test_a_store_behind_http_is_read(folder, cache):
     reference = digest(ShardFolder(folder))
 
