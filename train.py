@@ -15,23 +15,23 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.checkpoint import TrainState, load_checkpoint
-from launcher.checkpoint_saver import CheckpointSaver
+from launcher.checkpoints.checkpoint import TrainState, load_checkpoint
+from launcher.checkpoints.saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
-from launcher.data_source import open_run_data
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
-from launcher.guard import Guard, poison
-from launcher.model_source import build_model
-from launcher.monitor import Monitor
+from launcher.guarding.guard import Guard, poison
+from launcher.guarding.stopping import STOPPED_AT_A_SIGNAL, StopRequest
+from launcher.guarding.watchdog import Watchdog
 from launcher.plan import make_plan, share_plan
-from launcher.reduction import add_up
 from launcher.run_folder import RunFolder
-from launcher.schedule import learning_rate
-from launcher.stopping import STOPPED_AT_A_SIGNAL, StopRequest
-from launcher.validation import Validation, open_validation_data
-from launcher.watchdog import Watchdog
+from launcher.settings.data_source import open_run_data
+from launcher.settings.model_source import build_model
+from launcher.settings.schedule import learning_rate
+from launcher.watching.monitor import Monitor
+from launcher.watching.reduction import add_up
+from launcher.watching.validation import Validation, open_validation_data
 from model.loss import total_loss
 from model.metrics import count_tokens
 from model.moe import set_balancing_bias, updated_balancing_bias

@@ -14,17 +14,17 @@ import torch.distributed as dist
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoint import find_checkpoint, set_aside_later
+from launcher.checkpoints.checkpoint import find_checkpoint, set_aside_later
+from launcher.checkpoints.manifest import read_manifest
+from launcher.checkpoints.universal import keep_universal
 from launcher.config import RunConfig, load_run_config
-from launcher.data_source import open_run_data
-from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
-from launcher.manifest import read_manifest
-from launcher.model_source import model_config
 from launcher.run_folder import RunFolder
-from launcher.universal import keep_universal
-from launcher.validation import open_validation_data
+from launcher.settings.data_source import open_run_data
+from launcher.settings.deepspeed_config import resolve_deepspeed_config
+from launcher.settings.model_source import model_config
+from launcher.watching.validation import open_validation_data
 from model.configuration import LiquidConfig, own_fields
 
 

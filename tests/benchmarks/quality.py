@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a sc
 
 from launcher.config import RunConfig
 from launcher.errors import one_sentence_errors
-from launcher.schedule import learning_rate
+from launcher.settings.schedule import learning_rate
 from tests.benchmarks.quality_data import (
     CURVE_BATCHES,
     TOKENS_PER_STEP,
@@ -75,7 +75,7 @@ def train(run: Run, corpus: Path) -> dict:
     """Train and measure one model; returns what its JSON file holds."""
     memory_before = process_memory("VmRSS")
     validation, stream = validation_batches(corpus), training_stream(corpus)
-    trainee = Trainee(run.variant, stream.folder.vocab_size, run.seed)
+    trainee = Trainee(run.variant, stream.data.vocab_size, run.seed)
     schedule = RunConfig(
         max_steps=run.steps, learning_rate=run.learning_rate, warmup_steps=max(1, round(0.05 * run.steps))
     )

@@ -296,10 +296,10 @@ def measure_speed(stream: BatchStream, steps: int) -> dict:
     batches = [stream.next_step()[0] for _ in range(8)]
     others = [name for name in VARIANTS if name != "tiny"]
     for dtype, names in (("bfloat16", others), ("float32", others[:2])):
-        tiny = Trainee("tiny", stream.folder.vocab_size, 0, getattr(torch, dtype))
+        tiny = Trainee("tiny", stream.data.vocab_size, 0, getattr(torch, dtype))
         result[dtype] = {}
         for name in names:
-            other = Trainee(name, stream.folder.vocab_size, 0, getattr(torch, dtype))
+            other = Trainee(name, stream.data.vocab_size, 0, getattr(torch, dtype))
             result[dtype][name] = timing = step_times(tiny, other, batches, steps)
             print(f"speed: {name}, {dtype}: {timing['ratio']:.3f} of tiny's step time", flush=True)
     return result

@@ -12,7 +12,7 @@ from data_pipeline.checking.inspection import choose_rows, collect_statistics, r
 from data_pipeline.checking.inspection_plots import save_histograms
 from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
-from launcher.folder_commands import add_inspect, add_verify
+from launcher.commands.shard_folders import add_inspect, add_verify
 
 
 @pytest.fixture(scope="module")

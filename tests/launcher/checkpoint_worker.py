@@ -16,7 +16,7 @@ from unittest.mock import patch
 import torch.distributed as dist
 
 import train
-from launcher.checkpoint_saver import CheckpointSaver, FileWriter
+from launcher.checkpoints.saver import CheckpointSaver, FileWriter
 from launcher.errors import one_sentence_errors
 
 LEFT_FREE = 30_000  # bytes: enough for some of a checkpoint's files
@@ -63,7 +63,7 @@ def kill_before(name: str):
 
     @contextmanager
     def fault(saver: CheckpointSaver) -> Iterator[None]:
-        patch(f"launcher.checkpoint_saver.{name}", lambda *_: os.kill(os.getpid(), signal.SIGKILL)).start()
+        patch(f"launcher.checkpoints.saver.{name}", lambda *_: os.kill(os.getpid(), signal.SIGKILL)).start()
         yield
 
     return fault

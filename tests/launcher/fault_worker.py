@@ -11,7 +11,7 @@ import time
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-import launcher.watchdog
+import launcher.guarding.watchdog
 import train
 from launcher.errors import one_sentence_errors
 
@@ -67,7 +67,7 @@ def main() -> int:
     arguments, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     if options.get("claim_fp16"):
         get_accelerator().is_fp16_supported = lambda: True
-    launcher.watchdog.GRACE = options.get("grace", launcher.watchdog.GRACE)
+    launcher.guarding.watchdog.GRACE = options.get("grace", launcher.guarding.watchdog.GRACE)
     build_with_faults(options.get("faults", []))
     with one_sentence_errors():
         return train.main(arguments)

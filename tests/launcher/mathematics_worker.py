@@ -15,7 +15,7 @@ from deepspeed.utils import groups, safe_get_full_grad
 import model.loss
 import train
 from data_pipeline.loading.loader import BatchStream
-from launcher.export import _with_fused_experts
+from launcher.export.export import _with_fused_experts
 
 STEPS = 10
 GRADIENTS_OF = (1, 2)

@@ -12,11 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
-from launcher.activation_monitor import ActivationMonitor, Statistics
 from launcher.config import RunConfig, load_run_config
 from launcher.errors import ConfigurationError
-from launcher.gradient_norms import GROUPS, group_of
-from launcher.model_source import build_model
+from launcher.settings.model_source import build_model
+from launcher.watching.activation_monitor import ActivationMonitor, Statistics
+from launcher.watching.gradient_norms import GROUPS, group_of
 from model.loss import total_loss
 from model.metrics import count_tokens
 

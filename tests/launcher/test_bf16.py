@@ -13,10 +13,10 @@ import torch
 import train
 from data_pipeline.loading.reader import ShardFolder
 from launcher.config import load_run_config
-from launcher.deepspeed_config import resolve_deepspeed_config
+from launcher.settings.deepspeed_config import resolve_deepspeed_config
 from launcher.engine import build_engine, start_process_group
 from launcher.environment import detect_environment, export_for_torch
-from launcher.model_source import build_model
+from launcher.settings.model_source import build_model
 from model.moe import balancing_bias, choose_experts, set_balancing_bias, updated_balancing_bias
 
 steps, rate = int(sys.argv[1]), float(sys.argv[2])

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from launcher.checkpoint import TrainState, find_checkpoint, read_train_state
-from launcher.checkpoint_saver import delete_old
-from launcher.manifest import write_manifest
+from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, read_train_state
+from launcher.checkpoints.manifest import write_manifest
+from launcher.checkpoints.saver import delete_old
 from launcher.run_folder import RunFolder
 
 STEPS = 12

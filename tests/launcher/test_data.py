@@ -6,10 +6,10 @@ from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoint import read_manifest
+from launcher.checkpoints.checkpoint import read_manifest
 from launcher.config import WeightedData, load_run_config
-from launcher.data_source import open_run_data
 from launcher.errors import ConfigurationError
+from launcher.settings.data_source import open_run_data
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from launcher.config import DEFAULT_CONFIG, load_run_config
-from launcher.deepspeed_config import resolve_deepspeed_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.settings.deepspeed_config import resolve_deepspeed_config
 
 ZERO3 = Path(__file__).parents[2] / "ds_configs" / "zero3.json"
 

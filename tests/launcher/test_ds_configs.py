@@ -8,8 +8,8 @@ import pytest
 import yaml
 from conftest import PROJECT, start
 
-from launcher.deepspeed_config import read_json
-from launcher.memory_estimate import (
+from launcher.settings.deepspeed_config import read_json
+from launcher.settings.memory_estimate import (
     Activations,
     Sizes,
     activations_table,

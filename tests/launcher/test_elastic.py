@@ -5,12 +5,12 @@ import shutil
 import pytest
 import torch
 
-from launcher.checkpoint import read_train_state
+from launcher.checkpoints.checkpoint import read_train_state
+from launcher.checkpoints.manifest import find_fault
+from launcher.checkpoints.universal import convert, keep_universal
 from launcher.errors import ConfigurationError
-from launcher.export import load_run
-from launcher.manifest import find_fault
+from launcher.export.export import load_run
 from launcher.run_folder import RunFolder
-from launcher.universal import convert, keep_universal
 
 STEPS, LEFT_AT = 12, 4
 COMMON = [f"schedule.steps={STEPS}", "checkpoint_every=2", "keep_checkpoints=10", "global_batch_rows=4"]

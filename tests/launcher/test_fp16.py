@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 import torch
 
-from launcher.export import load_run
+from launcher.export.export import load_run
 
 SETTLED, STEPS = 19, 24
 

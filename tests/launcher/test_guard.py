@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher.checkpoint import read_train_state
+from launcher.checkpoints.checkpoint import read_train_state
 from launcher.errors import ConfigurationError
-from launcher.guard import Guard, is_spike
+from launcher.guarding.guard import Guard, is_spike
 
 ROWS = 4  # in a step
 KEEP_ALL = ["expert_parallel_size=2", "micro_batch_rows=1", "checkpoint_every=1", "keep_checkpoints=20"]

@@ -18,8 +18,8 @@ from launcher.cli import main as lfm
 from launcher.config import load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
-from launcher.expert_load import CELL, load_image
-from launcher.throughput import TokenFlops, peak_flops, token_flops, utilisation
+from launcher.watching.expert_load import CELL, load_image
+from launcher.watching.throughput import TokenFlops, peak_flops, token_flops, utilisation
 from model import LiquidConfig, LiquidForCausalLM
 
 STEPS = 6

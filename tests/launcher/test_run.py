@@ -12,10 +12,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.loading.reader import ShardFolder
-from launcher.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.cli import main as lfm
 from launcher.errors import ConfigurationError
-from launcher.export import load_run
+from launcher.export.export import load_run
 from launcher.run_folder import RunFolder
 from model.moe import balancing_bias
 

@@ -17,11 +17,11 @@ from mathematics_worker import GLOBAL_ROWS, GRADIENTS_OF, MICRO_ROWS, STEPS, UNL
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
-from launcher.checkpoint import TrainState
+from launcher.checkpoints.checkpoint import TrainState
 from launcher.config import RunConfig, load_run_config
-from launcher.export import load_run
-from launcher.model_source import build_model
-from launcher.schedule import learning_rate
+from launcher.export.export import load_run
+from launcher.settings.model_source import build_model
+from launcher.settings.schedule import learning_rate
 from model.loss import total_loss
 from model.metrics import count_tokens, load_max_over_mean
 from model.moe import balancing_bias, set_balancing_bias, updated_balancing_bias

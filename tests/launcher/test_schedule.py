@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from launcher.config import RunConfig, Schedule
-from launcher.schedule import learning_rate
+from launcher.settings.schedule import learning_rate
 
 
 @pytest.mark.parametrize(("cycles", "multiplier", "first"), [(1, 1.0, 90), (3, 1.0, 30), (2, 2.0, 30)])

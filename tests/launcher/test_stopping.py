@@ -10,7 +10,7 @@ import time
 import psutil
 import pytest
 
-from launcher.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.environment import free_port
 from launcher.run_folder import RunFolder
 

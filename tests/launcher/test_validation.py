@@ -16,13 +16,13 @@ from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoint import read_train_state
+from launcher.checkpoints.checkpoint import read_train_state
 from launcher.config import load_run_config
-from launcher.data_source import open_run_data
 from launcher.errors import ConfigurationError
-from launcher.export import load_run
-from launcher.model_source import build_model
-from launcher.validation import Validation, _sequence_sums, open_validation_data, score_tokens
+from launcher.export.export import load_run
+from launcher.settings.data_source import open_run_data
+from launcher.settings.model_source import build_model
+from launcher.watching.validation import Validation, _sequence_sums, open_validation_data, score_tokens
 
 STEPS = 4
 REPEATS = """
@@ -30,12 +30,12 @@ import gc, json, sys
 import torch
 import train
 from launcher.config import load_run_config
-from launcher.data_source import open_run_data
-from launcher.deepspeed_config import resolve_deepspeed_config
+from launcher.settings.data_source import open_run_data
+from launcher.settings.deepspeed_config import resolve_deepspeed_config
 from launcher.engine import build_engine, start_process_group
 from launcher.environment import detect_environment, export_for_torch
-from launcher.model_source import build_model
-from launcher.validation import Validation, open_validation_data
+from launcher.settings.model_source import build_model
+from launcher.watching.validation import Validation, open_validation_data
 
 options = train.parse_arguments(sys.argv[1:])
 environment = detect_environment()

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from launcher.checkpoint import TrainState, complete_checkpoints
+from launcher.checkpoints.checkpoint import TrainState, complete_checkpoints
+from launcher.checkpoints.manifest import describe_durably, read_manifest, write_manifest
 from launcher.errors import ConfigurationError
-from launcher.manifest import describe_durably, read_manifest, write_manifest
 from launcher.run_folder import RunFolder, replace_text, sync_folder
 
 

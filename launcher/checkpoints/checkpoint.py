@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from launcher.checkpoints.manifest import MANIFEST, find_fault, read_manifest
 from launcher.errors import ConfigurationError
-from launcher.manifest import MANIFEST, find_fault, read_manifest
 from launcher.run_folder import RunFolder
 from model import LiquidForCausalLM
 from model.loss import RunningMeans

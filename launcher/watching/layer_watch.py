@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from launcher.activation_monitor import ActivationMonitor
 from launcher.config import Watching
-from launcher.gradient_norms import gradient_norms
+from launcher.watching.activation_monitor import ActivationMonitor
+from launcher.watching.gradient_norms import gradient_norms
 
 
 class LayerWatch:

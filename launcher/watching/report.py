@@ -5,7 +5,6 @@ Imports stand inside the functions: `lfm --help` must not wait for matplotlib.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
@@ -46,23 +45,6 @@ STYLE = (
     "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
     "pre{background:#f6f6f6;padding:1em;overflow:auto}img{image-rendering:pixelated;min-width:240px}"
 )
-
-
-def add_report(commands) -> None:
-    """Add `lfm report RUN` to the commands."""
-    about = "Write one HTML page of a run: its curves, expert load, sampled answers and environment."
-    parser = commands.add_parser(
-        "report", help=about, description=about, epilog="example: lfm report runs/sample",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", default=argparse.SUPPRESS, help="the file to write (default: report.html in RUN)")
-    parser.set_defaults(run=_report)
-
-
-def _report(options) -> None:
-    run = Path(options.run_folder)
-    print(f"the report is in {write_report(run, Path(getattr(options, 'out', run / 'report.html')))}")
 
 
 def write_report(run: Path, out: Path) -> Path:
@@ -138,7 +120,7 @@ def _short(tag: str) -> str:
 def _expert_load(events, tags) -> list[str]:
     if "moe/load" not in tags["images"]:
         return []
-    from launcher.expert_load import LEGEND
+    from launcher.watching.expert_load import LEGEND
 
     image = events.Images("moe/load")[-1]
     data = base64.b64encode(image.encoded_image_string).decode()

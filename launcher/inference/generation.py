@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
 from launcher.errors import ConfigurationError
-from launcher.export import load_run
+from launcher.export.export import load_run
 from model import LiquidForCausalLM
 
 

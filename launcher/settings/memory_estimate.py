@@ -1,4 +1,4 @@
-"""How much memory a GPU needs: `python -m launcher.memory_estimate` prints the tables of ds_configs/README.md.
+"""How much memory a GPU needs: `python -m launcher.settings.memory_estimate` prints the tables of ds_configs/README.md.
 
 Model states by DeepSpeed's own estimators, corrected for experts that spread over ranks; what ZeRO-3 gathers and both
 stages' buckets, as the JSON limits them; activations as the model saves them, counted on a narrow piece of it.
@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from launcher.deepspeed_config import read_json
+from launcher.settings.deepspeed_config import read_json
 from model import LiquidConfig, LiquidForCausalLM
 from model.loss import CHUNK_TOKENS
 from model.moe import Experts

@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from launcher.answers import SampledAnswer, answers_as_text
 from launcher.config import RunConfig
-from launcher.expert_load import LEGEND, load_image
-from launcher.layer_watch import LayerWatch
-from launcher.profiler import StepProfiler
-from launcher.step_timer import StepTimer
-from launcher.throughput import peak_flops, token_flops, utilisation
-from launcher.validation import ValidationResult
+from launcher.watching.answers import SampledAnswer, answers_as_text
+from launcher.watching.expert_load import LEGEND, load_image
+from launcher.watching.layer_watch import LayerWatch
+from launcher.watching.profiler import StepProfiler
+from launcher.watching.step_timer import StepTimer
+from launcher.watching.throughput import peak_flops, token_flops, utilisation
+from launcher.watching.validation import ValidationResult
 from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN
 from model.metrics import load_max_over_mean
 

@@ -24,7 +24,7 @@ def group_of(name: str) -> str:
         # `attention_norm.weight` and `norm.weight` are both norms.
         if any(part in f".{name}" for part in parts):
             return group
-    raise ValueError(f"the parameter {name} is in no group; launcher/gradient_norms.py names them")
+    raise ValueError(f"the parameter {name} is in no group; launcher/watching/gradient_norms.py names them")
 
 
 @torch.no_grad()

@@ -18,11 +18,11 @@ from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.reader import RowReader
 from data_pipeline.loading.remote import is_remote
-from launcher.answers import SampledAnswer, choose_questions, sample_answers
 from launcher.config import RunConfig
-from launcher.data_source import shard_cache
 from launcher.errors import ConfigurationError
-from launcher.reduction import add_up
+from launcher.settings.data_source import shard_cache
+from launcher.watching.answers import SampledAnswer, choose_questions, sample_answers
+from launcher.watching.reduction import add_up
 
 FOLDER = "validation"  # where `lfm prepare --validation-share` puts the held-out rows
 TOP = 5

@@ -10,9 +10,16 @@ from pathlib import Path
 
 import torch
 
-from launcher.checkpoint import universal_folder
+from launcher.checkpoints.checkpoint import universal_folder
+from launcher.checkpoints.manifest import (
+    MANIFEST,
+    describe_durably,
+    files_of,
+    find_fault,
+    read_manifest,
+    write_manifest,
+)
 from launcher.errors import ConfigurationError
-from launcher.manifest import MANIFEST, describe_durably, files_of, find_fault, read_manifest, write_manifest
 
 
 def keep_universal(checkpoint: Path) -> tuple[Path, bool]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.cleaning.clean import clean_text
 from launcher.errors import ConfigurationError
-from launcher.generation import answer
+from launcher.inference.generation import answer
 from model import LiquidForCausalLM
 
 

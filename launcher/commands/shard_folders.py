@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.commands.parsing import command
+
 
 def add_verify(commands) -> None:
     """Add `lfm verify DIR` to the commands."""
-    parser = _command(
+    parser = command(
         commands, "verify", _verify,
         "Recount and rehash a shard folder with all processors, and name every bad file.", "lfm verify data/sample",
     )  # fmt: skip
@@ -27,7 +29,7 @@ def add_verify(commands) -> None:
 
 def add_inspect(commands) -> None:
     """Add `lfm inspect DIR` to the commands."""
-    parser = _command(
+    parser = command(
         commands, "inspect", _inspect, "Show a shard folder's numbers, lengths, fill and sources, and rows as text.",
         "lfm inspect data/sample --rows 3 --png histograms.png",
     )  # fmt: skip
@@ -88,12 +90,3 @@ def _bytes_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
         total=total, desc=description, unit="B", unit_scale=True, leave=False, disable=not sys.stderr.isatty()
     ) as bar:
         yield bar.update
-
-
-def _command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name, help=help, description=help, epilog=f"example: {epilog}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
-    parser.set_defaults(run=run)
-    return parser

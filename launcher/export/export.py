@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from launcher.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.universal import convert
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
-from launcher.universal import convert
 from model import LiquidConfig, LiquidForCausalLM
 
 # What an export consists of; a folder with anything else in it is not replaced.

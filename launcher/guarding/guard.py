@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError, TrainingError
 from launcher.run_folder import RunFolder
@@ -21,8 +21,8 @@ from launcher.run_folder import RunFolder
 if TYPE_CHECKING:  # reading this module must not wait for DeepSpeed
     import deepspeed
 
-    from launcher.checkpoint_saver import CheckpointSaver
-    from launcher.monitor import Monitor
+    from launcher.checkpoints.saver import CheckpointSaver
+    from launcher.watching.monitor import Monitor
 
 ROLLBACKS = 3  # in a row from one checkpoint; where they do not help, the weights are to blame and not the rows
 # Of the median: the least that a deviation counts as, so that a loss that hardly moves does not spike at every breath.

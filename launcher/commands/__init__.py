@@ -1,0 +1,1 @@
+"""The commands of `lfm`, one file each: options, help, and what is printed."""
