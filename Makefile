@@ -45,7 +45,7 @@ test-all: $(EXTRAS)
 	python -m pytest -m "slow or cluster or extra" $(PYTEST_OPTIONS)
 
 $(EXTRAS): $(STAMP)
-	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,mpi]'
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,mpi,tools]'
 	@touch $@
 
 lint: setup
