@@ -65,6 +65,9 @@ export HF_HUB_OFFLINE=1
 # NCCL says why a connection fails, rather than only that one did.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 if [[ -n ${LFM_INTERFACE:-} ]]; then
+    for name in ${LFM_INTERFACE//,/ }; do
+        grep -q "^ *$name:" /proc/net/dev || fail "LFM_INTERFACE names $name, which $(hostname) does not have; ip -brief addr lists what it has"
+    done
     export NCCL_SOCKET_IFNAME=$LFM_INTERFACE GLOO_SOCKET_IFNAME=$LFM_INTERFACE
 fi
 # Variables of another launcher, from the shell that called sbatch, would name a wrong rank.

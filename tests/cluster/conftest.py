@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import Job, Submitter, curves
+from jobs import STEPS, Submitter, curves
 from virtual_cluster import VirtualCluster, what_is_missing
 
 PROJECT = Path(__file__).parents[2]
@@ -36,11 +35,10 @@ MODEL = {
     "embedding_components": 16,
     "embedding_temperature": 1.0,
 }
-STEPS = 30
 RUN = {
     "max_steps": STEPS,
     "checkpoint_every": 6,
-    "global_batch_rows": 64,
+    "global_batch_rows": 32,
     "micro_batch_rows": 8,
     "learning_rate": 0.003,
     "warmup_steps": 2,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from virtual_cluster import NODES, VirtualCluster
 
+STEPS = 24  # of the small run that the tests share
 COMMAND_SECONDS = 30  # a SLURM command that waits for ever must not take the suite with it
 
 
@@ -25,7 +25,8 @@ class Submitter:
     def __call__(self, script: str, *arguments: str, options: list[str] = (), **environment: str) -> Job:
         """Submit `slurm/SCRIPT.sbatch` with `options` of sbatch."""
         command = ["sbatch", "--parsable", *options, f"slurm/{script}.sbatch", *arguments]
-        self.jobs.append(Job(self, self.slurm(*command, **environment).strip(), script))
+        name = next((option[11:] for option in options if option.startswith("--job-name=")), f"lfm-{script}")
+        self.jobs.append(Job(self, self.slurm(*command, **environment).strip(), name))
         return self.jobs[-1]
 
     def slurm(self, *command: str, **environment: str) -> str:
@@ -50,9 +51,9 @@ class Submitter:
 class Job:
     """A submitted job: its log, its state, and waiting for both."""
 
-    def __init__(self, submitter: Submitter, number: str, script: str) -> None:
+    def __init__(self, submitter: Submitter, number: str, name: str) -> None:
         self._submitter, self.number = submitter, number
-        self._log = submitter.project / f"lfm-{script}-{number}.out"
+        self._log = submitter.project / f"{name}-{number}.out"
 
     @property
     def log(self) -> str:
@@ -107,14 +108,27 @@ def curves(run: Path) -> dict[str, dict[int, float]]:
     return shown
 
 
-def processes_with(text: str) -> list[int]:
-    """The processes of this machine, its virtual nodes included, whose command line or environment has `text`."""
-    found = []
+def ranks_of(run: str) -> list[int]:
+    """The processes of this machine, its virtual nodes included, that train in a run folder, by rank."""
+    ranks = {}
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            facts = (process / "cmdline").read_bytes() + (process / "environ").read_bytes()
-        except OSError:
-            continue  # it has ended meanwhile
-        if text.encode() in facts and int(process.name) != os.getpid():
-            found.append(int(process.name))
-    return found
+        arguments = _read(process / "cmdline")
+        if arguments[1:3] == ["-u", "train.py"] and f"output={run}" in arguments:
+            variables = dict(line.split("=", 1) for line in _read(process / "environ") if "=" in line)
+            if "SLURM_PROCID" in variables:
+                ranks[int(variables["SLURM_PROCID"])] = int(process.name)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def processes_of(job: Job) -> list[int]:
+    """The processes that a job has started and left."""
+    processes = Path("/proc").glob("[0-9]*")
+    return [int(process.name) for process in processes if f"SLURM_JOB_ID={job.number}" in _read(process / "environ")]
+
+
+def _read(file: Path) -> list[str]:
+    """The lines of a file in /proc, which end in a zero; none where the process has ended meanwhile."""
+    try:
+        return file.read_text(errors="replace").split("\0")
+    except OSError:
+        return []

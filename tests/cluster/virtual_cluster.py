@@ -81,14 +81,24 @@ class VirtualCluster:
         self._run("ip", "link", "set", _cable(node), "up")
         spool = self.folder / "spool" / node
         spool.mkdir(parents=True, exist_ok=True)
-        command = ["nsenter", f"--net=/run/netns/{namespace}", "unshare", "--uts", "--ipc", "--mount", "--pid", "--fork"]
+        command = [
+            "nsenter",
+            f"--net=/run/netns/{namespace}",
+            "unshare",
+            "--uts",
+            "--ipc",
+            "--mount",
+            "--pid",
+            "--fork",
+        ]
         command += ["--kill-child", "--mount-proc", "--propagation", "private"]
+        command += ["bash", str(HERE / "boot_node.sh"), node, str(self.folder)]
+        variables = {"PATH": self.environment["PATH"], "SLURM_CONF": str(self.configuration)}
+        variables |= {"HOME": "/root", "LANG": "C.UTF-8"}
         with open(spool / "boot.log", "a") as log:
             process = subprocess.Popen(
-                [*command, "bash", str(HERE / "boot_node.sh"), node, str(self.folder)], stdin=subprocess.DEVNULL,
-                stdout=log, stderr=log, start_new_session=True,
-                env={"PATH": self.environment["PATH"], "HOME": "/root", "LANG": "C.UTF-8", "SLURM_CONF": str(self.configuration)},
-            )  # fmt: skip
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=variables
+            )
         (spool / "boot.pid").write_text(str(process.pid))
 
     def power_off(self, node: str) -> None:
@@ -168,7 +178,9 @@ def what_is_missing() -> str:
 def _is_of(process: Path, folder: Path) -> bool:
     """Whether /proc/PID lives, and its command names the folder; a number may have gone to another process since."""
     try:
-        return str(folder).encode() in (process / "cmdline").read_bytes()  # of a process that only awaits its parent: empty
+        return (
+            str(folder).encode() in (process / "cmdline").read_bytes()
+        )  # of a process that only awaits its parent: empty
     except OSError:
         return False
 
@@ -191,7 +203,12 @@ def _host_name() -> str:
 
 def main() -> None:
     cluster = VirtualCluster()
-    actions = {"start": cluster.start, "stop": cluster.stop, "power-off": cluster.power_off, "power-on": cluster.power_on}
+    actions = {
+        "start": cluster.start,
+        "stop": cluster.stop,
+        "power-off": cluster.power_off,
+        "power-on": cluster.power_on,
+    }
     match sys.argv[1:]:
         case ["start" | "stop" as action]:
             actions[action]()
