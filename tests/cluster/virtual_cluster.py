@@ -27,7 +27,7 @@ FOLDER = Path(tempfile.gettempdir()) / "lfm-cluster"  # a short path: those of s
 NETWORK = "10.91.0"
 BRIDGE = "lfmcluster0"
 NODES = ("node1", "node2")
-PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux libpmix2 openssl"
+PACKAGES = "slurmctld slurmd slurm-client munge iproute2 util-linux libpmix2"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "ip", "unshare", "nsenter")
 START_SECONDS = 60
 
