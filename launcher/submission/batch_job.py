@@ -17,9 +17,13 @@ import sys
 import time
 from pathlib import Path
 
+import yaml
+
 from launcher.errors import ConfigurationError, one_sentence_errors
 
 HANG, COMMUNICATION = 76, 77  # train.py's exit codes that are worth another start
+# As in launcher/config.py, which takes seconds to import, and a job may start often.
+DEFAULT_CONFIG, DEFAULT_OUTPUT = Path(__file__).parents[1] / "configs" / "sample.yaml", "runs/sample"
 FRUITLESS_STARTS = 3  # in a row, without a new checkpoint between them
 
 
@@ -140,22 +144,32 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def _run_folder(arguments: list[str]) -> str:
-    """The run folder as train.py will understand these arguments."""
-    from launcher.config import DEFAULT_CONFIG, load_run_config  # takes seconds, and the other questions do without
+def run_folder(arguments: list[str]) -> str:
+    """The run folder that train.py takes for these arguments, at whose key alone this looks: the rest it checks itself.
 
+    Raises `ConfigurationError` where the configuration cannot be read.
+    """
     parser = argparse.ArgumentParser(prog="train.py")
     parser.add_argument("--deepspeed_config")
     parser.add_argument("--config", default=DEFAULT_CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
-    return load_run_config(options.config, options.overrides).output
+    for override in reversed(options.overrides):
+        key, _, value = override.partition("=")
+        if key == "output":
+            return value
+    try:
+        content = yaml.safe_load(Path(options.config).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"cannot read {options.config}: {reason}; name a YAML file with --config") from error
+    return str((content if isinstance(content, dict) else {}).get("output", DEFAULT_OUTPUT))
 
 
 def main(arguments: list[str]) -> str:
     command, *rest = arguments
     if command == "folder":
-        return _run_folder(rest)
+        return run_folder(rest)
     folder, *rest = rest
     attempts = Attempts(Path(folder), os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if command == "begins":

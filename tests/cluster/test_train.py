@@ -134,10 +134,3 @@ def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, confi
     assert "step 1/" not in job.log and "Traceback" not in job.log
     assert (project / output / "attempts.jsonl").exists()
     assert not (project / "stray").exists()
-
-
-def test_an_unknown_key_ends_a_job_before_its_step(submit, configured):
-    job = submit("train", *configured, "lerning_rate=1")
-    assert job.wait_until("FAILED", "COMPLETED", seconds=30) == "FAILED"
-    assert "lerning_rate" in job.log and "learning_rate" in job.log
-    assert "srun" not in job.log

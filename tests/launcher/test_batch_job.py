@@ -8,7 +8,10 @@ import time
 
 import pytest
 
-from launcher.submission.batch_job import Attempts, begin, end
+from launcher.config import load_run_config
+from launcher.errors import ConfigurationError
+from launcher.submission.batch_job import Attempts, begin, end, run_folder
+from train import parse_arguments
 
 HOSTS = ["node1", "node2"]
 
@@ -93,8 +96,32 @@ def test_a_run_that_is_done_or_wrong_is_not_held(attempts):
     assert end(attempts, 0, "", HOSTS) == "done"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["max_steps=3"],
+        ["output=runs/a b; c", "max_steps=3"],
+        ["output=runs/a", "--config", "CONFIG", "output=runs/b=c"],
+        ["--config", "CONFIG"],
+        ["seed=1", "--config", "EMPTY"],
+    ],
+)
+def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
+    (tmp_path / "CONFIG").write_text("output: runs/named\nmax_steps: 3\n")
+    (tmp_path / "EMPTY").write_text("max_steps: 3\n")
+    words = [str(tmp_path / word) if word.isupper() else word for word in words]
+    options = parse_arguments(["--deepspeed_config", "x.json", *words])
+    expected = load_run_config(options.config, options.overrides).output
+    assert run_folder(["--deepspeed_config", "x.json", *words]) == expected
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence():
+    with pytest.raises(ConfigurationError, match=r"cannot read /nowhere.yaml: .*; name a YAML file with --config"):
+        run_folder(["--config", "/nowhere.yaml"])
+
+
 def test_the_batch_script_gets_one_word(tmp_path):
-    """The run folder is the one that train.py would take, and whatever importing prints stays out of the answer."""
     command = [sys.executable, "-m", "launcher.submission.batch_job"]
     arguments = ["--deepspeed_config", "ds_configs/zero3.json", "max_steps=3", f"output={tmp_path}/a b"]
     variables = {**os.environ, "SLURM_JOB_ID": "5"}
