@@ -28,11 +28,11 @@ FRUITLESS_STARTS = 3  # in a row, without a new checkpoint between them
 
 
 class Attempts:
-    """The starts and ends of batch jobs in a run folder: `attempts.jsonl`, a line for each."""
+    """The starts and ends of batch jobs in a run folder: `jobs.jsonl`, a line for each."""
 
     def __init__(self, folder: Path, job: str, restart: int) -> None:
         self.folder, self.job, self.restart = folder, job, restart
-        self._file = folder / "attempts.jsonl"
+        self._file = folder / "jobs.jsonl"
 
     def note(self, event: str, **facts) -> None:
         """Append a line: `begins` or `ended`, of this job, now, at the newest checkpoint."""
@@ -68,9 +68,7 @@ class Attempts:
 
     def _of_this_job(self) -> list[dict]:
         lines = self._file.read_text().splitlines() if self._file.exists() else []
-        # A power cut can leave half a line, whatever it was about to say.
-        whole = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [line for line in whole if line.get("job") == self.job and line.get("event") in ("begins", "ended")]
+        return [event for event in map(_event, lines) if event.get("job") == self.job]
 
 
 def begin(attempts: Attempts, hosts: list[str]) -> str:
@@ -94,8 +92,8 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
         verdict = "done"
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
-    elif cause == COMMUNICATION:
-        suspects = [host for host in status.get("suspect") or [] if host in hosts]
+    elif cause == COMMUNICATION or status.get("suspects"):
+        suspects = [host for host in status.get("suspects", ()) if host in hosts]
         _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
     elif cause == HANG or _has_hung(attempts):
@@ -109,6 +107,14 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
         return _hold(attempts, "ended", **facts)
     attempts.note("ended", verdict=verdict, **facts)
     return verdict
+
+
+def _event(line: str) -> dict:
+    """A line's facts; none where a power cut has left half of it, and the next start has written on."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}
 
 
 def _hold(attempts: Attempts, event: str, **facts) -> str:
@@ -154,15 +160,14 @@ def run_folder(arguments: list[str]) -> str:
     parser.add_argument("--config", default=DEFAULT_CONFIG)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args(arguments)
-    for override in reversed(options.overrides):
-        key, _, value = override.partition("=")
-        if key == "output":
-            return value
+    given = [value for key, _, value in (override.partition("=") for override in options.overrides) if key == "output"]
     try:
+        if given:
+            return str(yaml.safe_load(given[-1]))
         content = yaml.safe_load(Path(options.config).read_text())
     except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"cannot read {options.config}: {reason}; name a YAML file with --config") from error
+        where = f"output={given[-1]}" if given else f"the file of --config, {options.config}"
+        raise ConfigurationError(f"cannot read {where}: {' '.join(str(error).split())}; mend it") from error
     return str((content if isinstance(content, dict) else {}).get("output", DEFAULT_OUTPUT))
 
 

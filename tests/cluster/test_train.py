@@ -64,7 +64,7 @@ def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, un
     assert "resuming from runs/dark/checkpoints/step-00000012" in job.log
     assert "restart 2: 2 ranks" in job.log
     assert curves(project / "runs" / "dark") == undisturbed
-    attempts = [json.loads(line) for line in (project / "runs" / "dark" / "attempts.jsonl").read_text().splitlines()]
+    attempts = [json.loads(line) for line in (project / "runs" / "dark" / "jobs.jsonl").read_text().splitlines()]
     assert [line["event"] for line in attempts] == ["begins"] * 3 + ["ended"]
 
 
@@ -97,7 +97,7 @@ def test_three_starts_without_a_checkpoint_hold_the_job(submit, project, configu
     folder = project / "runs" / "fruitless"
     folder.mkdir(parents=True)
     start = {"event": "begins", "job": job.number, "restart": 0, "time": 0, "checkpoint": None}
-    (folder / "attempts.jsonl").write_text(2 * (json.dumps(start) + "\n"))
+    (folder / "jobs.jsonl").write_text(2 * (json.dumps(start) + "\n"))
     submit.slurm("scontrol", "release", job.number)
     job.wait_for("restart 0: 2 ranks")
     submit.slurm("scancel", "--batch", "--signal=USR1", job.number)  # before the ranks can save anything
@@ -132,5 +132,5 @@ def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, confi
     assert job.wait_until("FAILED", "COMPLETED") == "FAILED"
     assert "error: global_batch_rows" in job.log
     assert "step 1/" not in job.log and "Traceback" not in job.log
-    assert (project / output / "attempts.jsonl").exists()
+    assert (project / output / "jobs.jsonl").exists()
     assert not (project / "stray").exists()

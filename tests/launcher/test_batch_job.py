@@ -38,9 +38,10 @@ def status(attempts: Attempts, state: str, **facts) -> None:
         ("failed", {}, 1, "", "fail"),
         ("failed", {}, 1, "USR1", "fail"),
         ("failed", {"exit_code": 76}, 137, "", "retry"),
-        ("failed", {"exit_code": 77, "suspect": ["node2"]}, 137, "", "retry node2"),
-        ("failed", {"exit_code": 77, "suspect": ["elsewhere; touch x"]}, 137, "", "retry"),
+        ("failed", {"exit_code": 77, "suspects": ["node2"]}, 137, "", "retry node2"),
+        ("failed", {"exit_code": 77, "suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
         ("failed", {"exit_code": 77}, 137, "", "retry"),
+        ("failed", {"suspects": ["node1"]}, 143, "", "retry node1"),
         ("running", {}, 137, "", "fail"),
         ("running", {}, 76, "", "retry"),
         ("done", {"restart": 0}, 1, "", "fail"),  # an earlier attempt's
@@ -78,7 +79,7 @@ def test_three_starts_without_a_new_checkpoint_are_the_last(attempts):
         assert end(attempts, 76, "", HOSTS) == "retry"
     other = Attempts(attempts.folder, "8", 0)
     assert begin(other, HOSTS) == "go"  # another job counts for itself
-    with open(attempts.folder / "attempts.jsonl", "a") as file:
+    with open(attempts.folder / "jobs.jsonl", "a") as file:
         file.write('{"event": "beg\n')  # a power cut
     assert begin(attempts, HOSTS) == "go"
     assert end(attempts, 76, "", HOSTS) == "hold"
@@ -105,6 +106,7 @@ def test_a_run_that_is_done_or_wrong_is_not_held(attempts):
         ["output=runs/a", "--config", "CONFIG", "output=runs/b=c"],
         ["--config", "CONFIG"],
         ["seed=1", "--config", "EMPTY"],
+        ["output='runs/in quotes'"],
     ],
 )
 def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
@@ -117,7 +119,7 @@ def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
 
 
 def test_a_configuration_that_is_not_there_is_one_sentence():
-    with pytest.raises(ConfigurationError, match=r"cannot read /nowhere.yaml: .*; name a YAML file with --config"):
+    with pytest.raises(ConfigurationError, match=r"cannot read the file of --config, /nowhere.yaml: .*; mend it"):
         run_folder(["--config", "/nowhere.yaml"])
 
 
