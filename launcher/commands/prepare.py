@@ -62,7 +62,8 @@ def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
 
-    signal.signal(signal.SIGTERM, _end)
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # USR1 is how a batch script asks
+        signal.signal(number, _end)
     is_sample = options.source == ["sample"]
     settings = Settings(
         tokenizer=options.tokenizer or ("train" if is_sample else LED),

@@ -1,0 +1,1 @@
+"""Jobs on a SLURM cluster: calls of sbatch, and what the batch scripts ask."""

@@ -1,0 +1,84 @@
+"""A sweep: one array job, a run folder for each combination of values, and one table of them all."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from launcher.errors import ConfigurationError
+from launcher.submission.sbatch import Submission, check_setting, of_script, site_options
+
+LOSSES = {"train loss": "train/loss", "held-out loss": "validation/cross_entropy"}
+
+
+def sweep(
+    settings: list[str], arguments: list[str], output: Path, site: dict[str, str], options: list[str]
+) -> tuple[list[list[str]], Submission]:
+    """The overrides of each run, and the array job that trains them.
+
+    settings: `key=value,value` each; every value of one meets every value of the others. output: the folder of them all.
+    """
+    keys, values = zip(*map(check_setting, settings), strict=True)
+    runs = []
+    for chosen in itertools.product(*values):
+        overrides = [f"{key}={value}" for key, value in zip(keys, chosen, strict=True)]
+        runs.append([*overrides, f"output={output / ','.join(overrides).replace('/', '_')}"])
+    job = of_script("train", arguments, site, [*options, f"--array=0-{len(runs) - 1}"])
+    job.variables["LFM_SWEEP"] = str(output / "sweep")
+    return runs, job
+
+
+def write_runs(runs: list[list[str]], output: Path) -> None:
+    """A file for each run with its overrides, a line each, which `slurm/train.sbatch` reads by the array task's number."""
+    folder = output / "sweep"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    for number, overrides in enumerate(runs):
+        (folder / str(number)).write_text("".join(f"{override}\n" for override in overrides))
+
+
+def table_job(output: Path, site: dict[str, str], array: str) -> Submission:
+    """The job that writes `table.md` when all runs of an array have ended, well or not."""
+    command = shlex.join([sys.executable, "-m", "launcher.cli", "submit", "--table", str(output)])
+    options = [f"--dependency=afterany:{array}", "--job-name=lfm-table", "--ntasks=1", "--time=00:30:00"]
+    return Submission([f"--wrap={command}"], [*site_options(site), *options, "--output=%x-%j.out"])
+
+
+def table(output: Path) -> str:
+    """One line for each run of a sweep, as Markdown: its settings, state, step and last losses.
+
+    Raises `ConfigurationError` where the folder is no sweep's.
+    """
+    files = sorted((output / "sweep").glob("[0-9]*"), key=lambda file: int(file.name))
+    if not files:
+        raise ConfigurationError(
+            f"{output} is no sweep's folder (it has no sweep/0); name the output of lfm submit --sweep"
+        )
+    rows = []
+    for file in files:
+        *overrides, place = file.read_text().splitlines()
+        run = Path(place.removeprefix("output="))
+        rows.append([override.partition("=")[2] for override in overrides] + _facts(run))
+    keys = [override.partition("=")[0] for override in overrides]
+    lines = [[*keys, "state", "step", *LOSSES], ["---"] * (len(keys) + 2 + len(LOSSES)), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _facts(run: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    status = run / "status.json"
+    if not status.exists():
+        return ["not started", *[""] * (1 + len(LOSSES))]
+    facts = json.loads(status.read_text())
+    losses = dict.fromkeys(LOSSES.values(), "")
+    if (run / "tensorboard").is_dir():
+        reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+        reader.Reload()
+        for tag in losses.keys() & reader.Tags()["scalars"]:
+            losses[tag] = f"{reader.Scalars(tag)[-1].value:.4f}"
+    return [facts["state"], str(facts["step"]), *losses.values()]

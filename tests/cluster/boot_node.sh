@@ -1,0 +1,17 @@
+#!/bin/bash
+# The first process of a node, in namespaces of its own: boot_node.sh NAME FOLDER
+set -euo pipefail
+name=$1 folder=$2
+
+hostname "$name"
+mount --bind "$folder/hosts" /etc/hosts
+mount --bind "$folder/nsswitch.conf" /etc/nsswitch.conf # names come from that file alone: no DNS is reached from here
+mount -t tmpfs tmpfs /dev/shm
+mount -t tmpfs tmpfs "$folder/tmp" # PMIx keeps sockets there, and two nodes' must not meet
+
+trap 'exit 0' TERM
+slurmd -D -N "$name" -f "$folder/slurm.conf" &
+while true; do # orphans come to the first process, which has to reap them
+    wait || true
+    sleep 1
+done

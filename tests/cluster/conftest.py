@@ -1,0 +1,110 @@
+"""A real cluster for the session, a copy of the project on it, and one run that nothing disturbed."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import yaml
+from jobs import STEPS, Submitter, curves
+from virtual_cluster import VirtualCluster, what_is_missing
+
+PROJECT = Path(__file__).parents[2]
+MODEL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "sliding_window": 16,
+    "deformable_taps": 3,
+    "deformable_range": 6,
+    "deformable_groups": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 16,
+    "memory_hidden_size": 12,
+    "memory_num_layers": 2,
+    "memory_stride": 4,
+    "memory_every": 2,
+    "embedding_components": 16,
+    "embedding_temperature": 1.0,
+}
+RUN = {
+    "max_steps": STEPS,
+    "checkpoint_every": 6,
+    "global_batch_rows": 32,
+    "micro_batch_rows": 8,
+    "learning_rate": 0.003,
+    "warmup_steps": 2,
+    "loss_on": "answer",
+    "expert_parallel_size": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    if reason := what_is_missing():
+        pytest.skip(reason)
+    with open(Path(tempfile.gettempdir(), "lfm-cluster.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one a machine
+        cluster = VirtualCluster()
+        try:
+            cluster.start()
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Path:
+    """What git knows of the working tree, as somebody's clone has it."""
+    folder = tmp_path_factory.mktemp("cluster") / "project"
+    command = ["git", "-C", str(PROJECT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (PROJECT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / name, folder / name)
+    return folder
+
+
+@pytest.fixture
+def submit(cluster, project):
+    """Submits batch scripts; what is left of their jobs when the test ends is cancelled, and dark nodes get power."""
+    submitter = Submitter(cluster, project, environment={"LFM_VENV": sys.prefix, "OMP_NUM_THREADS": "1"})
+    yield submitter
+    submitter.clear()
+
+
+@pytest.fixture(scope="session")
+def data(project) -> Path:
+    """The sample as one process on this machine prepares it."""
+    command = [sys.executable, "-m", "launcher.cli", "prepare", "sample", "--seq-len", "64", "--out", "data/local"]
+    subprocess.run(command, cwd=project, capture_output=True, timeout=120, check=True)
+    return project / "data" / "local"
+
+
+@pytest.fixture(scope="session")
+def configured(project, data) -> list[str]:
+    """The arguments of `slurm/train.sbatch` for a small run; `output` is still to be named."""
+    settings = json.loads((project / "ds_configs" / "zero3.json").read_text())
+    del settings["fp16"]  # so that no run asks what this CPU can do
+    (project / "small.json").write_text(json.dumps(settings))
+    (project / "model.yaml").write_text(yaml.safe_dump(MODEL))
+    (project / "run.yaml").write_text(yaml.safe_dump({**RUN, "data": str(data), "model": "model.yaml"}))
+    return ["--deepspeed_config", "small.json", "--config", "run.yaml"]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, project, configured) -> dict[str, dict[int, float]]:
+    """The curves of a run of two ranks on one node, which no test meddles with."""
+    submitter = Submitter(cluster, project, environment={"LFM_VENV": sys.prefix, "OMP_NUM_THREADS": "1"})
+    job = submitter("train", *configured, "output=runs/undisturbed", options=["--nodes=1", "--ntasks-per-node=2"])
+    job.finish()
+    return curves(project / "runs" / "undisturbed")

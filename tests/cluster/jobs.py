@@ -1,0 +1,134 @@
+"""Jobs on the virtual cluster, as a user sees them: sbatch, squeue, a log, a run folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from virtual_cluster import NODES, VirtualCluster
+
+STEPS = 24  # of the small run that the tests share
+COMMAND_SECONDS = 30  # a SLURM command that waits for ever must not take the suite with it
+
+
+class Submitter:
+    """Calls `sbatch` in the project's folder, as a user would; `environment` is added to the shell's."""
+
+    def __init__(self, cluster: VirtualCluster, project: Path, environment: dict[str, str]) -> None:
+        self.cluster, self.project = cluster, project
+        self.environment = {**cluster.environment, **environment}
+        self.jobs: list[Job] = []
+
+    def __call__(self, script: str, *arguments: str, options: list[str] = (), **environment: str) -> Job:
+        """Submit `slurm/SCRIPT.sbatch` with `options` of sbatch."""
+        command = ["sbatch", "--parsable", *options, f"slurm/{script}.sbatch", *arguments]
+        name = next((option[11:] for option in options if option.startswith("--job-name=")), f"lfm-{script}")
+        self.jobs.append(Job(self, self.slurm(*command, **environment).strip(), name))
+        return self.jobs[-1]
+
+    def slurm(self, *command: str, **environment: str) -> str:
+        """What a SLURM command prints; fails the test where it fails."""
+        result = subprocess.run(
+            command, env={**self.environment, **environment}, cwd=self.project, capture_output=True, text=True,
+            timeout=COMMAND_SECONDS, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
+        return result.stdout
+
+    def clear(self) -> None:
+        """Cancel what is left, and bring every node back."""
+        for job in self.jobs:
+            if job.state() not in ("COMPLETED", "FAILED", "CANCELLED"):
+                self.slurm("scancel", job.number)
+        for node in NODES:
+            self.cluster.power_on_if_off(node)
+        self.cluster.wait_for_nodes()
+
+
+class Job:
+    """A submitted job: its log, its state, and waiting for both."""
+
+    def __init__(self, submitter: Submitter, number: str, name: str) -> None:
+        self._submitter, self.number = submitter, number
+        self._log = submitter.project / f"{name}-{number}.out"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace") if self._log.exists() else ""
+
+    def state(self) -> str:
+        """SLURM's word for it, as PENDING or RUNNING; of an array the least finished task's."""
+        command = ("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%T")
+        states = set(self._submitter.slurm(*command).split())
+        return next((state for state in ("PENDING", "RUNNING", "COMPLETING") if state in states), min(states))
+
+    def wait_for(self, text: str, seconds: float = 120) -> None:
+        """Return when the log has `text`; fails the test where the job ends before, or takes too long."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log:
+            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s in:\n{self.log}"
+            assert self.state() in ("PENDING", "RUNNING", "COMPLETING"), f"no {text!r} in:\n{self.log}"
+            time.sleep(0.2)
+
+    def wait_until(self, *states: str, seconds: float = 180) -> str:
+        """Return when the job is in one of SLURM's states, and which."""
+        deadline = time.monotonic() + seconds
+        while (state := self.state()) not in states:
+            assert time.monotonic() < deadline, f"{state} after {seconds} s:\n{self.log}"
+            time.sleep(0.2)
+        return state
+
+    def finish(self) -> None:
+        """Return when the job has ended well."""
+        assert self.wait_until("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", self.log
+
+    def scontrol(self, *changes: str) -> None:
+        """Change the job, as an administrator does."""
+        self._submitter.slurm("scontrol", "update", f"JobId={self.number}", *changes)
+
+
+def read_status(run: Path) -> dict:
+    """A run's `status.json`."""
+    return json.loads((run / "status.json").read_text())
+
+
+def curves(run: Path) -> dict[str, dict[int, float]]:
+    """What TensorBoard shows of a run but its speed, by tag and step; fails where a step has two points."""
+    reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    reader.Reload()
+    shown = {}
+    for tag in reader.Tags()["scalars"]:
+        if not tag.startswith("perf/"):
+            events = reader.Scalars(tag)
+            shown[tag] = {event.step: event.value for event in events}
+            assert len(shown[tag]) == len(events), f"{tag} has two points at one step"
+    return shown
+
+
+def ranks_of(run: str) -> list[int]:
+    """The processes of this machine, its virtual nodes included, that train in a run folder, by rank."""
+    ranks = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        arguments = _read(process / "cmdline")
+        if arguments[1:3] == ["-u", "train.py"] and f"output={run}" in arguments:
+            variables = dict(line.split("=", 1) for line in _read(process / "environ") if "=" in line)
+            if "SLURM_PROCID" in variables:
+                ranks[int(variables["SLURM_PROCID"])] = int(process.name)
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+def processes_of(job: Job) -> list[int]:
+    """The processes that a job has started and left."""
+    processes = Path("/proc").glob("[0-9]*")
+    return [int(process.name) for process in processes if f"SLURM_JOB_ID={job.number}" in _read(process / "environ")]
+
+
+def _read(file: Path) -> list[str]:
+    """The lines of a file in /proc, which end in a zero; none where the process has ended meanwhile."""
+    try:
+        return file.read_text(errors="replace").split("\0")
+    except OSError:
+        return []

@@ -1,0 +1,136 @@
+"""`sbatch slurm/train.sbatch` on two nodes: whatever ends a run, its curves are those of one that nothing disturbed."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from jobs import STEPS, curves, processes_of, ranks_of, read_status
+
+pytestmark = pytest.mark.cluster
+
+
+def test_two_nodes_give_the_losses_of_one(submit, project, configured, undisturbed):
+    """The experts are spread over both, so that every token crosses the network."""
+    job = submit("train", *configured, "output=runs/two-nodes", LFM_INTERFACE="eth0")
+    job.finish()
+    assert "2 ranks on node[1-2], master node1:" in job.log
+    assert set(undisturbed["train/loss"]) == set(range(1, STEPS + 1))
+    assert curves(project / "runs" / "two-nodes") == undisturbed
+
+
+def test_a_run_goes_on_after_its_time_limit(submit, project, configured, undisturbed):
+    job = submit("train", *configured, "output=runs/limited")
+    job.wait_for("step 8/")
+    ranks = ranks_of("runs/limited")
+    for rank in ranks:  # SLURM looks at the clock twice a minute, and the run would be through by then
+        os.kill(rank, signal.SIGSTOP)
+    job.scontrol("TimeLimit=2")  # minutes from the start, of which less than the 180 s of #SBATCH --signal are left
+    job.wait_for("got USR1")
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
+    job.wait_for("requeueing job")
+    assert read_status(project / "runs" / "limited")["state"] == "stopped"
+    job.wait_until("PENDING")
+    job.scontrol("TimeLimit=60")
+    job.finish()
+    assert "restart 1: 2 ranks" in job.log
+    assert curves(project / "runs" / "limited") == undisturbed
+
+
+def test_a_run_goes_on_after_a_more_urgent_job(submit, project, configured, undisturbed):
+    job = submit("train", *configured, "output=runs/preempted")
+    job.wait_for("step 8/")
+    urgent = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=sleep 2"]
+    submit.slurm("sbatch", *urgent)
+    job.wait_for("requeueing job")
+    assert read_status(project / "runs" / "preempted")["state"] == "stopped"
+    job.finish()
+    assert "restart 1: 2 ranks" in job.log
+    assert curves(project / "runs" / "preempted") == undisturbed
+
+
+def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, undisturbed):
+    """Of the node that only works, and then of the one that also runs the batch script."""
+    job = submit("train", *configured, "output=runs/dark")
+    for node, step in (("node2", 8), ("node1", 15)):
+        job.wait_for(f"step {step}/")
+        cluster.power_off(node)
+        job.wait_until("PENDING")
+        cluster.power_on(node)
+    job.finish()
+    assert "resuming from runs/dark/checkpoints/step-00000006" in job.log
+    assert "resuming from runs/dark/checkpoints/step-00000012" in job.log
+    assert "restart 2: 2 ranks" in job.log
+    assert curves(project / "runs" / "dark") == undisturbed
+    attempts = [json.loads(line) for line in (project / "runs" / "dark" / "jobs.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in attempts] == ["begins"] * 3 + ["ended"]
+
+
+def test_a_run_that_hangs_starts_again(submit, project, configured, undisturbed):
+    """Where rank 1 stands still, rank 0's watchdog ends the step; that srun had to kill the other must not matter."""
+    job = submit("train", *configured, "output=runs/hung", "step_timeout_seconds=8")
+    job.wait_for("step 8/")
+    os.kill(ranks_of("runs/hung")[1], signal.SIGSTOP)
+    job.wait_for("the run hung")
+    job.finish()
+    assert curves(project / "runs" / "hung") == undisturbed
+
+
+def test_a_killed_rank_ends_its_job_at_once(submit, configured):
+    job = submit("train", *configured, "output=runs/killed")
+    job.wait_for("step 8/")
+    os.kill(ranks_of("runs/killed")[1], signal.SIGKILL)
+    killed = time.monotonic()
+    while ranks_of("runs/killed"):
+        assert time.monotonic() - killed < 5
+        time.sleep(0.1)
+    assert job.wait_until("FAILED", "COMPLETED", "PENDING", seconds=30) == "FAILED"
+    assert "error: the run ended with code" in job.log
+    assert not processes_of(job)
+
+
+def test_three_starts_without_a_checkpoint_hold_the_job(submit, project, configured):
+    """Two of them are told of here, as two power cuts would have left them."""
+    job = submit("train", *configured, "output=runs/fruitless", options=["--hold"])
+    folder = project / "runs" / "fruitless"
+    folder.mkdir(parents=True)
+    start = {"event": "begins", "job": job.number, "restart": 0, "time": 0, "checkpoint": None}
+    (folder / "jobs.jsonl").write_text(2 * (json.dumps(start) + "\n"))
+    submit.slurm("scontrol", "release", job.number)
+    job.wait_for("restart 0: 2 ranks")
+    submit.slurm("scancel", "--batch", "--signal=USR1", job.number)  # before the ranks can save anything
+    job.wait_for("error: 3 starts in a row got no further than the beginning")
+    deadline = time.monotonic() + 30
+    while "JobHeld" not in submit.slurm("squeue", "--noheader", f"--jobs={job.number}", "--format=%T %r"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    submit.slurm("scontrol", "release", job.number)
+    job.wait_for("restart 1: 2 ranks", seconds=30)  # whoever releases it has mended something
+
+
+def test_a_suspected_host_is_not_used_again(submit, project):
+    (project / "slurm" / "suspecting.sbatch").write_text(
+        "#!/bin/bash\n#SBATCH --nodes=1\n#SBATCH --requeue\n#SBATCH --open-mode=append\n"
+        "#SBATCH --output=lfm-suspecting-%j.out\n#SBATCH --exclude=node2\n"
+        "source slurm/lifecycle.sh\nhostname\n[[ -n ${SLURM_RESTART_COUNT:-} ]] || { suspects=(node1); requeue; }\n"
+    )
+    job = submit("suspecting")
+    job.wait_for("the job will not use node1 again", seconds=30)
+    excluded = submit.slurm("squeue", "--noheader", f"--jobs={job.number}", "--format=%x")
+    assert excluded.strip() in ("node[1-2]", "node1,node2")  # added to what the user excludes
+
+
+HOSTILE = "a b; touch stray $(touch stray) `touch stray` 'touch stray' \"|touch stray"
+
+
+def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, configured):
+    """In one sentence; and whatever a run is called, its name stays a name."""
+    output = f"runs/{HOSTILE}"
+    job = submit("train", *configured, f"output={output}", "global_batch_rows=7", options=[f"--job-name={HOSTILE}"])
+    assert job.wait_until("FAILED", "COMPLETED") == "FAILED"
+    assert "error: global_batch_rows" in job.log
+    assert "step 1/" not in job.log and "Traceback" not in job.log
+    assert (project / output / "jobs.jsonl").exists()
+    assert not (project / "stray").exists()

@@ -1,0 +1,132 @@
+"""`lfm submit`: the calls of sbatch, the site's settings, a sweep's table; tests/cluster submits for real."""
+
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.cli import main as lfm
+from launcher.submission.sweep import sweep, write_runs
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("LFM_MODULES", raising=False)
+    monkeypatch.chdir(Path(__file__).parents[2])
+    return tmp_path
+
+
+def shown(capsys, *words: str) -> list[list[str]]:
+    """The calls of sbatch that a dry run shows."""
+    lfm(["submit", "--dry-run", *words])
+    lines = capsys.readouterr().out.splitlines()
+    return [shlex.split(line) for before, line in itertools.pairwise(lines) if before == "# would be called:"]
+
+
+def refused(capsys, *words: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        lfm(["submit", *words])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_a_dry_run_shows_the_script_and_the_call(capsys):
+    lfm(
+        [
+            "submit",
+            "--dry-run",
+            "--nodes",
+            "4",
+            "--gpus",
+            "8",
+            "--sbatch=--mem=0",
+            "train",
+            "--config",
+            "a b.yaml",
+            "seed=2",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert Path("slurm/train.sbatch").read_text() in out
+    assert (
+        "sbatch --parsable --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --mem=0 slurm/train.sbatch "
+        "--config 'a b.yaml' seed=2\n"
+    ) in out
+
+
+def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, monkeypatch):
+    lfm(["submit", "--site", "partition=gpu", "modules=cuda/12.4 gcc/12", "account=x"])
+    lfm(["submit", "--site", "account="])
+    assert yaml.safe_load((home / "lfm" / "site.yaml").read_text()) == {
+        "partition": "gpu",
+        "modules": "cuda/12.4 gcc/12",
+    }
+    capsys.readouterr()
+    expected = ["LFM_MODULES=cuda/12.4 gcc/12", "sbatch", "--parsable", "--partition=gpu", "slurm/prepare.sbatch"]
+    assert shown(capsys, "prepare") == [expected]
+    monkeypatch.setenv("LFM_MODULES", "cuda/13")  # what the shell says goes before
+    assert shown(capsys, "prepare") == [expected[1:]]
+    assert "pardition" in refused(capsys, "--site", "pardition=gpu")
+    (home / "lfm" / "site.yaml").write_text("- gpu\n")
+    assert "mend or delete it" in refused(capsys, "--dry-run", "train")
+
+
+def test_a_chain_waits_for_what_came_before(capsys):
+    words = [
+        "--nodes",
+        "4",
+        "--chain",
+        "prepare",
+        "rows",
+        "--out",
+        "data/x",
+        "then",
+        "train",
+        "output=runs/x",
+        "then",
+        "evaluate",
+    ]
+    prepare, train, evaluate = shown(capsys, *words, "runs/x")
+    assert prepare == ["sbatch", "--parsable", "slurm/prepare.sbatch", "rows", "--out", "data/x"]
+    waiting = ["--dependency=afterok:<prepare>", "--kill-on-invalid-dep=yes"]
+    assert train == ["sbatch", "--parsable", "--nodes=4", *waiting, "slurm/train.sbatch", "output=runs/x"]
+    assert evaluate[2] == "--dependency=afterok:<train>" and evaluate[-1] == "runs/x"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["fly"], "takes prepare, train, evaluate, not 'fly'"),
+        (["train", "then", "evaluate", "x"], "give --chain"),
+        (["--chain", "train", "then"], "not nothing"),
+        (["--sweep", "seed=1", "evaluate", "x"], "--sweep is for train alone"),
+        (["--table", "/nowhere"], "/nowhere is no sweep's folder"),
+    ],
+)
+def test_a_wrong_call_is_one_sentence(capsys, words, sentence):
+    assert sentence in refused(capsys, "--dry-run", *words)
+
+
+def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
+    output = tmp_path / "a sweep"
+    runs, job = sweep(["seed=1,2", "loss.focal=0.1,0.2"], ["--config", "x.yaml"], output, {}, ["--nodes=1"])
+    assert runs[2] == ["seed=2", "loss.focal=0.1", f"output={output}/seed=2,loss.focal=0.1"]
+    assert job.words == ["sbatch", "--parsable", "--nodes=1", "--array=0-3", "slurm/train.sbatch", "--config", "x.yaml"]
+    assert job.variables == {"LFM_SWEEP": f"{output}/sweep"}
+    write_runs(runs, output)
+    assert (output / "sweep" / "2").read_text().splitlines() == runs[2]
+    (output / "seed=1,loss.focal=0.2").mkdir()
+    (output / "seed=1,loss.focal=0.2" / "status.json").write_text(json.dumps({"state": "failed", "step": 3}))
+    lfm(["submit", "--table", str(output)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| seed | loss.focal | state | step | train loss | held-out loss |"
+    assert lines[2].startswith("| 1 | 0.1 | not started |")
+    assert lines[3].startswith("| 1 | 0.2 | failed | 3 |")
+    assert (output / "table.md").read_text().splitlines() == lines
+    assert "'seed=' is not a sweep" in refused(capsys, "--dry-run", "--sweep", "seed=", "train", f"output={output}")
