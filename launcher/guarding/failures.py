@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from data_pipeline.errors import DataError
 from launcher.errors import ConfigurationError, HardwareError, TrainingError
 from launcher.run_folder import RunFolder, replace_text
 
-GRACE = 5.0  # seconds for the other ranks' notes
+GRACE = 10.0  # seconds for the other ranks' notes; who leaves none in that time is suspect
 COMMUNICATION = re.compile(
     r"gloo/(transport|rendezvous)/|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
 )
@@ -84,13 +85,19 @@ class Failures:
         has ended this one; returns where `error` itself is the reason, for the caller to raise.
         """
         kind = what_failed(error)
-        self._leave_note(kind or "error", error)
+        note = {
+            "rank": self._rank,
+            "host": self._hosts[self._rank],
+            "kind": kind or "error",
+            "sentence": _first_line(error),
+        }
+        self._leave(note)
         if kind is None:
             if self._rank == 0:
                 self._run.write_status("failed", step, _first_line(error))
             return
         _leave_the_others()
-        notes = self._notes_of_all()
+        notes = self._notes_of_all(note)
         reason, suspects, own_error = self._judge(notes)
         if self._rank == min(notes, default=self._rank):
             self._run.write_status("failed", step, reason, suspects)
@@ -121,21 +128,21 @@ class Failures:
     def _hosts_of(self, ranks: list[int]) -> list[str]:
         return sorted({self._hosts[rank] for rank in ranks})
 
-    def _leave_note(self, kind: str, error: BaseException) -> None:
-        note = {"rank": self._rank, "host": self._hosts[self._rank], "kind": kind, "sentence": _first_line(error)}
+    def _leave(self, note: dict) -> None:
         try:
             self._folder.mkdir(exist_ok=True)
             replace_text(self._folder / f"rank-{self._rank}.json", json.dumps(note))
         except OSError as reason:
-            print(f"rank {self._rank} cannot leave a note in {self._folder}: {reason}", flush=True)
+            print(f"rank {self._rank} cannot leave a note in {self._folder}: {reason}", file=sys.stderr, flush=True)
 
-    def _notes_of_all(self) -> dict[int, dict]:
+    def _notes_of_all(self, own: dict) -> dict[int, dict]:
         deadline = time.monotonic() + GRACE
         while True:
             notes = {note["rank"]: note for note in map(_read_note, self._folder.glob("rank-*.json"))}
             if len(notes) == len(self._hosts) or time.monotonic() > deadline:
                 return notes
-            time.sleep(0.1)
+            time.sleep(0.5)
+            self._leave(own)  # NFS shows an old list of a folder for half a minute, unless one changes something there
 
 
 def _leave_the_others() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import torch.distributed as dist
 
+import launcher.guarding.failures
 import train
 from launcher.environment import free_port
 from launcher.errors import one_sentence_errors
@@ -48,6 +49,7 @@ def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
+    launcher.guarding.failures.GRACE = 3.0  # both ranks are on this machine
     before(rank)
     with one_sentence_errors(), recognised_failures():
         code = train.main(arguments)

@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from conftest import Trainer, start
-from test_guard import saved
+from test_guard import differing_runs
 
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
@@ -44,7 +43,7 @@ def needed_later(trainer: Trainer, opened_before: bool) -> tuple[str, int]:
     """A shard that is lost at LOST_AT, and the step that needs it next: too late to have been read ahead."""
     for path, steps in steps_of_shards(ShardFolder(trainer.data)).items():
         needed = min((step for step in steps if step >= LOST_AT), default=LOST_BY + 1)
-        if LOST_AT + 3 <= needed <= LOST_BY and opened_before == (steps[0] == LOST_AT - 1):
+        if LOST_AT + 3 <= needed <= LOST_BY and steps[0] == (LOST_AT - 1 if opened_before else needed):
             return path, needed
     raise AssertionError("no such shard; choose another LOST_AT")
 
@@ -71,8 +70,7 @@ def check_same(trainer: Trainer, name: str) -> None:
     """The whole curve, the weights and the moments are those of the undisturbed run."""
     whole, other = (trainer.scalars(output)["train/loss"] for output in ("whole", name))
     assert other == whole and set(whole) == set(range(1, STEPS + 1))
-    whole, other = (saved(trainer.folder / output, STEPS) for output in ("whole", name))
-    assert [key for key, value in whole.items() if not torch.equal(value, other[key])] == []
+    assert differing_runs(trainer.folder / "whole", trainer.folder / name, STEPS) == []
 
 
 def check_lost(trainer: Trainer, name: str, result: dict, how: str) -> None:

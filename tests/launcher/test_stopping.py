@@ -150,7 +150,7 @@ def test_a_killed_rank_ends_the_others_and_the_next_start_has_the_undisturbed_cu
     )
     assert results[1].returncode == -signal.SIGKILL
     assert results[0].returncode == 77, results[0].stdout  # by itself: the test kills only after 20 s
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 120
     host = socket.gethostname()
     sentence = f"error: rank 1 on {host} ended without a word: killed"
     assert results[0].stdout.splitlines()[-1].startswith(sentence) and "Traceback" not in results[0].stdout
