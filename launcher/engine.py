@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -55,6 +55,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
     if isinstance(optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
         optimizer.register_step_pre_hook(_forget_earlier_steps)
+    elif isinstance(optimizer, DeepSpeedCPUAdam):
+        optimizer.register_step_pre_hook(_forget_earlier_steps_offloaded)
     if resolved.get("expert_parallel", {}).get("enabled"):
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:
@@ -76,6 +78,15 @@ def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:
     one_zero = [[torch.zeros(1)] for _ in range(4)]  # gradient, parameter and both moments
     optimizer.multi_tensor_adam(
         1, optimizer._dummy_overflow_buf, one_zero, 0.0, *group["betas"], group["eps"], 1 << 30, optimizer.adam_w_mode, 1, 0.0
+    )  # fmt: skip
+
+
+def _forget_earlier_steps_offloaded(optimizer: DeepSpeedCPUAdam, *_) -> None:
+    """The same for the optimizer of offloading, whose kernel has the same products."""
+    group = optimizer.param_groups[0]
+    one_zero = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 1 << 30, 0.0, *group["betas"], group["eps"], 0.0, True, *one_zero
     )  # fmt: skip
 
 

@@ -17,7 +17,9 @@ def add_export(commands) -> None:
     parser.add_argument(
         "--out", required=True, default=argparse.SUPPRESS, help="folder to write; an earlier export there is replaced"
     )
-    parser.add_argument("--tag", default="auto", help="which checkpoint; auto is the newest whole one")
+    parser.add_argument(
+        "--tag", default="auto", help="which checkpoint; auto is the newest whole one, best the best by validation"
+    )
 
 
 def _export(options) -> None:
