@@ -16,8 +16,8 @@ from launcher.checkpoints.weights import CheckpointWeights
 from launcher.errors import ConfigurationError
 from launcher.export.custom_code import AUTO_MAP, FILES, write_custom_code
 from launcher.export.model_card import model_card
-from launcher.export.shards import write_shards
 from launcher.run_folder import RunFolder
+from launcher.weight_files import write_shards
 from model import LiquidConfig, LiquidForCausalLM
 
 # What an export consists of; a folder with anything else in it is not replaced.
