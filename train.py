@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
         micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
         world_size=environment.world_size, loss_on=config.loss_on,
     )  # fmt: skip
-    model = build_model(config, data)
+    model = build_model(config, data, plan.deepspeed)
     state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
     if plan.checkpoint is not None:

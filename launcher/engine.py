@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -20,6 +21,8 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidForCausalLM
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def start_process_group(environment: Environment) -> None:
     """Join the other ranks: gloo between CPUs, NCCL between GPUs."""
@@ -31,6 +34,41 @@ def start_process_group(environment: Environment) -> None:
     if not torch.distributed.is_initialized():
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@torch.no_grad()
+def build_partitioned(
+    model: LiquidForCausalLM, read: Callable[[str], torch.Tensor], resolved: dict
+) -> LiquidForCausalLM:
+    """Give a model on the meta device its weights under ZeRO-3, no rank ever holding more than one of them whole.
+
+    `read(name)` gives a tensor of the state dict. Rank 0 reads the parameters and DeepSpeed sends them to the others
+    before it cuts them; the buffers, a few numbers, every rank reads. AutoEP later gathers a layer's experts at a time.
+    """
+    device = torch.device(get_accelerator().current_device_name())
+    dtype = next((HALF[name] for name in HALF if resolved.get(name, {}).get("enabled")), torch.float32)
+    partition = None
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, read(f"{prefix}.{name}").to(device, buffer.dtype))
+        for name, meta in list(module.named_parameters(recurse=False)):
+            full_name = f"{prefix}.{name}"
+            if full_name in model.all_tied_weights_keys:
+                continue
+            if torch.distributed.get_rank() == 0:
+                whole = torch.nn.Parameter(read(full_name).to(device, dtype))
+            else:
+                whole = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device))
+            setattr(module, name, whole)
+            if partition is None:  # DeepSpeed takes a module once; its parameters then know how to take others
+                deepspeed.zero.Init(module=torch.nn.ParameterList([whole]), config_dict_or_path=resolved)
+                partition = whole.convert_to_zero_parameters
+            else:
+                partition(param_list=[whole])
+    for tied, source in model.all_tied_weights_keys.items():
+        module, _, name = tied.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(source))
+    return model
 
 
 def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpeedEngine:
