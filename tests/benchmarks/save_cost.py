@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = [f"max_steps={last}", f"checkpoint_every={2 * HALF}", "validate_every=0", f"output={folder}/run"]
         arguments = ["--deepspeed_config", options.deepspeed_config, "--config", options.config]
-        train.main([*arguments, f"data={folder}/data", *options.overrides, *own])
+        train.main([*arguments, f"data={folder}/data", "prepare.source=sample", *options.overrides, *own])
         newest = Path(folder, "run", "checkpoints", f"step-{last:08d}")
         megabytes = sum(path.stat().st_size for path in newest.iterdir()) / 1e6
     differences, steps = [], []
