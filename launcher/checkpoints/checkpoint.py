@@ -2,12 +2,13 @@
 
 A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
 file's size and sha256, the train state, the fingerprint of the data and how many ranks wrote it. `latest` names the
-newest one. `checkpoint_saver.py` writes them, `universal.py` converts them for another number of ranks.
+newest one. `saver.py` writes them, `universal.py` converts them for another number of ranks, `going_back.py` sets
+later ones aside.
 """
 
 from __future__ import annotations
 
-import shutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,9 +81,15 @@ class TrainState:
 
 
 def complete_checkpoints(run: RunFolder) -> list[Path]:
-    """Checkpoints that have a manifest, newest first."""
-    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial"]
-    return sorted(folders, reverse=True)
+    """Checkpoints that have a manifest, newest first; without those that were set aside."""
+    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}")]
+    return sorted((folder for folder in folders if step_in_name(folder.name) is not None), reverse=True)
+
+
+def step_in_name(name: str) -> int | None:
+    """The step of a checkpoint, set aside or not, by its name; None for what is no checkpoint's name."""
+    match = re.fullmatch(r"step-(\d{8,})|left-step-(\d{8,})(?:-\d+)?", name)
+    return int(match[1] or match[2]) if match else None
 
 
 def best_checkpoint(complete: list[Path]) -> Path | None:
@@ -115,6 +122,12 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
     named one is not whole, or nothing was validated.
     """
     complete = complete_checkpoints(run)
+    left = sorted(path.parent.name for path in run.checkpoints.glob(f"left-*/{MANIFEST}"))
+    if resume in ("auto", "never") and left and not complete:
+        raise ConfigurationError(
+            f"{run.path} has no checkpoint but those that were set aside ({', '.join(left)}); resume={left[-1]} goes on from "
+            "one, or delete them to begin anew"
+        )
     if resume == "never":
         if complete:
             raise ConfigurationError(
@@ -132,7 +145,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         resume = best.name
     if resume != "auto":
         folder = Path(resume) if Path(resume).is_dir() else run.checkpoints / resume
-        if folder.resolve().parent != run.checkpoints.resolve():
+        if folder.resolve().parent != run.checkpoints.resolve() or step_in_name(folder.name) is None:
             raise ConfigurationError(
                 f"{resume} is not a checkpoint of {run.path}; resume goes on with the run in output, "
                 "and init_from begins a new one with exported weights"
@@ -152,19 +165,6 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
             "to begin anew"
         )
     return None, []
-
-
-def set_aside_later(run: RunFolder, checkpoint: Path) -> list[str]:
-    """Rename the checkpoints after `checkpoint`, which a run that goes on from it leaves behind; returns what was done."""
-    notes = []
-    for folder in complete_checkpoints(run):
-        if folder.name > checkpoint.name:
-            aside = folder.with_name(f"left-{folder.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            folder.rename(aside)
-            notes.append(f"checkpoint {folder.name} is of steps that will be taken again: it is now {aside.name}")
-    return notes
 
 
 def read_train_state(folder: Path) -> TrainState:
