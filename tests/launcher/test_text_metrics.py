@@ -29,10 +29,9 @@ def test_distinct_n_grams_are_counted_over_all_answers():
 
 
 def test_bleu():
-    # Of 6 words 5 match, of 5 pairs 3, of 4 triples 1, of 3 fours 0, smoothed to 1/2 · 1/3; both have 6 words.
+    # Of 6 words 5 match, of 5 pairs 3, of 4 triples 1, of 3 fours none, smoothed to half a one; both have 6 words.
     precisions = [5 / 6, 3 / 5, 1 / 4, 1 / 6]
     expected = 100 * math.prod(precisions) ** (1 / 4)
-    assert bleu(["the cat sat on a mat"], ["the cat lay on a mat"]) != pytest.approx(100)
     assert bleu(["the cat is on a mat"], ["the cat sat on a mat"]) == pytest.approx(expected)
     # Half as long as it should be, every word right: the brevity penalty alone.
     assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(1 - 8 / 4))
@@ -52,7 +51,7 @@ def test_rouge():
 def test_meteor_of_words_that_need_no_synonyms():
     # All 3 of its words are in the 6 of the right one, in one run: F = PR / (0.9 P + 0.1 R), penalty 0.5 · (1/3)³.
     f_mean = (1 * 0.5) / (0.9 * 1 + 0.1 * 0.5)
-    assert meteor(["the cat sat"], ["the cat sat on the mat"]) == [pytest.approx(f_mean * (1 - 0.5 / 27))]
+    assert meteor(["a cat sat"], ["a cat sat on the mat"]) == [pytest.approx(f_mean * (1 - 0.5 / 27))]
     # "cats" has the stem of "cat"; two runs of words, since "a" stands between them in the right one.
     f_mean = (1 * 2 / 3) / (0.9 * 1 + 0.1 * 2 / 3)
     assert meteor(["cats mat"], ["cat a mat"]) == [pytest.approx(f_mean * (1 - 0.5 * (2 / 2) ** 3))]
@@ -75,4 +74,4 @@ def test_without_wordnet_meteor_alone_is_missing():
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert '"meteor": null' in result.stdout, result.stderr
     assert "NaN" not in result.stdout
-    assert result.stdout.count(":") == 12
+    assert result.stdout.count(":") == 11
