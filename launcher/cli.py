@@ -15,6 +15,7 @@ from launcher.commands.fetch import add_fetch
 from launcher.commands.generate import add_generate
 from launcher.commands.prepare import add_prepare
 from launcher.commands.report import add_report
+from launcher.commands.serve import add_serve
 from launcher.commands.shard_folders import add_inspect, add_verify
 from launcher.commands.submit import add_submit
 from launcher.errors import one_sentence_errors
@@ -29,6 +30,7 @@ COMMANDS = (
     add_evaluate,
     add_report,
     add_submit,
+    add_serve,
 )
 
 
