@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PROJECT
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import model  # noqa: F401 - registers the architecture
@@ -94,7 +93,7 @@ def test_datasets_and_webdataset_read_the_shards(sample_data, tmp_path):
     for number, row in enumerate(read.take(5)):
         assert np.array_equal(np.asarray(row["tokens.npy"]), expected.tokens[number])
         assert np.array_equal(rows[number]["tokens.npy"], expected.tokens[number])
-        assert rows[number]["spans.npy"].shape == np.asarray(row["spans.npy"]).shape == (expected.counts[number], 6)
+        assert rows[number]["spans.npy"].shape == np.asarray(row["spans.npy"]).shape == (expected.pieces[number], 6)
 
 
 def test_a_pipeline_answers_questions_alone_and_in_batches(folder):
@@ -139,3 +138,24 @@ def test_one_step_of_trls_trainer_changes_nothing_but_the_adapters(folder, token
     assert all(not torch.equal(after[name], old) for name, old in adapters.items() if "lora_B" in name)
     merged = trainer.model.unload().state_dict()
     assert all(torch.equal(merged[name], old) for name, old in before.items())
+
+
+def test_transformers_trainer_accumulates_and_evaluates(folder, tokenizer, tmp_path):
+    """Two micro-batches of unequal lengths, padded, are one step; the evaluation gathers logits and nothing else."""
+    wanted("accelerate")
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    rows = [tokenizer(f"What is {n} plus {'1 plus ' * n}1?") for n in range(8)]
+    options = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        per_device_eval_batch_size=4, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    whole = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = Trainer(
+        model=whole, args=options, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )  # fmt: skip
+    found = trainer.predict(rows)
+    mean = found.metrics["test_loss"]
+    assert found.predictions.shape[::2] == (8, whole.config.vocab_size)
+    assert trainer.train().training_loss == pytest.approx(mean, rel=0.1)  # and not twice that
