@@ -131,9 +131,7 @@ def test_a_size_that_is_none_is_refused(size, capsys):
 @pytest.mark.parametrize(
     ("world_size", "experts", "json_changes", "overrides"),
     [
-        (2, 1, {}, []),
         (4, 2, {}, []),
-        (1, 1, {}, []),
         (4, 2, {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, ["precision.force=true"]),
         (2, 2, {"zero_optimization": {"stage": 2}}, []),
         (2, 1, {"zero_optimization": {"stage": 3, "sub_group_size": 20_000}}, []),

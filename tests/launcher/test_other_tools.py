@@ -98,6 +98,7 @@ def test_datasets_and_webdataset_read_the_shards(sample_data, tmp_path):
 
 def test_a_pipeline_answers_questions_alone_and_in_batches(folder):
     answers = pipeline("text-generation", model=str(folder), device="cpu")
+    assert answers.tokenizer.model_max_length == answers.model.config.max_position_embeddings
     (single,) = answers(QUESTION, max_new_tokens=5, do_sample=False)
     assert single["generated_text"][-1]["role"] == "assistant"
     longer = [{"role": "user", "content": "What is the capital of Peru, and which country is it in?"}]
