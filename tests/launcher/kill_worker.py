@@ -83,7 +83,7 @@ def main() -> int:
             if kind and rank == victim:
                 kill_when_begun(kind, seconds, skip, record)
 
-        codes, ended_after = train_forked(arguments, outputs, before)
+        codes, ended_after = train_forked(arguments, outputs, before, launched=kind == "start")
         printed = outputs[0].read_text().splitlines()
         announced = [line.split()[1] for line in printed if "is saved; training waited" in line]
         found, passed_over = find_checkpoint(RunFolder(folder), "auto")
