@@ -18,6 +18,8 @@ from launcher.errors import COMMUNICATION_OR_HARDWARE
 STEPS, KILLS, SEED = 40, int(os.environ.get("LFM_KILLS", 6)), 5
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "micro_batch_rows=1"]
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 * (KILLS + 2))]
+
 
 @pytest.fixture(scope="module")
 def killed(trainer):
@@ -33,7 +35,6 @@ def killed(trainer):
     return trainer
 
 
-@pytest.mark.slow
 def test_every_kill_killed_and_the_other_rank_ended_by_itself(killed):
     *kills, last = killed.happened
     assert len(kills) == KILLS
@@ -48,7 +49,6 @@ def test_every_kill_killed_and_the_other_rank_ended_by_itself(killed):
     assert last["codes"] == [0, 0]
 
 
-@pytest.mark.slow
 def test_no_checkpoint_that_was_published_is_lost(killed):
     newest = ""
     for event in killed.happened:
@@ -58,7 +58,6 @@ def test_no_checkpoint_that_was_published_is_lost(killed):
         newest = event["newest"] or ""
 
 
-@pytest.mark.slow
 def test_the_curve_and_all_of_the_last_checkpoint_are_those_of_the_undisturbed_run(killed):
     whole, disturbed = (killed.scalars(name) for name in ("whole", "killed"))
     assert set(whole["train/loss"]) == set(range(1, STEPS + 1))
