@@ -21,6 +21,8 @@ from launcher.config import DEFAULT_CONFIG
 from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
+from launcher.guarding.data_loss import AgreedBatches
+from launcher.guarding.failures import Failures, recognised_failures
 from launcher.guarding.guard import Guard, poison
 from launcher.guarding.stopping import STOPPED_AT_A_SIGNAL, StopRequest
 from launcher.guarding.watchdog import Watchdog
@@ -54,13 +56,13 @@ def main(arguments: list[str] | None = None) -> int:
         micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
         world_size=environment.world_size, loss_on=config.loss_on,
     )  # fmt: skip
-    model = build_model(config, data)
+    model = build_model(config, data, plan.deepspeed)
     state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
     if plan.checkpoint is not None:
         state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
-    batches = Prefetcher(stream)
+    batches = AgreedBatches(Prefetcher(stream))
 
     run = run or RunFolder(config.output)
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
@@ -70,8 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
         monitor.say(note)
     if state.step >= config.max_steps:
         monitor.say(f"{run.path} is at step {state.step} already; set max_steps above that to go on")
-    elif environment.is_main:
-        run.write_status("running", state.step)
 
     def report(reason: str) -> None:  # where the end is so sudden that nothing below is reached
         if environment.is_main:
@@ -82,9 +82,11 @@ def main(arguments: list[str] | None = None) -> int:
     stop = StopRequest(report)
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     guard = Guard(engine, config, run, monitor, checkpoints)
+    failures = Failures(run)
     first_step = state.step + 1
-    outcome = "failed"
     try:
+        if environment.is_main and state.step < config.max_steps:
+            run.write_status("running", state.step)
         while state.step < config.max_steps and not stop.agreed:
             watchdog.begins(f"step {state.step + 1}", first=state.step + 1 == first_step)
             train_step(engine, batches, state, config, monitor, stop, guard)
@@ -102,15 +104,17 @@ def main(arguments: list[str] | None = None) -> int:
                 monitor.flush()
         watchdog.begins("finishing the last save")
         checkpoints.finish()
-        outcome = "stopped" if stop.agreed else "done"
+        batches.raise_lost()
+    except BaseException as error:
+        failures.end(state.step, error)
+        raise
     finally:
         batches.close()
         monitor.close()
-        if environment.is_main:
-            reasons = {"done": "", "stopped": "signal", "failed": repr(sys.exception())}
-            run.write_status(outcome, state.step, reasons[outcome])
         watchdog.close()
+    outcome = "stopped" if stop.agreed else "done"
     if environment.is_main:
+        run.write_status(outcome, state.step, "signal" if stop.agreed else "")
         monitor.say(f"{outcome} at step {state.step}: run {run.path}, logs {run.tensorboard}")
         run.release()
     dist.barrier()
@@ -126,11 +130,14 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     monitor.step_begins(state.step + 1)
     micro_batches = [{name: rows.to(engine.device) for name, rows in batch.items()} for batch in batches.next_step()]
     pad = engine.module.config.pad_token_id
+    flags = {"stop": stop.requested(engine.device), "lost": batches.lost(engine.device)}
     counts = add_up([
-        count_tokens(batch, pad) | {"stop": stop.requested(engine.device), "bad_rows": count_empty_rows(batch, pad)}
-        for batch in micro_batches
+        count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches
     ])  # fmt: skip
     supervised, tokens, stop.agreed = (counts[name].item() for name in ("supervised", "tokens", "stop"))
+    if counts["lost"] > 0:
+        stop.agreed = 1.0  # with a checkpoint of the step before, whose state this is
+        return
     state.step += 1
     state.position = batches.position
     if supervised == 0:
@@ -193,7 +200,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    with one_sentence_errors():
+    with one_sentence_errors(), recognised_failures():
         code = main()
     dist.destroy_process_group()
     sys.exit(code)

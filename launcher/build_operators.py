@@ -15,7 +15,7 @@ def main() -> None:
     export_for_torch(detect_environment())
     from deepspeed.accelerator import get_accelerator
 
-    names = ["FusedAdamBuilder"]
+    names = ["FusedAdamBuilder", "CPUAdamBuilder"]  # the latter for zero3_offload.json, on GPUs too
     if not torch.cuda.is_available():
         names.append("ShareMemCommBuilder")
     for name in names:

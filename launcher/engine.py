@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -14,11 +15,13 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.ops.adam import FusedAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidForCausalLM
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_process_group(environment: Environment) -> None:
@@ -31,6 +34,41 @@ def start_process_group(environment: Environment) -> None:
     if not torch.distributed.is_initialized():
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+@torch.no_grad()
+def build_partitioned(
+    model: LiquidForCausalLM, read: Callable[[str], torch.Tensor], resolved: dict
+) -> LiquidForCausalLM:
+    """Give a model on the meta device its weights under ZeRO-3, no rank ever holding more than one of them whole.
+
+    `read(name)` gives a tensor of the state dict. Rank 0 reads the parameters and DeepSpeed sends them to the others
+    before it cuts them; the buffers, a few numbers, every rank reads. AutoEP later gathers a layer's experts at a time.
+    """
+    device = torch.device(get_accelerator().current_device_name())
+    dtype = next((HALF[name] for name in HALF if resolved.get(name, {}).get("enabled")), torch.float32)
+    partition = None
+    for prefix, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, read(f"{prefix}.{name}").to(device, buffer.dtype))
+        for name, meta in list(module.named_parameters(recurse=False)):
+            full_name = f"{prefix}.{name}"
+            if full_name in model.all_tied_weights_keys:
+                continue
+            if torch.distributed.get_rank() == 0:
+                whole = torch.nn.Parameter(read(full_name).to(device, dtype))
+            else:
+                whole = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device))
+            setattr(module, name, whole)
+            if partition is None:  # DeepSpeed takes a module once; its parameters then know how to take others
+                deepspeed.zero.Init(module=torch.nn.ParameterList([whole]), config_dict_or_path=resolved)
+                partition = whole.convert_to_zero_parameters
+            else:
+                partition(param_list=[whole])
+    for tied, source in model.all_tied_weights_keys.items():
+        module, _, name = tied.rpartition(".")
+        setattr(model.get_submodule(module), name, model.get_parameter(source))
+    return model
 
 
 def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpeedEngine:
@@ -55,6 +93,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
     if isinstance(optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
         optimizer.register_step_pre_hook(_forget_earlier_steps)
+    elif isinstance(optimizer, DeepSpeedCPUAdam):
+        optimizer.register_step_pre_hook(_forget_earlier_steps_offloaded)
     if resolved.get("expert_parallel", {}).get("enabled"):
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:
@@ -76,6 +116,15 @@ def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:
     one_zero = [[torch.zeros(1)] for _ in range(4)]  # gradient, parameter and both moments
     optimizer.multi_tensor_adam(
         1, optimizer._dummy_overflow_buf, one_zero, 0.0, *group["betas"], group["eps"], 1 << 30, optimizer.adam_w_mode, 1, 0.0
+    )  # fmt: skip
+
+
+def _forget_earlier_steps_offloaded(optimizer: DeepSpeedCPUAdam, *_) -> None:
+    """The same for the optimizer of offloading, whose kernel has the same products."""
+    group = optimizer.param_groups[0]
+    one_zero = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
+    optimizer.ds_opt_adam.adam_update(
+        optimizer.opt_id, 1 << 30, 0.0, *group["betas"], group["eps"], 0.0, True, *one_zero
     )  # fmt: skip
 
 

@@ -17,6 +17,13 @@ class TrainingError(Exception):
     """Why a run that began well cannot go on, and what to change, in one sentence; exit code 1, not 2."""
 
 
+class HardwareError(Exception):
+    """A rank, a machine or the connection between them is lost; exit code 77, and starting again goes on."""
+
+
+COMMUNICATION_OR_HARDWARE = 77  # its exit code
+
+
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """End the program with one sentence where the user caused the error, or with Ctrl-C; the rest keeps its traceback."""
@@ -31,3 +38,6 @@ def one_sentence_errors() -> Iterator[None]:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except HardwareError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(COMMUNICATION_OR_HARDWARE)

@@ -7,8 +7,10 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +25,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tok
 
 
 class RunFolder:
-    """`run.yaml`, `status.json`, `model/` (configuration and tokenizer), `tensorboard/`, `checkpoints/`, `latest`."""
+    """What a run leaves behind; `model/` holds its configuration and tokenizer, `latest` the newest checkpoint's name."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -52,6 +54,7 @@ class RunFolder:
             ) from error
         for folder in self.checkpoints.glob("*.partial"):
             shutil.rmtree(folder)  # left by a job that died while saving, converting or deleting it
+        self._note_killed_attempt()
 
     def release(self) -> None:
         """Let another job have the folder."""
@@ -82,16 +85,64 @@ class RunFolder:
         for name, text in contents.items():
             replace_text(self.model / name, text)
 
-    def write_status(self, state: str, step: int, reason: str = "") -> None:
-        """Write `status.json`: `running`, `stopped`, `done` or `failed`, for scripts to read."""
+    def write_status(self, state: str, step: int, reason: str = "", suspects: list[str] = ()) -> None:
+        """Write `status.json`: `running`, `stopped`, `done` or `failed`, and where it is an end, a line of `attempts.jsonl`.
+
+        suspects: hosts to do without next time. Where the disk is full the old file is written over in place; where even
+        that fails, a line on stderr says so: the run, or the error that ends it, is more important.
+        """
         status = {
             "state": state,
             "step": step,
             "reason": reason,
             "job": os.environ.get("SLURM_JOB_ID"),
             "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "host": socket.gethostname(),
+            "suspects": [*suspects],
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        replace_text(self.path / "status.json", json.dumps(status) + "\n")
+        self._put_status(status)
+        if state != "running":
+            self._add_attempt(status)
+
+    def _note_killed_attempt(self) -> None:
+        """Say of an attempt that still counts as running, now that its lock is free, that it was killed."""
+        try:
+            status = json.loads((self.path / "status.json").read_text())
+        except (FileNotFoundError, ValueError):
+            return
+        if status["state"] != "running":
+            return
+        host = status.get("host", "its host")
+        status |= {
+            "state": "failed",
+            "reason": f"rank 0 was killed, or {host} went down: it could not write how it ended",
+        }
+        print(
+            f"the attempt before this one, begun at step {status['step']}, was killed or lost with {host}", flush=True
+        )
+        self._put_status(status)
+        self._add_attempt(status)
+
+    def _put_status(self, status: dict) -> None:
+        path, text = self.path / "status.json", json.dumps(status) + "\n"
+        try:
+            try:
+                replace_text(path, text)
+            except OSError:
+                with open(path, "r+") as file:  # its block is there already
+                    file.write(text)
+                    file.truncate()
+        except OSError as error:
+            print(f"{path} could not be written ({error.strerror}): {text}", end="", file=sys.stderr, flush=True)
+
+    def _add_attempt(self, status: dict) -> None:
+        path = self.path / "attempts.jsonl"
+        try:
+            with open(path, "a") as file:
+                file.write(json.dumps(status) + "\n")
+        except OSError as error:
+            print(f"{path} could not be written ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -37,6 +37,10 @@ class Documents:
         With a cache of `past` tokens, a row whose first position is not 0 goes on with the document in the cache.
         """
         batch, tokens = positions.shape
+        if tokens == 1 and past is not None:  # decoding
+            rows = torch.arange(batch, device=positions.device)
+            carried = positions[:, 0].clamp(max=past)
+            return cls(positions, carried.unsqueeze(1), rows.unsqueeze(1), rows, torch.ones_like(rows), carried)
         index = torch.arange(tokens, device=positions.device).expand(batch, tokens)
         begins = positions == 0
         begins[:, 0] = True

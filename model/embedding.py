@@ -101,6 +101,8 @@ def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Ten
 
     `known` `[B, D]`: the sums over the tokens in the cache, for the documents that go on from it.
     """
+    if values.shape[1] == 1:  # decoding
+        return values if known is None else values + torch.where((documents.carried > 0)[:, None], known, 0.0)[:, None]
     total = values.cumsum(dim=1)
     before = total.flatten(0, 1)[documents.first_token] - values.flatten(0, 1)[documents.first_token]  # [N, D]
     if known is not None:

@@ -52,6 +52,8 @@ class LSTMMemory(nn.Module):
         self.out_proj = ResidualProjection(config.memory_hidden_size, config.hidden_size)
 
     def forward(self, hidden: torch.Tensor, documents: Documents, past_key_values: Cache | None = None) -> torch.Tensor:
+        if past_key_values is not None and hidden.shape[1] == 1:
+            return self._decode(hidden, documents, past_key_values)
         blocks = Blocks.of(documents, self.stride)
         before = None if past_key_values is None else self._recall(past_key_values, hidden, documents)
         states, after = self._run(self._means(hidden, blocks, before), blocks, before)
@@ -62,6 +64,21 @@ class LSTMMemory(nn.Module):
         entered = states.new_zeros(1, states.shape[1]) if before is None else before.hidden[-1]
         read = self.out_proj(torch.cat((states, entered)))
         return torch.sigmoid(self.gate(hidden)) * read[blocks.read_by(documents, per_document=before is not None)]
+
+    def _decode(self, hidden: torch.Tensor, documents: Documents, cache: Cache) -> torch.Tensor:
+        """One token a row, `[B, 1, D]`: it reads the state as it is, and its block may be complete with it."""
+        before = self._recall(cache, hidden, documents)
+        partial, states = before.partial + hidden[:, 0], torch.stack((before.hidden, before.cell))
+        completes = documents.carried % self.stride == self.stride - 1
+        # With somebody listening (ZeRO-3 gathers weights so) the LSTM runs always, or other ranks would wait for it.
+        if completes.any() or self.lstm._forward_pre_hooks or self.lstm._forward_hooks:
+            means = (partial / self.stride).unsqueeze(1)
+            _, after = self.lstm(means, (before.hidden.contiguous(), before.cell.contiguous()))
+            states = torch.where(completes.unsqueeze(1), torch.stack(after), states)
+            partial = torch.where(completes.unsqueeze(1), 0.0, partial)
+        flat = states.permute(2, 0, 1, 3).flatten(1)
+        cache.update_recurrent_state(torch.cat((flat, partial), dim=1), self.layer_index, state_idx=MEMORY)
+        return torch.sigmoid(self.gate(hidden)) * self.out_proj(before.hidden[-1]).unsqueeze(1)
 
     def _means(self, hidden: torch.Tensor, blocks: Blocks, before: MemoryState | None) -> torch.Tensor:
         """Each completed block's mean, `[n, D]`."""

@@ -46,11 +46,16 @@ def check_size(path: Path, entry: dict) -> None:
         raise BadFileError(f"{path} has {size} bytes and the index says {entry['bytes']}: copy or prepare it again")
 
 
-def check_file(file: BinaryIO, name: str, entry: dict) -> None:
-    """Raise BadFileError, with the given name, where an open file has another size or sha256 than its entry says."""
+def check_length(file: BinaryIO, name: str, entry: dict) -> None:
+    """Raise BadFileError, with the given name, where an open file has another size than its entry says."""
     size = os.fstat(file.fileno()).st_size
     if size != entry["bytes"]:
         raise BadFileError(f"{name} has {size} bytes and the index says {entry['bytes']}: copy or prepare it again")
+
+
+def check_file(file: BinaryIO, name: str, entry: dict) -> None:
+    """Raise BadFileError, with the given name, where an open file has another size or sha256 than its entry says."""
+    check_length(file, name, entry)
     file.seek(0)
     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
         raise BadFileError(f"{name} has changed since it was written: copy or prepare it again")

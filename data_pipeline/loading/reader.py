@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from data_pipeline.errors import DataError
-from data_pipeline.loading.integrity import BadFileError, check_file, check_index, check_size
+from data_pipeline.loading.integrity import BadFileError, check_file, check_index, check_length, check_size
 from data_pipeline.loading.order import SHARDS_PER_BLOCK, MixtureOrder, RowOrder
 from data_pipeline.loading.remote import RemoteFolder, ShardCache, is_remote
 from data_pipeline.shards.format import TOKENIZER_FOLDER, read_index, token_dtype
@@ -174,7 +174,15 @@ class ShardFolder(RowReader):
 
     def open_shard(self, shard: int) -> "OpenShard | None":
         if self._is_good(shard):
-            return self._open(shard)
+            try:
+                opened = self._open(shard)
+                opened.check_length()
+                return opened
+            except BadFileError as error:  # whole when it was checked, and gone or shortened since
+                self._skip(shard, error)
+                with self._shard_locks[shard], self._lock:
+                    self._checked.discard(shard)
+                    self._open_shards.pop(shard, None)
         # Not said where the last one is found bad: that may be the thread that looks ahead.
         if len(self.bad_shards) == len(self.rows_per_file):
             raise DataError(f"every shard of {self.location} is bad: copy or prepare the folder again")
@@ -268,6 +276,8 @@ class ShardFolder(RowReader):
                     return self._open_shards[shard]
             entry, offsets = self._entries(shard)
             with self._open_file(entry) as tar, self._open_file(offsets) as at:
+                for file, described in ((tar, entry), (at, offsets)):  # it may have been checked some time ago
+                    check_length(file, self._name_of(described), described)
                 opened = OpenShard(tar, at, self._name_of(entry), self.rows_per_file[shard])
             with self._lock:
                 self._open_shards[shard] = opened
@@ -284,7 +294,8 @@ class OpenShard:
 
     def __init__(self, tar: BinaryIO, offsets: BinaryIO, name: str, rows: int) -> None:
         self.name = name
-        self.data = memoryview(mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ))  # which has a descriptor of its own
+        self._map = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)  # which has a descriptor of its own
+        self.data = memoryview(self._map)
         try:
             at = np.load(offsets, allow_pickle=False)
         except ValueError as error:
@@ -292,6 +303,11 @@ class OpenShard:
         if at.shape != (rows, 2) or at.dtype != np.uint64 or at.max() > len(self.data) - NPY_HEADER_BYTES:
             raise DataError(f"the offsets of {name} do not fit it: copy or prepare the folder again")
         self.offsets: list[list[int]] = at.tolist()  # Python's own integers, which are faster to count with
+
+    def check_length(self) -> None:
+        """Raise BadFileError where the file has been cut since: reading behind its end would kill the process."""
+        if self._map.size() < len(self._map):
+            raise BadFileError(f"{self.name} has been cut to {self._map.size()} bytes while it was read: copy it again")
 
     def count_spans(self, at: int) -> int:
         """Tell how many spans a row has, from the header of the member whose data begin there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -135,11 +136,23 @@ def _is_local(part: str) -> bool:
     return looks_like_path or Path(part).exists()
 
 
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file of a folder and those below it, linked folders too, each of them once: a link may lead back up."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (Path(parent, name) for name in names)
+
+
 def _files_of(part: str) -> list[Path]:
     """List the files that one path, folder or glob stands for; raises DataError where it stands for none."""
     path = Path(part).expanduser()
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.is_file()]
+        found = [file for file in _files_below(path) if file.is_file()]
     elif path.exists():
         if not path.name.lower().endswith(FILE_SUFFIXES):
             raise DataError(f"{part} is of no known kind: give {', '.join(FILE_SUFFIXES)} files")

@@ -33,7 +33,8 @@ class TrainState:
     `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
     `skipped_ranges`: positions `[first, end)` that a rollback went past; `skipped_steps`: how many had a loss or gradients
-    that were not finite; `recent_losses`: those that a spike is measured against.
+    that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale; `recent_losses`:
+    those that a spike is measured against.
     `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
     fp32 values as Python floats and back are exact, in JSON too.
     """
@@ -46,6 +47,7 @@ class TrainState:
     balancing_bias: list[list[float]]
     skipped_ranges: list[list[int]] = field(default_factory=list)
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
     recent_losses: list[float] = field(default_factory=list)
     best_metric: float | None = None
     best_step: int | None = None
@@ -83,6 +85,23 @@ def complete_checkpoints(run: RunFolder) -> list[Path]:
     return sorted(folders, reverse=True)
 
 
+def best_checkpoint(complete: list[Path]) -> Path | None:
+    """The best by validation of checkpoints given newest first, or None where there was no validation.
+
+    It is the first that was saved since the best metric was measured, which the newest one's train state knows.
+    """
+    best_step = _best_step(complete[0]) if complete else None
+    since_best = [folder for folder in complete if best_step is not None and _best_step(folder) == best_step]
+    return since_best[-1] if since_best else None
+
+
+def _best_step(checkpoint: Path) -> int | None:
+    try:
+        return read_manifest(checkpoint)["train_state"].get("best_step")
+    except (ValueError, KeyError):  # a damaged one is no one's best
+        return None
+
+
 def universal_folder(checkpoint: Path) -> Path:
     """Where the universal form of a checkpoint is kept."""
     return checkpoint.with_name(f"universal-{checkpoint.name}")
@@ -91,8 +110,9 @@ def universal_folder(checkpoint: Path) -> Path:
 def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]]:
     """What to resume from, and which newer checkpoints were passed over, and why.
 
-    `auto` takes the newest whose files are what its manifest says, `never` none, anything else is a checkpoint's tag or
-    path. Raises `ConfigurationError` where `never` meets a run that has checkpoints or a named one is not whole.
+    `auto` takes the newest whose files are what its manifest says, `best` the best by validation, `never` none, anything
+    else is a checkpoint's tag or path. Raises `ConfigurationError` where `never` meets a run that has checkpoints, a
+    named one is not whole, or nothing was validated.
     """
     complete = complete_checkpoints(run)
     if resume == "never":
@@ -102,6 +122,14 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
                 "set another output, or delete the folder"
             )
         return None, []
+    if resume == "best":
+        best = best_checkpoint(complete)
+        if best is None:
+            raise ConfigurationError(
+                f"{run.path} has no best checkpoint, since no validation came before its newest one; "
+                "set validate_every, or take the newest with auto"
+            )
+        resume = best.name
     if resume != "auto":
         folder = Path(resume) if Path(resume).is_dir() else run.checkpoints / resume
         if folder.resolve().parent != run.checkpoints.resolve():

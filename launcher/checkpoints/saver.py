@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-from launcher.checkpoints.checkpoint import TrainState, complete_checkpoints
-from launcher.checkpoints.manifest import describe_durably, read_manifest, write_manifest
+from launcher.checkpoints.checkpoint import TrainState, best_checkpoint, complete_checkpoints
+from launcher.checkpoints.manifest import MANIFEST, describe_durably, write_manifest
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder, replace_text, sync_folder
 
@@ -104,10 +104,12 @@ class CheckpointSaver:
         engine._copy_recovery_script = lambda folder: None
 
     def save(self, state: TrainState) -> None:
-        """Write the files of the checkpoint of `state.step`; a save before that is still pending is settled first."""
+        """Write the files of the checkpoint of `state.step`, if there are none yet; a pending save is settled first."""
         self.settle()
-        started = time.perf_counter()
         tag = f"step-{state.step:08d}"
+        if self._is_saved(tag, state.step):
+            return
+        started = time.perf_counter()
         partial = self._run.checkpoints / f"{tag}.partial"
         writer = self._engine.checkpoint_engine = FileWriter(self._engine._config)
         # The other ranks wait for rank 0 inside save_checkpoint before they write.
@@ -123,6 +125,13 @@ class CheckpointSaver:
         described = self._thread.submit(_describe_written, partial, writer)
         self._pending = PendingSave(tag, manifest, described)
         self.seconds_blocked = time.perf_counter() - started
+
+    def _is_saved(self, tag: str, step: int) -> bool:
+        """Whether nothing is to be saved, as rank 0 sees it: replacing a checkpoint would leave none for a moment."""
+        saved = torch.tensor(float(step == 0 or (self._run.checkpoints / tag / MANIFEST).is_file()))
+        saved = saved.to(self._engine.device)
+        dist.broadcast(saved, src=0)
+        return bool(saved.item())
 
     def publish_when_written(self) -> None:
         """Make the pending save a checkpoint if all ranks' files are on the disk by now."""
@@ -180,7 +189,7 @@ class CheckpointSaver:
         try:
             write_manifest(partial, {**pending.manifest, "files": files})
             if folder.exists():
-                shutil.rmtree(folder)  # it has lost its manifest, or its steps have been taken again
+                shutil.rmtree(folder)  # it has lost its manifest
             os.rename(partial, folder)
             sync_folder(self._run.checkpoints)
             replace_text(self._run.latest, f"{pending.tag}\n")
@@ -203,15 +212,11 @@ def _describe_written(partial: Path, writer: FileWriter) -> tuple[dict, str | No
 
 
 def delete_old(run: RunFolder, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best, and converted ones whose checkpoint is gone.
-
-    The best is the first that was saved since the best metric was measured, which the newest one's train state knows.
-    """
+    """Delete all but the newest `keep` checkpoints and the best, and converted ones whose checkpoint is gone."""
     complete = complete_checkpoints(run)
-    best_step = _best_step(complete[0])
-    since_best = [folder for folder in complete if best_step is not None and _best_step(folder) == best_step]
+    best = best_checkpoint(complete)
     for old in complete[keep:]:
-        if old not in since_best[-1:]:
+        if old != best:
             _delete(old)
     for universal in run.checkpoints.glob("universal-*[0-9]"):
         if not run.checkpoints.joinpath(universal.name.removeprefix("universal-")).exists():
@@ -221,10 +226,3 @@ def delete_old(run: RunFolder, keep: int) -> None:
 def _delete(folder: Path) -> None:
     # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
     shutil.rmtree(folder.rename(folder.with_suffix(".partial")))
-
-
-def _best_step(checkpoint: Path) -> int | None:
-    try:
-        return read_manifest(checkpoint)["train_state"].get("best_step")
-    except (ValueError, KeyError):  # a damaged one is no one's best
-        return None

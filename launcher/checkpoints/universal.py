@@ -59,7 +59,8 @@ def convert(checkpoint: Path, target: Path) -> None:
     optimizer_file = min(checkpoint.glob("*optim_states.pt"))
     # DeepSpeed's states are pickles of its own classes; this one has just been found to be what the manifest says.
     optimizer = torch.load(optimizer_file, weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
-    if not optimizer["optimizer_state_dict"]["state"]:
+    stage_3 = "fp32_flat_groups" in optimizer
+    if not optimizer["optimizer_state_dict" if stage_3 else "base_optimizer_state"]["state"]:
         raise ConfigurationError(
             f"{checkpoint} cannot be converted: all its steps were skipped, so the optimizer has no state yet; "
             "go on with as many processes as wrote it, or begin anew in another output"

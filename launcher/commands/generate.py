@@ -2,28 +2,90 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
+
 from launcher.commands.parsing import command
 
 
 def add_generate(commands) -> None:
     """Add `lfm generate` to the commands."""
     parser = command(
-        commands, "generate", _generate, "Answer questions.",
+        commands, "generate", _generate,
+        "Answer questions: those on the command line, else those of --file, else one a line of the standard input. One "
+        "question on a terminal is answered token by token.",
         'lfm generate runs/sample/export "What is 7 plus 5?"',
     )  # fmt: skip
     parser.add_argument("model", help="an exported folder, or a run folder")
-    parser.add_argument("question", nargs="+", help="one or more questions, each in quotes")
+    parser.add_argument("question", nargs="*", help="questions, each in quotes")
+    parser.add_argument("--file", help="a text file with a question a line, or .jsonl with `question` in each object")
+    parser.add_argument("--jsonl", action="store_true", help="write an object with question and answer a line")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--seed", type=int, default=0, help="for sampling")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token, above it they are drawn"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with this probability together"
+    )
+    parser.add_argument("--beams", type=int, default=1, help="answers followed at once; the likeliest is given")
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1 makes repeated tokens less likely"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="for drawing: the same seed and batches, the same answers")
+    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once")
 
 
 def _generate(options) -> None:
+    from launcher.errors import ConfigurationError
+
+    if options.question and options.file:
+        raise ConfigurationError("questions are on the command line and in --file; give one of the two")
+    if options.batch_size < 1:
+        raise ConfigurationError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    questions = options.question or _read_questions(options.file)
+
     import torch
+    from tqdm import tqdm
 
-    from launcher.inference.generation import answer, load_model
+    from launcher.inference.generation import Decoding, answer, load_model, stream
 
+    decoding = Decoding(
+        options.max_new_tokens, options.temperature, options.top_p, options.beams, options.repetition_penalty
+    )
     model, tokenizer = load_model(options.model)
     torch.manual_seed(options.seed)
-    for text in answer(model, tokenizer, options.question, options.max_new_tokens, options.temperature):
-        print(text)
+    if len(questions) == 1 and decoding.num_beams == 1 and sys.stdout.isatty() and not options.jsonl:
+        stream(model, tokenizer, questions[0], decoding)
+        return
+    few = len(questions) <= options.batch_size or not sys.stderr.isatty()
+    with tqdm(total=len(questions), unit="question", disable=few) as bar:
+        answers = answer(model, tokenizer, questions, decoding, options.batch_size, bar.update)
+    for question, text in zip(questions, answers, strict=True):
+        print(json.dumps({"question": question, "answer": text}, ensure_ascii=False) if options.jsonl else text)
+
+
+def _read_questions(file: str | None) -> list[str]:
+    """The questions of a file, or of the standard input, empty lines left out."""
+    from launcher.errors import ConfigurationError
+
+    try:
+        text = sys.stdin.read() if file is None else Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the questions in {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"the questions in {file or 'stdin'} are not UTF-8 text ({error.reason})") from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    if not lines:
+        raise ConfigurationError(f"there is no question in {file or 'the standard input'}; give at least one line")
+    if file is None or Path(file).suffix != ".jsonl":
+        return [line for _, line in lines]
+    questions = []
+    for number, line in lines:
+        try:
+            questions.append(json.loads(line)["question"])
+            if not isinstance(questions[-1], str):
+                raise TypeError
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigurationError(f'line {number} of {file} is not an object with the text "question"') from error
+    return questions

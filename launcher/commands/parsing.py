@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
@@ -13,3 +16,11 @@ def command(commands, name: str, run, help: str, epilog: str) -> argparse.Argume
     )  # fmt: skip
     parser.set_defaults(run=run)
     return parser
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as `500MB` or `2.5GB`, for `type=` of an argument."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]B)", text, re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 500MB or 2GB")
+    return int(float(found[1]) * UNITS[found[2].upper()])

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a Hugging Face folder."""
+"""From a run's checkpoint to a Hugging Face folder, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -11,23 +11,38 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
-from launcher.checkpoints.universal import convert
+from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, read_train_state
+from launcher.checkpoints.weights import CheckpointWeights
 from launcher.errors import ConfigurationError
+from launcher.export.custom_code import AUTO_MAP, FILES, write_custom_code
+from launcher.export.model_card import model_card
 from launcher.run_folder import RunFolder
+from launcher.weight_files import write_shards
 from model import LiquidConfig, LiquidForCausalLM
 
 # What an export consists of; a folder with anything else in it is not replaced.
 EXPORTED = re.compile(
-    r"config\.json|generation_config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|.*\.jinja"
+    r"config\.json|generation_config\.json|README\.md|model.*\.safetensors(\.index\.json)?|tokenizer.*|.*\.jinja|"
+    + "|".join(map(re.escape, sorted(FILES)))
 )
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BIAS = re.compile(r"model\.layers\.(\d+)\.moe\.router\.e_score_correction_bias")
 
 
-def export(run: str | Path, out: str | Path, tag: str = "auto") -> Path:
+def export(
+    run: str | Path,
+    out: str | Path,
+    tag: str = "auto",
+    dtype: str = "fp32",
+    max_shard_bytes: int = 2 * 10**9,
+    custom_code: bool = False,
+) -> Path:
     """Write the checkpoint `tag` of a run (its newest by default) as a Hugging Face folder; returns the folder.
 
-    Raises `ConfigurationError` where the run has no whole checkpoint or `out` holds something else.
+    Never holds more than one parameter and, while it gathers a layer's experts, one rank's share of them.
+    Raises `ConfigurationError` where the run has no whole checkpoint, `out` holds something else or cannot be written, or
+    the weights do not fit `dtype`.
     """
     out = Path(out)
     if out.is_file():
@@ -36,35 +51,42 @@ def export(run: str | Path, out: str | Path, tag: str = "auto") -> Path:
     if foreign or (out.exists() and any(out.iterdir()) and not list(out.glob("*.safetensors"))):
         what = foreign[0] if foreign else "no weights"
         raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or a new folder")
-    model = load_run(run, tag)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the target first, so that an interrupted export never looks like a whole one.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    checkpoint, state, model = _open(run, tag)
     try:
-        model.save_pretrained(partial)
-        for name in TOKENIZER_FILES:
-            if (source := RunFolder(run).model / name).is_file():
-                shutil.copyfile(source, partial / name)
-        readable = 0o666 & ~_umask()  # temporary folders and safetensors are the owner's alone otherwise
-        for file in partial.iterdir():
-            file.chmod(readable)
-        partial.chmod(readable | (readable & 0o444) >> 2)
-        if out.exists():
-            shutil.rmtree(out)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target first, so that an interrupted export never looks like a whole one.
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            _write_weights(partial, checkpoint, state, model, DTYPES[dtype], max_shard_bytes)
+            _write_descriptions(partial, RunFolder(run), checkpoint, state, model, DTYPES[dtype], custom_code)
+            readable = 0o666 & ~_umask()  # temporary folders are the owner's alone otherwise
+            for file in partial.iterdir():
+                file.chmod(readable)
+            partial.chmod(readable | (readable & 0o444) >> 2)
+            if out.exists():
+                shutil.rmtree(out)
+            partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write the model to {out}: {error.strerror or error}") from error
     return out
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
     """The model of a run's checkpoint, in fp32 on the CPU, ready to generate."""
+    checkpoint, state, model = _open(run, tag)
+    weights = CheckpointWeights(checkpoint)
+    model.to_empty(device="cpu")
+    for name, target in model.state_dict(keep_vars=True).items():
+        if name not in model.all_tied_weights_keys:
+            _fill(name, target, weights, state)
+    model.tie_weights()
+    return model.eval()
+
+
+def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalLM]:
+    """A checkpoint of a run, its train state, and the model without weights."""
     folder = RunFolder(run)
     checkpoint, _ = find_checkpoint(folder, tag)
     if checkpoint is None:
@@ -74,43 +96,58 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
     config = LiquidConfig.from_pretrained(folder.model)
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
-    weights = _consolidated_weights(checkpoint)
-    for name, parameter in model.state_dict().items():
-        if name in weights:
-            # DeepSpeed keeps parameters flat, padded at the end to a multiple of the ranks.
-            weights[name] = weights[name].flatten()[: parameter.numel()].view(parameter.shape)
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    # DeepSpeed's universal form has no buffers, and theirs may be rounded: the true bias is the train state's.
-    for layer, bias in enumerate(read_train_state(checkpoint).balancing_bias):
-        weights[f"model.layers.{layer}.moe.router.e_score_correction_bias"] = torch.tensor(bias)
-    model.load_state_dict(weights, strict=True, assign=True)
-    model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
     )  # fmt: skip
-    return model.eval()
+    return checkpoint, read_train_state(checkpoint), model
 
 
-def _consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every parameter in fp32 under the model's own names, the experts in shape and the others possibly flat.
-
-    DeepSpeed keeps a checkpoint in each rank's pieces; its universal form holds one file a parameter, with the experts
-    of all ranks together. (Its two simpler converters refuse expert parallelism under ZeRO-3.)
-    """
-    with tempfile.TemporaryDirectory(prefix=".universal.", dir=checkpoint.parent) as temporary:
-        universal = Path(temporary) / "universal"  # the converter writes beside its output folder, too
-        convert(checkpoint, universal)
-        files = {file.parent.name: file for file in (universal / "zero").glob("*/fp32.pt")}
-        contents = {name: torch.load(file, weights_only=True) for name, file in files.items()}
-    weights = {name: value["param"] if isinstance(value, dict) else value for name, value in contents.items()}
-    return _with_fused_experts(weights)
+def _fill(name: str, target: torch.Tensor, weights: CheckpointWeights, state: TrainState) -> None:
+    """Put a parameter, or a router's bias, into `target`."""
+    if found := BIAS.fullmatch(name):  # the engine's copy may be rounded: the true one is the train state's
+        target.copy_(torch.tensor(state.balancing_bias[int(found[1])]))
+    else:
+        weights.copy_into(target, name)
+        if target.dtype == torch.float16 and not target.isfinite().all():
+            raise ConfigurationError(f"{name} has values beyond what fp16 can hold; export with --dtype bf16 or fp32")
 
 
-def _with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """AutoEP's w1 (gate), w3 (up) and w2 (down) back into `gate_up_proj` and `down_proj`."""
-    for name in [name for name in weights if name.endswith(".experts.w1")]:
-        prefix = name.removesuffix("w1")
-        gate, up = weights.pop(f"{prefix}w1"), weights.pop(f"{prefix}w3")
-        weights[f"{prefix}gate_up_proj"] = torch.cat((gate, up), dim=1)
-        weights[f"{prefix}down_proj"] = weights.pop(f"{prefix}w2")
-    return weights
+def _write_weights(
+    folder: Path, checkpoint: Path, state: TrainState, model: LiquidForCausalLM, dtype: torch.dtype, max_bytes: int
+) -> None:
+    weights = CheckpointWeights(checkpoint)
+    tensors = {
+        name: (tuple(tensor.shape), torch.float32 if BIAS.fullmatch(name) else dtype)
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys
+    }
+    write_shards(folder, tensors, lambda name, target: _fill(name, target, weights, state), max_bytes)
+
+
+def _write_descriptions(
+    folder: Path,
+    run: RunFolder,
+    checkpoint: Path,
+    state: TrainState,
+    model: LiquidForCausalLM,
+    dtype: torch.dtype,
+    custom_code: bool,
+) -> None:
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = dtype
+    config.auto_map = AUTO_MAP if custom_code else {}
+    config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    if custom_code:
+        write_custom_code(folder)
+    for name in TOKENIZER_FILES:
+        if (source := run.model / name).is_file():
+            shutil.copyfile(source, folder / name)
+    (folder / "README.md").write_text(model_card(run, checkpoint, state, model, custom_code), encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -48,6 +48,8 @@ class Guard:
     """What all ranks find out alike about each step, from sums that they share.
 
     `observe` after each step, then `wants_rollback`, which ends a run that cannot go on with a `TrainingError`.
+    The rollbacks are counted here and not in the train state: a run that is started again goes on from the checkpoint
+    before them, meets the same rows, and goes back from them just as often.
     """
 
     def __init__(
@@ -71,7 +73,6 @@ class Guard:
         self.run = run
         self.monitor = monitor
         self.checkpoints = checkpoints
-        self.skipped_in_a_row = 0
         self._rollbacks, self._went_back_to = 0, None  # how many in a row, and to which checkpoint
         self._spike = self._hopeless = False
         self._scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
@@ -89,12 +90,12 @@ class Guard:
         self._hopeless = by_scale and self._scale == self._scaler.min_scale
         self._scale = self._scaler and self._scaler.cur_scale
         state.skipped_steps += skipped
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped and not by_scale else 0
+        state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped and not by_scale else 0
         if skipped and not by_scale:
             what = "gradient" if finite else "loss"
             self.monitor.say(
                 f"step {state.step} is skipped: its {what} is not finite ({self._rows(state)}; "
-                f"{self.skipped_in_a_row} in a row, {state.skipped_steps} in all)"
+                f"{state.skipped_in_a_row} in a row, {state.skipped_steps} in all)"
             )
         self._spike = finite and not skipped and self._spikes(state, loss)
         if finite and not (self._spike and self.config.on_spike == "rollback"):
@@ -155,7 +156,7 @@ class Guard:
         return True
 
     def _end_where_hopeless(self, state: TrainState) -> None:
-        if self._hopeless or self.skipped_in_a_row > self.config.max_skipped_in_a_row:
+        if self._hopeless or state.skipped_in_a_row > self.config.max_skipped_in_a_row:
             self.checkpoints.settle()  # so that what is named is all that there is
         if self._hopeless:
             raise TrainingError(
@@ -163,9 +164,9 @@ class Guard:
                 "overflow still; train in bf16, or lower learning_rate, or lower fp16.min_loss_scale in the JSON; "
                 f"the last checkpoint is {self._last_checkpoint()}"
             )
-        if self.skipped_in_a_row > self.config.max_skipped_in_a_row:
+        if state.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise TrainingError(
-                f"{self.skipped_in_a_row} steps in a row were not finite, up to step {state.step} ({self._rows(state)}); "
+                f"{state.skipped_in_a_row} steps in a row were not finite, up to step {state.step} ({self._rows(state)}); "
                 f"the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at those rows; "
                 "max_skipped_in_a_row sets how many are borne"
             )

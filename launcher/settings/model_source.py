@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from transformers import AutoTokenizer
 from data_pipeline.loading.reader import RowReader
 from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
+from launcher.engine import build_partitioned
 from launcher.errors import ConfigurationError
+from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
 
 
@@ -21,14 +24,7 @@ def model_config(config: RunConfig, data: RowReader) -> LiquidConfig:
     weights are for another tokenizer.
     """
     if config.init_from is not None:
-        if not any(Path(config.init_from).glob("*.safetensors")):
-            raise ConfigurationError(f"init_from={config.init_from} is not a model folder; make one with `lfm export`")
-        sizes = LiquidConfig.from_pretrained(config.init_from)
-        if fingerprint(AutoTokenizer.from_pretrained(config.init_from)) != data.tokenizer_fingerprint:
-            raise ConfigurationError(
-                f"{data.location} was made with another tokenizer than that of {config.init_from}; prepare it with the "
-                f"model's own: lfm prepare ... --tokenizer {config.init_from}"
-            )
+        sizes = _exported_sizes(Path(config.init_from), data)
     else:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -44,13 +40,58 @@ def model_config(config: RunConfig, data: RowReader) -> LiquidConfig:
     return sizes
 
 
-def build_model(config: RunConfig, data: RowReader) -> LiquidForCausalLM:
-    """The model that a run begins with; every rank makes the same weights, from `init_from` or from `seed`."""
+def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
+    """The configuration of an exported folder, once its weights and its tokenizer are found to go with it and the data."""
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ConfigurationError(f"init_from={folder} is not a model folder; make one with `lfm export`")
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        if kind != LiquidConfig.model_type:
+            raise ConfigurationError(
+                f"init_from={folder} is a model of the type {kind!r}; only {LiquidConfig.model_type!r} can be gone on with"
+            )
+        sizes = LiquidConfig.from_pretrained(folder)
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"init_from={folder}: {' '.join(str(error).split())}") from error
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigurationError(
+            f"init_from={folder} has no tokenizer.json, so that nobody knows its ids; export again"
+        )
+    if (
+        fingerprint(AutoTokenizer.from_pretrained(folder)) != data.tokenizer_fingerprint
+        or sizes.used_vocab_size != data.vocab_size
+    ):
+        raise ConfigurationError(
+            f"{data.location} was made with another tokenizer than that of {folder}; prepare it with the "
+            f"model's own: lfm prepare ... --tokenizer {folder}"
+        )
+    with torch.device("meta"):
+        model = LiquidForCausalLM(sizes)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = WeightFiles(folder).shapes
+    for name in wanted.keys() - model.all_tied_weights_keys.keys() | (found.keys() - wanted.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ConfigurationError(
+                f"init_from={folder}: {name} has the shape {found.get(name)} in its weights and {wanted.get(name)} by its "
+                "config.json; the two are not of one export"
+            )
+    return sizes
+
+
+def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None) -> LiquidForCausalLM:
+    """The model that a run begins with; every rank makes the same weights, from `init_from` or from `seed`.
+
+    With the resolved JSON, of ZeRO-3, those from `init_from` come partitioned: no rank ever holds them all.
+    """
     sizes = model_config(config, data)
     torch.manual_seed(config.seed)
-    if config.init_from is not None:
-        model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
-    else:
+    if config.init_from is None:
         model = LiquidForCausalLM(sizes)
+    elif resolved is not None and resolved.get("zero_optimization", {}).get("stage") == 3:
+        with torch.device("meta"):
+            model = LiquidForCausalLM(sizes)
+        model = build_partitioned(model, WeightFiles(Path(config.init_from)).read, resolved)
+    else:
+        model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
     model.loss_weights = config.loss
     return model

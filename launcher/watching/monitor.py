@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from launcher.config import RunConfig
 from launcher.watching.answers import SampledAnswer, answers_as_text
+from launcher.watching.event_writer import EventWriter
 from launcher.watching.expert_load import LEGEND, load_image
 from launcher.watching.layer_watch import LayerWatch
 from launcher.watching.profiler import StepProfiler
@@ -45,7 +45,7 @@ class Monitor:
         if not active:
             return
         # purge_step hides the points that a run wrote after the checkpoint it resumes from: one point a step.
-        self.writer = SummaryWriter(str(folder), purge_step=first_step)
+        self.writer = EventWriter(folder, first_step, self.say)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=config.max_steps, initial=first_step - 1, unit="step", dynamic_ncols=True, disable=not terminal
@@ -161,8 +161,7 @@ class Monitor:
     def goes_back_to(self, step: int) -> None:
         """The steps after `step` are taken again: TensorBoard forgets their points."""
         if self.active:
-            self.writer.close()
-            self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+            self.writer.forget_after(step)
             self.bar.reset(total=self.config.max_steps)
             self.bar.update(step)
 

@@ -37,6 +37,17 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path):
     assert open_source(str(tmp_path)).num_rows is None
 
 
+def test_a_linked_folder_is_read_once_also_where_links_go_round(tmp_path):
+    data, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data.mkdir()
+    elsewhere.mkdir()
+    write_jsonl(elsewhere / "a.jsonl", ROWS)
+    for name, target in (("disk", elsewhere), ("disk-again", elsewhere), ("up", data)):
+        (data / name).symlink_to(target)
+    (elsewhere / "back").symlink_to(data)
+    assert read(str(data)) == TEXTS
+
+
 @pytest.mark.parametrize("size", [1, 7, 50, 63, 64, 10_000])
 def test_every_line_is_in_one_chunk_wherever_a_file_is_cut(tmp_path, monkeypatch, size):
     monkeypatch.setattr("data_pipeline.sources.jsonl.BYTES_PER_CHUNK", size)

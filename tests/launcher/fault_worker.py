@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 import launcher.guarding.watchdog
 import train
 from launcher.errors import one_sentence_errors
+from launcher.guarding.failures import recognised_failures
 
 build_engine, train_step = train.build_engine, train.train_step
 
@@ -69,7 +70,7 @@ def main() -> int:
         get_accelerator().is_fp16_supported = lambda: True
     launcher.guarding.watchdog.GRACE = options.get("grace", launcher.guarding.watchdog.GRACE)
     build_with_faults(options.get("faults", []))
-    with one_sentence_errors():
+    with one_sentence_errors(), recognised_failures():
         return train.main(arguments)
 
 

@@ -15,7 +15,6 @@ from deepspeed.utils import groups, safe_get_full_grad
 import model.loss
 import train
 from data_pipeline.loading.loader import BatchStream
-from launcher.export.export import _with_fused_experts
 
 STEPS = 10
 GRADIENTS_OF = (1, 2)
@@ -94,7 +93,17 @@ def whole(engine, full_tensor) -> dict[str, torch.Tensor]:
             dist.all_gather(slices, tensor, group=group)
             tensor = torch.cat(slices)
         tensors[name] = tensor.clone()
-    return _with_fused_experts(tensors)
+    return with_fused_experts(tensors)
+
+
+def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """AutoEP's w1 (gate), w3 (up) and w2 (down) back into `gate_up_proj` and `down_proj`."""
+    for name in [name for name in weights if name.endswith(".experts.w1")]:
+        prefix = name.removesuffix("w1")
+        gate, up = weights.pop(f"{prefix}w1"), weights.pop(f"{prefix}w3")
+        weights[f"{prefix}gate_up_proj"] = torch.cat((gate, up), dim=1)
+        weights[f"{prefix}down_proj"] = weights.pop(f"{prefix}w2")
+    return weights
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ import pytest
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, read_train_state
 from launcher.checkpoints.manifest import write_manifest
 from launcher.checkpoints.saver import delete_old
+from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 
 STEPS = 12
@@ -109,6 +110,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         delete_old(run, keep=2)
         kept.append([int(path.name.removeprefix("step-")) for path in sorted(run.checkpoints.iterdir())])
     assert kept == [[2], [2, 4], [4, 6], [6, 8], [8, 10], [8, 10, 12]]
+
+
+def test_the_best_by_validation_can_be_asked_for(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step, best_step in {2: 2, 4: 4, 6: 4}.items():
+        make_checkpoint(run, step, best_step)
+    assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
+    other = RunFolder(tmp_path / "other")
+    make_checkpoint(other, 2, best_step=None)
+    with pytest.raises(ConfigurationError, match="has no best checkpoint.*set validate_every"):
+        find_checkpoint(other, "best")
 
 
 def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import pytest
 import yaml
 from conftest import PROJECT, start
+from test_guard import differing_runs
 
 from launcher.settings.deepspeed_config import read_json
 from launcher.settings.memory_estimate import (
@@ -65,6 +66,17 @@ def test_the_offload_json_trains_with_the_optimizer_that_offloading_brings(train
     trained.run(2, arguments(trained, "zero3_offload"))
     losses = check(trained, "zero3_offload", 3)
     assert losses == pytest.approx(trained.scalars("zero3")["train/loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_with_the_offloaded_optimizer_is_exact(trained):
+    """Its kernel keeps products of the betas from step to step, which a new process does not have."""
+    for name, steps in (("offload_halves", STEPS // 2), ("offload_halves", STEPS), ("offload_whole", STEPS)):
+        overrides = ["expert_parallel_size=2", "micro_batch_rows=1", f"max_steps={steps}", f"schedule.steps={STEPS}"]
+        trained.run(2, trained.arguments(name, *overrides, deepspeed_config=FOLDER / "zero3_offload.json"))
+    whole, halves = (trained.scalars(f"offload_{name}")["train/loss"] for name in ("whole", "halves"))
+    assert halves == whole
+    assert differing_runs(trained.folder / "offload_whole", trained.folder / "offload_halves", STEPS) == []
 
 
 def test_the_readmes_table_of_model_states_is_what_is_computed():

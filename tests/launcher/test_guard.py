@@ -9,6 +9,7 @@ import torch
 
 from launcher.checkpoints.checkpoint import read_train_state
 from launcher.errors import ConfigurationError
+from launcher.export.export import load_run
 from launcher.guarding.guard import Guard, is_spike
 
 ROWS = 4  # in a step
@@ -47,6 +48,20 @@ def differing(folder, step: int, other: int) -> list[str]:
     first, second = saved(folder, step), saved(folder, other)
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def differing_runs(folder, other, step: int) -> list[str]:
+    """The weights and moments that are not the same bits in the last checkpoints of two runs.
+
+    fp32_flat_groups are the weights again, but with padding at their ends, which DeepSpeed leaves as it finds it.
+    """
+    weights = [load_run(run).state_dict() for run in (folder, other)]
+    states = [{k: v for k, v in saved(run, step).items() if "fp32_flat_groups" not in k} for run in (folder, other)]
+    differing = []
+    for first, second in (weights, states):
+        assert first.keys() == second.keys()
+        differing += [name for name, value in first.items() if not torch.equal(value, second[name])]
+    return differing
 
 
 def check_that_two_steps_were_skipped(trainer, name: str, results) -> None:

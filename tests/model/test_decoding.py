@@ -35,6 +35,32 @@ def test_in_parts_the_logits_are_those_of_the_whole_text(model, ids, cache, leng
     torch.testing.assert_close(decoded(model, ids, cache, lengths), expected, **CLOSE)
 
 
+@torch.no_grad()
+def test_a_single_text_decodes_as_it_reads(model, ids):
+    """One token of one text takes its experts without sorting tokens by them."""
+    expected = model(ids[:1], use_cache=False).logits[..., :101]
+    cache = DynamicCache(config=model.config)
+    torch.testing.assert_close(decoded(model, ids[:1], cache, [7] + [1] * 43), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_the_memory_runs_at_every_token_where_somebody_gathers_its_weights(model, ids):
+    """Under ZeRO-3 ranks whose blocks end elsewhere wait for one another; without it only complete blocks cost."""
+    lstm, calls = model.model.layers[0].memory.lstm, []
+    run = type(lstm).forward
+    type(lstm).forward = lambda self, *arguments: calls.append(self) or run(self, *arguments)
+    try:
+        for _ in range(2):
+            cache = DynamicCache(config=model.config)
+            model(ids[:1, :9], past_key_values=cache)
+            for place in range(9, 15):  # the stride is 4: the block of 8 to 11 ends
+                model(ids[:1, place : place + 1], past_key_values=cache)
+            lstm.register_forward_pre_hook(lambda *_: None)
+    finally:
+        type(lstm).forward = run
+    assert sum(called is lstm for called in calls) == (1 + 1) + (1 + 6)
+
+
 @pytest.mark.parametrize("lengths", [[12] + [1] * 38, [5, 5, 5, 35], [1] * 50])
 @torch.no_grad()
 def test_rows_padded_on_the_left_decode_as_they_would_alone(model, ids, cache, lengths):

@@ -1,0 +1,103 @@
+"""TensorBoard's files, written by a run that a full disk does not end."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+KEPT = 200_000  # figures that wait for the disk; a step has about a hundred
+FLUSH_AFTER = 5_000  # figures
+RETRY_SECONDS = 60.0
+
+
+class EventWriter:
+    """A `SummaryWriter` that keeps what the disk does not take, says so once, and writes it when there is space again.
+
+    purge_step: TensorBoard forgets what earlier writers have written of this step and later ones.
+    """
+
+    def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._say = say
+        self._kept: deque[tuple[str, str, object, int]] = deque(maxlen=KEPT)  # since the last flush
+        self._writer: SummaryWriter | None = None
+        self._purge_step = purge_step
+        self._failed_at: float | None = None
+        self._attempt(self._open)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._add("add_scalar", tag, value, step)
+
+    def add_image(self, tag: str, image: object, step: int) -> None:
+        self._add("add_image", tag, image, step)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        self._add("add_text", tag, text, step)
+
+    def flush(self) -> None:
+        """Let a reader find all figures so far, if the disk takes them."""
+        self._attempt(self._flush)
+
+    def forget_after(self, step: int) -> None:
+        """The steps after `step` are taken again."""
+        self._attempt(self._flush)
+        self._kept = deque((entry for entry in self._kept if entry[3] <= step), maxlen=KEPT)
+        self._purge_step = step + 1
+        self._close()
+        self._attempt(self._open)
+
+    def close(self) -> None:
+        self._attempt(self._flush)
+        if self._kept:
+            self._say(f"{len(self._kept)} figures of the last steps are lost: {self._folder} could not be written to")
+        self._close()
+
+    def _add(self, method: str, tag: str, value: object, step: int) -> None:
+        self._kept.append((method, tag, value, step))
+        if self._writer is not None:
+            self._attempt(lambda: getattr(self._writer, method)(tag, value, step))
+        is_due = time.monotonic() > (self._failed_at or 0.0) + RETRY_SECONDS
+        if (len(self._kept) >= FLUSH_AFTER and self._writer is not None) or (self._writer is None and is_due):
+            self._attempt(self._flush)
+
+    def _open(self) -> None:
+        """A new file. What is kept is written to it, and hidden where the file before has some of it already."""
+        first = min((step for *_, step in self._kept), default=self._purge_step)
+        self._writer = SummaryWriter(str(self._folder), purge_step=min(first, self._purge_step))
+        for method, tag, value, step in self._kept:
+            getattr(self._writer, method)(tag, value, step)
+
+    def _flush(self) -> None:
+        if self._writer is None:
+            self._open()
+        self._writer.flush()
+        if self._kept:
+            self._purge_step = max(step for *_, step in self._kept) + 1
+        self._kept.clear()
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._close()
+            if self._failed_at is None:
+                self._say(
+                    f"TensorBoard's files in {self._folder} cannot be written ({error.strerror or error}): the figures are "
+                    "kept in memory, and written when there is space"
+                )
+            self._failed_at = time.monotonic()
+            return
+        if self._failed_at is not None and self._writer is not None and not self._kept:
+            self._say(f"TensorBoard's files in {self._folder} are written again")
+            self._failed_at = None
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            with suppress(OSError):  # said, or about to be, by whoever wrote last
+                writer.close()

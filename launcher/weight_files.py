@@ -1,0 +1,114 @@
+"""A model folder's safetensors files, written and read tensor by tensor, with the index that transformers reads.
+
+A file's header names every tensor's type, shape and place, all known before the first weight is there; so nothing has to
+be held but one tensor. (`safetensors.torch.save_file` wants a whole file's tensors, and copies them; `safe_open` maps
+files into memory, where all that was read stays.) Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from launcher.errors import ConfigurationError
+
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+NAMES = {name: dtype for dtype, name in TYPES.items()}
+ALIGNMENT = 8  # of the header's end, which the format asks for
+
+
+def write_shards(
+    folder: Path,
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    fill: Callable[[str, torch.Tensor], None],
+    max_shard_bytes: int,
+) -> None:
+    """Write `tensors` (shape and type by name) to `folder`, each filled by `fill(name, empty tensor)` when its turn comes.
+
+    A file holds at most `max_shard_bytes`, or one tensor that is larger. Beside the files of a model that takes more than
+    one goes `model.safetensors.index.json`. When this returns, the bytes are on the disk.
+    """
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    shards = _divide(sizes, max_shard_bytes)
+    places = {}
+    with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="exporting", disable=None) as progress:
+        for number, names in enumerate(shards, start=1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            places |= dict.fromkeys(names, file)
+            with open(folder / file, "wb") as stream:
+                stream.write(_header({name: tensors[name] for name in names}))
+                for name in names:
+                    shape, dtype = tensors[name]
+                    tensor = torch.empty(shape, dtype=dtype)
+                    fill(name, tensor)
+                    stream.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                    progress.update(sizes[name])
+                stream.flush()
+                os.fsync(stream.fileno())
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+class WeightFiles:
+    """What the safetensors files of a model folder hold: `shapes` by name; `read` gives a tensor.
+
+    Raises `ConfigurationError` where a file is none, or holds values of another type than those of weights.
+    """
+
+    def __init__(self, folder: Path):
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._places: dict[str, tuple[Path, int, torch.dtype]] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                try:
+                    header = json.loads(file.read(length)) if length < path.stat().st_size else None
+                    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+                    ends = [entry["data_offsets"][1] for entry in entries.values()]
+                    types = {name: NAMES[entry["dtype"]] for name, entry in entries.items()}
+                except (ValueError, AttributeError, KeyError, TypeError) as error:
+                    raise ConfigurationError(f"{path} holds no weights in fp32, bf16 or fp16; export again") from error
+            if path.stat().st_size != 8 + length + max(ends, default=0):
+                raise ConfigurationError(f"{path} is cut off or too long; export again")
+            for name, entry in entries.items():
+                self.shapes[name] = tuple(entry["shape"])
+                self._places[name] = (path, 8 + length + entry["data_offsets"][0], types[name])
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor in the type that it is stored in; no page of the file stays mapped."""
+        path, begin, dtype = self._places[name]
+        tensor = torch.empty(self.shapes[name], dtype=dtype)
+        with open(path, "rb") as file:
+            file.seek(begin)
+            file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+        return tensor
+
+
+def _divide(sizes: dict[str, int], most: int) -> list[list[str]]:
+    """The tensors in order, begun anew where the next one would make a file too large."""
+    shards, room = [], 0
+    for name, size in sizes.items():
+        if not shards or size > room:
+            shards.append([])
+            room = most
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _header(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
+    entries, begin = {"__metadata__": {"format": "pt"}}, 0
+    for name, (shape, dtype) in tensors.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

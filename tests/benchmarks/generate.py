@@ -1,0 +1,125 @@
+"""Decoding speed at growing positions, by hand: `python -m tests.benchmarks.generate [--threads 1] [--profile]`.
+
+The preset `tiny` beside transformers' `Lfm2Moe` and a Llama with full attention, both of its size (the quality
+benchmark's), random weights in fp32. The models take turns, step by step, so that a busy machine is busy for all of them,
+and the median step counts. `tiny` reads its whole past; in the others' caches, whose time depends on the shape alone, the
+keys and values of the first 1,024 tokens are repeated up to the position.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from model import LiquidConfig, LiquidForCausalLM
+from tests.benchmarks.quality_models import VARIANTS, count_parameters
+
+POSITIONS = (1024, 4096, 16384, 32768)
+BATCHES = (1, 8)
+VOCAB_SIZE = 8192
+READ = 1024  # tokens at a time
+
+
+def build_models() -> dict[str, PreTrainedModel]:
+    """The three models, each with about 4.25M active parameters."""
+    torch.manual_seed(0)
+    longest = max(POSITIONS) + READ
+    liquid = LiquidConfig.from_preset("tiny").sized_for(VOCAB_SIZE, max_position_embeddings=longest)
+    llama = LlamaConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=192, intermediate_size=576, num_hidden_layers=6, num_attention_heads=3,
+        num_key_value_heads=1, max_position_embeddings=longest, tie_word_embeddings=True,
+    )  # fmt: skip
+    lfm2 = VARIANTS["lfm2moe"].build(VOCAB_SIZE)
+    lfm2.config.max_position_embeddings = longest
+    return {"tiny": LiquidForCausalLM(liquid).eval(), "Lfm2Moe": lfm2.eval(), "Llama": LlamaForCausalLM(llama).eval()}
+
+
+def filled_cache(model: PreTrainedModel, position: int, batch: int) -> Cache:
+    """A cache as it is after `position` tokens, in every one of `batch` rows."""
+    ids = torch.randint(4, VOCAB_SIZE, (batch, READ), generator=torch.Generator().manual_seed(0))
+    cache = DynamicCache(config=model.config)
+    for _ in range(position // READ if isinstance(model, LiquidForCausalLM) else 1):
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    if not isinstance(model, LiquidForCausalLM):
+        for layer in cache.layers:
+            if getattr(layer, "keys", None) is not None and layer.keys.numel():
+                layer.keys, layer.values = (x.repeat(1, 1, position // READ, 1) for x in (layer.keys, layer.values))
+    assert cache.get_seq_length() == position
+    return cache
+
+
+def decoder(model: PreTrainedModel, position: int, batch: int) -> Callable[[], None]:
+    """A greedy decoder that stands at `position`; each call writes one token in every row."""
+    cache = filled_cache(model, position, batch)
+    ids = torch.full((batch, 1), 7)
+
+    def step() -> None:
+        nonlocal ids
+        logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        ids = logits[:, -1].argmax(-1, keepdim=True)
+
+    return step
+
+
+def step_seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
+    """The median time of each decoder's step; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(repeats + 3):
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if turn >= 3:
+                times[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def table(repeats: int) -> str:
+    """Tokens a second of every model at every position, and how many times the others' `tiny` has."""
+    models = build_models()
+    sizes = {name: count_parameters(model) for name, model in models.items() if name != "Llama"}
+    sizes["Llama"] = dict.fromkeys(("total", "active"), sum(weight.numel() for weight in models["Llama"].parameters()))
+    rows = [f"{name}: {size['total']:,} parameters, {size['active']:,} active" for name, size in sizes.items()]
+    rows += [
+        "",
+        "| rows | position | tiny | Lfm2Moe | Llama | over Lfm2Moe | over Llama |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for batch in BATCHES:
+        for position in POSITIONS:
+            steps = {name: decoder(model, position, batch) for name, model in models.items()}
+            speed = {name: batch / seconds for name, seconds in step_seconds(steps, repeats).items()}
+            del steps
+            figures = [f"{speed[name]:,.0f}" for name in models]
+            ratios = [f"{speed['tiny'] / speed[name]:.2f}×" for name in ("Lfm2Moe", "Llama")]
+            rows.append(f"| {batch} | {position:,} | " + " | ".join(figures + ratios) + " |")
+            print(rows[-1], flush=True)
+    return "\n".join(rows)
+
+
+def profile_step(batch: int) -> str:
+    """Where the time of one decoding step of `tiny` goes, by operator."""
+    step = decoder(build_models()["tiny"], POSITIONS[0], batch)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(20):
+            step()
+    return profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=30)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with torch.inference_mode():
+        print(f"load {os.getloadavg()[0]:.1f}, {options.threads} thread(s), torch {torch.__version__}")
+        print(profile_step(batch=1) if options.profile else table(options.repeats))

@@ -1,0 +1,60 @@
+"""What a checkpoint costs the training loop: one run, steps right after a save against steps without one, by turns.
+
+    python -m tests.benchmarks.save_cost [--saves 6] [--config run.yaml] [--deepspeed_config JSON] [key=value ...]
+
+A save stops the loop while DeepSpeed writes, and slows the steps after it while files are hashed and synced. Both are in
+the seconds that the half of the steps between two saves with the save in it takes longer than the half without.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import train
+from launcher.config import DEFAULT_CONFIG, load_run_config
+
+PROJECT = Path(__file__).parents[2]
+HALF = 15  # steps, long enough that the files are on the disk before they end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--saves", type=int, default=6)
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG))
+    parser.add_argument("--deepspeed_config", default=str(PROJECT / "ds_configs/zero3.json"))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_intermixed_args()
+    began: dict[int, float] = {}
+    train_step = train.train_step
+
+    def timed(engine, batches, state, *others):
+        began[state.step + 1] = time.perf_counter()
+        train_step(engine, batches, state, *others)
+
+    train.train_step = timed
+    last = 2 * HALF * (options.saves + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        own = [f"max_steps={last}", f"checkpoint_every={2 * HALF}", "validate_every=0", f"output={folder}/run"]
+        arguments = ["--deepspeed_config", options.deepspeed_config, "--config", options.config]
+        train.main([*arguments, f"data={folder}/data", *options.overrides, *own])
+        newest = Path(folder, "run", "checkpoints", f"step-{last:08d}")
+        megabytes = sum(path.stat().st_size for path in newest.iterdir()) / 1e6
+    differences, steps = [], []
+    for saved in range(2 * HALF, last, 2 * HALF):  # from the end of the step before the save's, to HALF steps later
+        with_save = began[saved + HALF] - began[saved]
+        without = began[saved + 2 * HALF] - began[saved + HALF]
+        differences.append(with_save - without)
+        steps.append(without / HALF)
+    step, cost = statistics.median(steps), statistics.median(differences)
+    every = load_run_config(options.config, []).checkpoint_every
+    print(
+        f"{megabytes:.1f} MB, a step {step:.3f} s, a save {cost:.3f} s (median of {len(differences)}: "
+        f"{min(differences):.3f} to {max(differences):.3f}): {cost / step:.2f} steps, "
+        f"{cost / (every * step):.2%} of the loop with one every {every} steps"
+    )
+
+
+if __name__ == "__main__":
+    main()

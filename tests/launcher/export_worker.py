@@ -1,0 +1,36 @@
+"""One rank of a test: trains a run, then keeps what its engine makes of some tokens, as `logits.pt` in the run folder."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import train
+
+TOKENS = torch.randint(4, 1900, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def main() -> None:
+    arguments, engines, build = json.loads(sys.argv[1]), [], train.build_engine
+
+    def build_and_keep(*given):
+        engines.append(build(*given))
+        return engines[-1]
+
+    train.build_engine = build_and_keep
+    assert train.main(arguments) == 0
+    (engine,) = engines
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(TOKENS).logits
+    if dist.get_rank() == 0:
+        overrides = dict(override.split("=", 1) for override in train.parse_arguments(arguments).overrides)
+        torch.save(logits, Path(overrides["output"]) / "logits.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Ranks that are forked from a process which has imported everything: starting them costs a second instead of ten."""
+
+import ctypes
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch.distributed as dist
+
+import launcher.guarding.failures
+import train
+from launcher.environment import free_port
+from launcher.errors import one_sentence_errors
+from launcher.guarding.failures import recognised_failures
+
+RANKS = 2
+PR_SET_CHILD_SUBREAPER = 36  # what the ranks leave behind becomes this process's child, and is seen
+LONGEST_END = 60.0  # seconds in which the last rank must have ended by itself after the first
+LONGEST_RUN = 200.0
+
+
+class ForkedRank(SystemExit):
+    """Ends a forked process as `sys.exit` does, so that what hangs at a process's end does so here."""
+
+
+def train_forked(arguments: list[str], outputs: list[Path], before: Callable[[int], None]) -> tuple[list[int], float]:
+    """Train on two ranks; `before` is called in each with its number.
+
+    Returns their exit codes and the seconds between the first end and the last. Fails where one does not end by itself,
+    or leaves a process behind.
+    """
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    processes, port = {}, free_port()
+    for rank in range(RANKS):
+        pid = os.fork()
+        if pid == 0:
+            raise ForkedRank(_train_as(rank, port, arguments, outputs[rank], before))
+        processes[pid] = rank
+    return _wait_for_all(processes)
+
+
+def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: Callable[[int], None]) -> int:
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    launcher.guarding.failures.GRACE = 3.0  # both ranks are on this machine
+    before(rank)
+    with one_sentence_errors(), recognised_failures():
+        code = train.main(arguments)
+    dist.destroy_process_group()
+    return code
+
+
+def _wait_for_all(processes: dict[int, int]) -> tuple[list[int], float]:
+    codes, first, started = {}, None, time.monotonic()
+    while len(codes) < len(processes):
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in processes:
+            codes[processes[pid]] = os.waitstatus_to_exitcode(status)
+            first = first or time.monotonic()
+        now = time.monotonic()
+        if now - started > LONGEST_RUN or (first and now - first > LONGEST_END):
+            for left in psutil.Process().children(recursive=True):
+                left.kill()
+            raise AssertionError(f"only {codes} have ended")
+        if pid == 0:
+            time.sleep(0.02)
+    seconds = time.monotonic() - first
+    time.sleep(0.1)
+    assert psutil.Process().children(recursive=True) == [], "a process is left"
+    return [codes[rank] for rank in sorted(codes)], seconds
