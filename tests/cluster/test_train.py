@@ -18,6 +18,11 @@ def test_two_nodes_give_the_losses_of_one(submit, project, configured, undisturb
     assert "2 ranks on node[1-2], master node1:" in job.log
     assert set(undisturbed["train/loss"]) == set(range(1, STEPS + 1))
     assert curves(project / "runs" / "two-nodes") == undisturbed
+    questions = project / "questions.jsonl"
+    questions.write_text('{"question": "What is 1 plus 1?", "answer": "2"}\n{"question": "And 2?", "answer": "4"}\n')
+    job = submit("evaluate", "runs/two-nodes", "--questions", str(questions), "--max-new-tokens", "2")
+    job.finish()
+    assert job.log.count("of 2 held-out answers are exactly right") == 1
 
 
 def test_a_run_goes_on_after_its_time_limit(submit, project, configured, undisturbed):
