@@ -95,7 +95,7 @@ def answer(
     model: LiquidForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     questions: list[str],
-    decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+    decoding: Decoding = Decoding(),
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:

@@ -39,6 +39,10 @@ class EventWriter:
     def add_text(self, tag: str, text: str, step: int) -> None:
         self._add("add_text", tag, text, step)
 
+    def add_summary(self, summary: object, step: int) -> None:
+        """Add a summary of one of TensorBoard's plugins as it is."""
+        self._add("add_summary", "", summary, step)
+
     def flush(self) -> None:
         """Let a reader find all figures so far, if the disk takes them."""
         self._attempt(self._flush)
@@ -60,7 +64,7 @@ class EventWriter:
     def _add(self, method: str, tag: str, value: object, step: int) -> None:
         self._kept.append((method, tag, value, step))
         if self._writer is not None:
-            self._attempt(lambda: getattr(self._writer, method)(tag, value, step))
+            self._attempt(lambda: self._hand_over(method, tag, value, step))
         is_due = time.monotonic() > (self._failed_at or 0.0) + RETRY_SECONDS
         if (len(self._kept) >= FLUSH_AFTER and self._writer is not None) or (self._writer is None and is_due):
             self._attempt(self._flush)
@@ -69,7 +73,13 @@ class EventWriter:
         """A new file. What is kept is written to it, and hidden where the file before has some of it already."""
         first = min((step for *_, step in self._kept), default=self._purge_step)
         self._writer = SummaryWriter(str(self._folder), purge_step=min(first, self._purge_step))
-        for method, tag, value, step in self._kept:
+        for entry in self._kept:
+            self._hand_over(*entry)
+
+    def _hand_over(self, method: str, tag: str, value: object, step: int) -> None:
+        if method == "add_summary":
+            self._writer.file_writer.add_summary(value, step)
+        else:
             getattr(self._writer, method)(tag, value, step)
 
     def _flush(self) -> None:

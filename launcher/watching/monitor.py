@@ -1,10 +1,9 @@
-"""What a person sees of a run: TensorBoard, a progress bar, and lines where there is no terminal."""
+"""What a person sees of a run: TensorBoard, and lines on the console."""
 
 from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from launcher.config import RunConfig
 from launcher.watching.answers import SampledAnswer, answers_as_text
+from launcher.watching.console import RunConsole
 from launcher.watching.event_writer import EventWriter
 from launcher.watching.expert_load import LEGEND, load_image
+from launcher.watching.hyperparameters import write_hyperparameters
 from launcher.watching.layer_watch import LayerWatch
 from launcher.watching.profiler import StepProfiler
 from launcher.watching.step_timer import StepTimer
@@ -26,7 +26,6 @@ from launcher.watching.validation import ValidationResult
 from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN
 from model.metrics import load_max_over_mean
 
-LINES = 50  # a run without a terminal prints about this many
 SOURCES = 8  # whose validation losses are curves; all of them are in a table
 RUN_FILE = "run.yaml"  # beside the TensorBoard folder (launcher/run_folder.py)
 
@@ -40,20 +39,15 @@ class Monitor:
         self.folder = folder
         self.layers: LayerWatch | None = None
         self.profiler: StepProfiler | None = None
-        self.every = max(1, config.max_steps // LINES)
         self.started = time.perf_counter()
         if not active:
             return
         # purge_step hides the points that a run wrote after the checkpoint it resumes from: one point a step.
+        self.console = RunConsole(first_step, config.max_steps)
         self.writer = EventWriter(folder, first_step, self.say)
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=config.max_steps, initial=first_step - 1, unit="step", dynamic_ncols=True, disable=not terminal
-        )
-        self.first_step = first_step
-        self.begun = time.perf_counter()
         self.writer.add_text("run/run.yaml", _as_code((folder.parent / RUN_FILE).read_text()), first_step)
         self.writer.add_text("moe/load/legend", LEGEND, first_step)
+        write_hyperparameters(self.writer, config, first_step)
         if config.profile.steps is not None:
             self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
 
@@ -120,7 +114,7 @@ class Monitor:
             self.writer.add_scalar(tag, value, step)
         if self.layers.looks_at(step):
             self.writer.add_image("moe/load", load_image(totals["load"]), step)
-        self._show(step, values)
+        self.console.step(step, values)
         for warning in self.layers.warnings:
             self.say(f"step {step}: {warning}")
         if self.profiler is not None and (trace := self.profiler.step_ended(step)):
@@ -153,17 +147,15 @@ class Monitor:
         )
 
     def say(self, message: str) -> None:
-        """Print a line without breaking the bar."""
+        """Print a line, on rank 0."""
         if self.active:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
+            self.console.say(message)
 
     def goes_back_to(self, step: int) -> None:
         """The steps after `step` are taken again: TensorBoard forgets their points."""
         if self.active:
             self.writer.forget_after(step)
-            self.bar.reset(total=self.config.max_steps)
-            self.bar.update(step)
+            self.console.goes_on_from(step)
 
     def flush(self) -> None:
         """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""
@@ -172,7 +164,6 @@ class Monitor:
 
     def close(self) -> None:
         if self.active:
-            self.bar.close()
             self.writer.close()
 
     def _losses(self, totals: dict[str, torch.Tensor], supervised: float, tokens: float) -> dict[str, float]:
@@ -181,19 +172,6 @@ class Monitor:
         terms |= {term: totals[term].item() / tokens for term in PER_TOKEN}
         loss = sum(self.config.loss.of(term) * value for term, value in terms.items())
         return {"train/loss": loss, **{f"train/{term}": value for term, value in terms.items()}}
-
-    def _show(self, step: int, values: dict[str, float]) -> None:
-        summary = (
-            f"loss {values['train/loss']:.3f}  cross entropy {values['train/cross_entropy']:.3f}  "
-            f"{values['perf/tokens_per_second']:,.0f} tokens/s"
-        )
-        self.bar.set_postfix_str(summary, refresh=False)
-        self.bar.update(step - self.bar.n)
-        if self.bar.disable and (step % self.every == 0 or step in (1, self.config.max_steps)):
-            rate = values["train/learning_rate"]
-            left = (time.perf_counter() - self.begun) / (step - self.first_step + 1) * (self.config.max_steps - step)
-            eta = tqdm.format_interval(round(left))
-            print(f"step {step}/{self.config.max_steps}  {summary}  lr {rate:.2e}  ETA {eta}", flush=True)
 
 
 def memory_used(device: torch.device) -> float:

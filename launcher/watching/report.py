@@ -42,8 +42,10 @@ STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}"
     "h2{border-bottom:1px solid #ccc;margin-top:2em}.plots{display:flex;flex-wrap:wrap;gap:12px}"
     ".plots figure{margin:0;flex:1 1 480px}svg{width:100%;height:auto}"
-    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
-    "pre{background:#f6f6f6;padding:1em;overflow:auto}img{image-rendering:pixelated;min-width:240px}"
+    "table{border-collapse:collapse}th{background:#f6f6f6}"
+    "td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
+    "pre{background:#f6f6f6;padding:1em;overflow:auto;max-height:32em}"
+    "img{image-rendering:pixelated;min-width:240px;border:1px solid #ccc}"
 )
 
 
@@ -89,6 +91,7 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
     """Each plot as an inline SVG, from matplotlib: its text stays text."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for title, wanted in PLOTS:
         patterns = [re.compile(re.escape(tag).replace(r"\*", ".*")) for tag in wanted]
@@ -100,10 +103,16 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
         for tag in chosen:
             steps, values = zip(*scalars[tag], strict=True)
             axes.plot(steps, values, label=_short(tag), marker="o" if len(steps) < 30 else None, markersize=3)
-        axes.set(title=title, xlabel="step", yscale="log" if title in LOGARITHMIC else "linear")
+        axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title in LOGARITHMIC:
+            axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(LogFormatter(minor_thresholds=(2, 0.4)))  # 3.6, not 3.6 × 10⁰
         axes.grid(alpha=0.3)
         if 1 < len(chosen) <= LEGEND_AT_MOST:
-            axes.legend(fontsize="small")
+            # Below the plot, where it hides no curve.
+            figure.legend(loc="outside lower center", ncols=min(2, len(chosen)), fontsize="small", frameon=False)
         file = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
             figure.savefig(file, format="svg", metadata={"Date": None})
@@ -114,7 +123,12 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
 def _short(tag: str) -> str:
     """A curve's name in a plot's legend."""
     layer = re.fullmatch(r"moe/layer_(\d+)/.*", tag)
-    return f"layer {int(layer[1])}" if layer else tag.removeprefix("validation/by_source/").removeprefix("grad_norm/")
+    if layer:
+        return f"layer {int(layer[1])}"
+    for group in ("validation/by_source/", "grad_norm/"):  # a source keeps its name as it is
+        if tag.startswith(group):
+            return tag.removeprefix(group)
+    return tag.removeprefix("train/").removeprefix("perf/").removesuffix("_seconds").replace("/", " ").replace("_", " ")
 
 
 def _expert_load(events, tags) -> list[str]:
@@ -139,7 +153,10 @@ def _answers(events, tags) -> list[str]:
     lines = newest.tensor_proto.string_val[0].decode().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
     # A | in a text is written as its entity already.
-    table = "".join("<tr>" + "".join(f"<td>{_escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    table = "".join(
+        "<tr>" + "".join(f"<{kind}>{_escaped(cell)}</{kind}>" for cell in row) + "</tr>"
+        for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
     return [f"<h2>Answers to held-out questions at step {newest.step:,}</h2><table>{table}</table>"]
 
 

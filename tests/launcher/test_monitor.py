@@ -48,8 +48,12 @@ def tensorboard(watched):
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
-    def ask(path: str):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/{path}", timeout=30) as reply:
+    def ask(path: str, body: dict | None = None):
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/data/{path}", data)
+        if data:
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=30) as reply:
             return json.loads(reply.read())
 
     deadline = time.monotonic() + 120
@@ -90,6 +94,19 @@ def test_tensorboard_shows_every_kind_of_figure(tensorboard):
     (page,) = (tag for tag in shown if tag.startswith("run/run.yaml"))
     text = tensorboard(f"plugin/text/text?run={run}&tag={page}")[0]["text"]
     assert "global_batch_rows: 4" in text and "world_size: 2" in text
+
+
+def test_hyperparameters_stand_in_their_tab_beside_what_they_led_to(watched, tensorboard):
+    """No second folder of events, which would be shown as a run of its own, and keys of sections by their full name."""
+    groups = tensorboard("plugin/hparams/session_groups", {"startIndex": 0, "sliceSize": 10, "allowedStatuses": [
+        "STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING", "STATUS_FAILURE"], "colParams": [
+        {"metric": {"group": "", "tag": "validation/cross_entropy"}}]})["sessionGroups"]  # fmt: skip
+    (group,) = groups
+    assert group["hparams"]["global_batch_rows"] == 4 and group["hparams"]["loss.focal"] == pytest.approx(0.1)
+    assert group["hparams"]["data"].endswith("with_validation")
+    (metric,) = (value for value in group["metricValues"] if value["name"]["tag"] == "validation/cross_entropy")
+    assert metric["value"] == pytest.approx(watched.scalars("watched")["validation/cross_entropy"][STEPS])
+    assert not [path for path in (watched.folder / "watched" / "tensorboard").iterdir() if path.is_dir()]
 
 
 def test_answers_to_held_out_questions_are_text(tensorboard):
