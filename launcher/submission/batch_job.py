@@ -92,7 +92,8 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
     elif code == COMMUNICATION or status.get("suspects"):
-        named = {host.partition(".")[0] for host in status.get("suspects", ())}  # a machine may call itself by all its name
+        # A machine may call itself by its full name, which SLURM does not know.
+        named = {host.partition(".")[0] for host in status.get("suspects", ())}
         suspects = [host for host in hosts if host in named]
         _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
