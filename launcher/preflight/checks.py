@@ -13,7 +13,7 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, refused
 from launcher.preflight.gpus import check_gpus
-from launcher.preflight.json_keys import refuse_json_keys
+from launcher.preflight.json_keys import refuse_json_keys, spreads_experts, zero_stage
 from launcher.preflight.machine import check_disk, check_memory, check_precision, check_versions
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import read_json, resolve_deepspeed_config
@@ -66,9 +66,8 @@ def check_run(config_path: str, overrides: list[str], deepspeed_path: str, world
 
 def _check_json_keys(content: dict, path: str) -> list[Finding]:
     _, found = refused("DeepSpeed JSON", lambda: refuse_json_keys(content))
-    stage = content.get("zero_optimization", {}).get("stage", 0)
-    experts = "with AutoEP" if content.get("expert_parallel", {}).get("enabled") else "without expert parallelism"
-    return found or [Finding("DeepSpeed JSON", GREEN, f"{path}: ZeRO stage {stage} {experts}")]
+    experts = "with AutoEP" if spreads_experts(content) else "without expert parallelism"
+    return found or [Finding("DeepSpeed JSON", GREEN, f"{path}: ZeRO stage {zero_stage(content)} {experts}")]
 
 
 def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:

@@ -17,9 +17,7 @@ REFUSED_UNDER_ZERO_3 = {
 
 def refuse_json_keys(content: dict) -> None:
     """Raise `ConfigurationError` for the keys of a JSON with stage 3 and `expert_parallel` that cannot go with them."""
-    stage = _at(content, "zero_optimization.stage")
-    experts = content.get("expert_parallel")
-    if stage != 3 or not experts or not experts.get("enabled", True):
+    if zero_stage(content) != 3 or not spreads_experts(content):
         return
     found = []
     for key, (harmless, meaning) in REFUSED_UNDER_ZERO_3.items():
@@ -31,6 +29,16 @@ def refuse_json_keys(content: dict) -> None:
             f"the DeepSpeed JSON has {' and '.join(found)}, which expert parallelism under ZeRO-3 does not support; "
             "remove these keys, or take ds_configs/zero1_ep.json"
         )
+
+
+def zero_stage(content: dict) -> int:
+    """The ZeRO stage of a JSON; DeepSpeed's default is 0."""
+    return _at(content, "zero_optimization.stage") or 0
+
+
+def spreads_experts(content: dict) -> bool:
+    """Whether a JSON turns AutoEP on."""
+    return bool(_at(content, "expert_parallel.enabled"))
 
 
 def _at(content: dict, key: str):
