@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
@@ -60,8 +61,9 @@ def print_table(findings: list[Finding]) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    # Open MPI gives its ranks a terminal of their own, wherever its output goes.
+    if not console.is_terminal or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        console = Console(highlight=False, width=160, force_terminal=False)
     table = Table(title="preflight")
     for column in ("", "check", "what was found", "how to mend it"):
         table.add_column(column, overflow="fold")
