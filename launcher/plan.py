@@ -20,6 +20,7 @@ from launcher.checkpoints.universal import keep_universal
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.preflight.checks import check_start
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import resolve_deepspeed_config
@@ -52,6 +53,7 @@ def make_plan(
     open_validation_data(config, data)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
+    notes += check_start(config, resolved, sizes, environment)
     run = RunFolder(config.output)
     run.claim()
     checkpoint, passed_over = find_checkpoint(run, config.resume)
