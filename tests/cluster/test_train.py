@@ -134,7 +134,7 @@ def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, confi
     output = f"runs/{HOSTILE}"
     job = submit("train", *configured, f"output={output}", "global_batch_rows=7", options=[f"--job-name={HOSTILE}"])
     assert job.wait_until("FAILED", "COMPLETED") == "FAILED"
-    assert "error: global_batch_rows" in job.log
+    assert "global_batch_rows" in job.log and "error: the run would fail" in job.log
     assert "step 1/" not in job.log and "Traceback" not in job.log
     assert (project / output / "jobs.jsonl").exists()
     assert not (project / "stray").exists()
