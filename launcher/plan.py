@@ -21,6 +21,7 @@ from launcher.checkpoints.universal import keep_universal
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.preflight.checks import check_start
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import resolve_deepspeed_config
@@ -62,6 +63,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     open_validation_data(config, data)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
+    notes += check_start(config, resolved, sizes, environment)
     run.claim()
     resume, obeyed = still_to_do(run, config.resume)
     checkpoint, passed_over = find_checkpoint(run, resume)

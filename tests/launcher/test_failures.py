@@ -46,10 +46,10 @@ def test_such_an_error_anywhere_else_in_the_program_names_host_and_rank(monkeypa
         raise RuntimeError("shapes")
 
 
-def judged(notes: dict[int, tuple[str, str]], hosts: list[str]) -> tuple[str, list[str], bool]:
+def judged(notes: dict[int, tuple[str, str]], hosts: list[str], *others) -> tuple[str, list[str], bool]:
     failures = Failures.__new__(Failures)
     failures._hosts = hosts
-    return failures._judge({rank: {"kind": kind, "sentence": said} for rank, (kind, said) in notes.items()})
+    return failures._judge({rank: {"kind": kind, "sentence": said} for rank, (kind, said) in notes.items()}, *others)
 
 
 def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
@@ -61,6 +61,8 @@ def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
     reason, suspects, _ = judged({0: noticed, 1: noticed, 2: noticed, 3: ("device", "ECC")}, hosts)
     assert suspects == ["c"] and "rank 3 on c has a fault in its device: ECC" in reason
     assert judged(dict.fromkeys(range(4), noticed), hosts)[1:] == ([], False)
+    # Where the disk is full nobody leaves a note, and nobody is suspect for that.
+    assert judged({0: noticed}, hosts, False)[1:] == ([], False)
     # A mistake of a rank's own would be made on another machine, too.
     reason, suspects, own_error = judged({0: noticed, 2: ("error", "ValueError: 3"), 3: noticed}, hosts)
     assert (reason, suspects, own_error) == ("rank 2 on b failed: ValueError: 3", [], True)
