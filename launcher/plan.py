@@ -110,7 +110,7 @@ def _check_resumable(
 ) -> None:
     """Raise `ConfigurationError` where a checkpoint is of another model, corpus, batch or order of rows than this run."""
     try:
-        before = LiquidConfig.from_pretrained(run.model, local_files_only=True)
+        before = LiquidConfig.from_json_file(run.model / "config.json")
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(
             f"{run.model}/config.json, which says what model the checkpoints are of, cannot be read; put it back (an "

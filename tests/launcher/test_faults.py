@@ -85,7 +85,9 @@ def check_lost(trainer: Trainer, name: str, result: dict, how: str) -> None:
 
 
 def attempts(trainer: Trainer, name: str) -> list[dict]:
-    return [json.loads(line) for line in (trainer.folder / name / "attempts.jsonl").read_text().splitlines()]
+    """How each start ended."""
+    lines = [json.loads(line) for line in (trainer.folder / name / "attempts.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "ended"]
 
 
 @pytest.fixture(scope="module")
