@@ -2,7 +2,7 @@
 
 A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
 file's size and sha256, the train state, the fingerprint of the data and how many ranks wrote it. `latest` names the
-newest one. `checkpoint_saver.py` writes them, `universal.py` converts them for another number of ranks.
+newest one. `saver.py` writes them, `universal.py` converts them for another number of ranks.
 """
 
 from __future__ import annotations
@@ -173,7 +173,11 @@ def read_train_state(folder: Path) -> TrainState:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state."""
+    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state.
+
+    The folder may be a universal one: an engine that began with such a one may later go back to one of its own.
+    """
+    engine._config.load_universal_checkpoint = "source" in read_manifest(folder)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     state = read_train_state(folder)
     set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))
