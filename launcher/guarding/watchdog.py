@@ -7,8 +7,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import torch
 
 HANG = 76  # the exit code
 FIRST_STEP = 3  # times the limit: it compiles, and fills caches
@@ -40,6 +43,16 @@ class Watchdog:
         seconds = self.seconds * (FIRST_STEP if first else 1)
         self._what, self._deadline = what, time.monotonic() + seconds
         faulthandler.dump_traceback_later(seconds + 3 * GRACE, exit=True, file=self._file)
+
+    @contextmanager
+    def at_each_forward(self, module: torch.nn.Module, what: str) -> Iterator[None]:
+        """Within it each forward of `module` has the limit for itself: together they may take as long as they like."""
+        self.begins(what)
+        hook = module.register_forward_pre_hook(lambda *_: self.begins(what))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def close(self) -> None:
         """Watch no longer."""
