@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ class Watchdog:
 
     They go to `stacks/rank-N.txt` in the run folder and to stderr. It is a thread, which runs while the main thread
     waits in C; where C holds on to the interpreter's lock, faulthandler's own thread writes the stacks and ends the
-    process (with code 1). `report` is called first, with a sentence.
+    process (with code 1). `report` is called first, with a sentence. `longest`: the time after which the process has
+    ended for certain, whatever it was at; who waits for another rank should bear that long, so that this speaks first.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, report: Callable[[str], None]) -> None:
         self.seconds = seconds
+        self.longest = timedelta(seconds=FIRST_STEP * seconds + 4 * GRACE)
         self._report = report
         self._rank = rank
         self._what = ""
