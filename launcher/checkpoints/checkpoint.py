@@ -7,6 +7,7 @@ newest one. `saver.py` writes them, `universal.py` converts them for another num
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,8 +64,11 @@ class TrainState:
         return state
 
     def note_validation(self, cross_entropy: float) -> bool:
-        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is."""
-        is_best = self.best_metric is None or cross_entropy < self.best_metric
+        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is.
+
+        One that is not finite is no one's best, and nothing could be better than it afterwards.
+        """
+        is_best = math.isfinite(cross_entropy) and (self.best_metric is None or cross_entropy < self.best_metric)
         if is_best:
             self.best_metric, self.best_step = cross_entropy, self.step
         return is_best
