@@ -18,7 +18,7 @@ from data_pipeline.loading.prefetch import Prefetcher
 from launcher.checkpoints.checkpoint import TrainState, load_checkpoint
 from launcher.checkpoints.saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
-from launcher.engine import build_engine, engine_values, set_learning_rate, start_process_group
+from launcher.engine import build_engine, engine_values, limit_collectives, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
 from launcher.guarding.data_loss import AgreedBatches
@@ -81,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest(report)
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
+    limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
     failures = Failures(run)
     first_step = state.step + 1
@@ -92,11 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
             train_step(engine, batches, state, config, monitor, stop, guard)
             checkpoints.publish_when_written()
             if guard.wants_rollback(state):
+                watchdog.begins(f"going back from step {state.step}", first=True)  # verifies it all, may convert it
                 state = guard.roll_back(state)
                 continue
             if validation.is_due(state.step) and not stop.agreed:
-                watchdog.begins(f"validating at step {state.step}")
-                validate(engine, validation, state, monitor)
+                validate(engine, validation, state, monitor, stop, watchdog)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
                 with monitor.timed_apart("save", state.step):
@@ -174,10 +175,18 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     monitor.step_ended(state.step, totals, supervised, tokens, values)
 
 
-def validate(engine, validation, state, monitor) -> None:
-    """Look at every held-out row once, and note in `state` where it is the best so far; nothing else changes."""
-    with monitor.timed_apart("validation", state.step):
-        result, answers = validation.run(engine)
+def validate(engine, validation, state, monitor, stop, watchdog) -> None:
+    """Look at every held-out row once, and note in `state` where it is the best so far; nothing else changes.
+
+    A signal interrupts it, and then it counts for nothing.
+    """
+    what = f"validating at step {state.step}"
+    with monitor.timed_apart("validation", state.step), watchdog.at_each_forward(engine.module, what):
+        found = validation.run(engine, interrupted=lambda: stop.agree(engine.device))
+    if found is None:
+        monitor.say(f"{what} is broken off: the run was asked to stop")
+        return
+    result, answers = found
     is_best = state.note_validation(result.cross_entropy)
     monitor.validated(state.step, result, is_best, answers)
 

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from datetime import timedelta
 
 import torch
 
@@ -24,12 +25,14 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidForCausalLM
 
+# For what ranks wait for before the first step: rank 0, which prepares data or converts a checkpoint, and slow disks.
+START_TIMEOUT = timedelta(hours=6)
 LARGE = 2**20  # bytes of a tensor that is worth a call to the C library
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def start_process_group(environment: Environment) -> None:
-    """Join the other ranks: gloo between CPUs, NCCL between GPUs."""
+    """Join the other ranks, waiting for them for hours: gloo between CPUs, NCCL between GPUs."""
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
     # DeepSpeed calls collectives by their older names, several times a step; the advice is not for whoever trains.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -37,7 +40,16 @@ def start_process_group(environment: Environment) -> None:
         torch.cuda.set_device(environment.device)
     if not torch.distributed.is_initialized():
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=START_TIMEOUT)
+
+
+def limit_collectives(limit: timedelta) -> None:
+    """From now on a collective that waits for longer fails, in every group that this process is in.
+
+    New groups begin with torch's own limit: 10 minutes with NCCL, 30 with gloo.
+    """
+    for group in torch.distributed.distributed_c10d._world.pg_map:
+        torch.distributed.distributed_c10d._set_pg_timeout(limit, group)
 
 
 @torch.no_grad()
@@ -100,6 +112,7 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     gc.callbacks.append(_return_freed_memory)
     engine, *_ = deepspeed.initialize(model=model, config=resolved)
     gc.callbacks.remove(_return_freed_memory)
+    limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
     engine.train()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
     if isinstance(optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":

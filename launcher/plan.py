@@ -17,7 +17,7 @@ from data_pipeline.preparation.settings import Settings
 from launcher.checkpoints.checkpoint import find_checkpoint
 from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
-from launcher.checkpoints.universal import keep_universal
+from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -87,7 +87,9 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
         notes += _changes(changed)
     run.keep_model_files(sizes, data.tokenizer_path)
     if checkpoint is not None:  # after run.yaml: another start need not load a universal one
-        checkpoint = _for_these_ranks(checkpoint, resolved, environment, notes)
+        experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
+        checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
+        notes += [converted] if converted else []
     return Plan(config, resolved, checkpoint, notes)
 
 
@@ -135,23 +137,6 @@ def _check_resumable(
                 f"{run.path} was trained with {name} {described[name]} and now it is {getattr(config, name)}, which would "
                 f"{harm}; set {name}={described[name]}, or another output"
             )
-
-
-def _for_these_ranks(checkpoint: Path, resolved: dict, environment: Environment, notes: list[str]) -> Path:
-    """The checkpoint, or its universal form where other ranks wrote it, which `resolved` then tells DeepSpeed to load."""
-    manifest = read_manifest(checkpoint)
-    ranks = (environment.world_size, resolved.get("expert_parallel", {}).get("autoep_size", 1))
-    wrote = (manifest["world_size"], manifest["expert_parallel_size"])
-    if ranks == wrote:
-        return checkpoint
-    print(f"looking for {checkpoint.name} in a form for other ranks than wrote it, or converting it", flush=True)
-    universal, is_new = keep_universal(checkpoint)
-    resolved["checkpoint"] = {**resolved.get("checkpoint", {}), "load_universal": True}
-    notes.append(
-        f"{checkpoint.name} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]}, this run has "
-        f"{ranks[0]} with {ranks[1]}: {'converted to' if is_new else 'taken from'} {universal}"
-    )
-    return universal
 
 
 def _prepare_if_missing(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ later ones aside.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,8 +65,11 @@ class TrainState:
         return state
 
     def note_validation(self, cross_entropy: float) -> bool:
-        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is."""
-        is_best = self.best_metric is None or cross_entropy < self.best_metric
+        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is.
+
+        One that is not finite is no one's best, and nothing could be better than it afterwards.
+        """
+        is_best = math.isfinite(cross_entropy) and (self.best_metric is None or cross_entropy < self.best_metric)
         if is_best:
             self.best_metric, self.best_step = cross_entropy, self.step
         return is_best
@@ -173,7 +177,11 @@ def read_train_state(folder: Path) -> TrainState:
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state."""
+    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state.
+
+    The folder may be a universal one: an engine that began with such a one may later go back to one of its own.
+    """
+    engine._config.load_universal_checkpoint = "source" in read_manifest(folder)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
     state = read_train_state(folder)
     set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))

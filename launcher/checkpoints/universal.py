@@ -22,6 +22,23 @@ from launcher.checkpoints.manifest import (
 from launcher.errors import ConfigurationError
 
 
+def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> tuple[Path, str | None]:
+    """The form of a whole checkpoint that so many processes can load: itself, or its universal form and why.
+
+    Raises `ConfigurationError` as `keep_universal` does.
+    """
+    manifest = read_manifest(checkpoint)
+    wrote = (manifest["world_size"], manifest["expert_parallel_size"])
+    if wrote == (world_size, expert_parallel_size):
+        return checkpoint, None
+    print(f"looking for {checkpoint.name} in a form for other ranks than wrote it, or converting it", flush=True)
+    universal, is_new = keep_universal(checkpoint)
+    return universal, (
+        f"{checkpoint.name} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]}, this run has "
+        f"{world_size} with {expert_parallel_size}: {'converted to' if is_new else 'taken from'} {universal}"
+    )
+
+
 def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
     """The universal form of a whole checkpoint, kept beside it, with a manifest of its own and the same train state.
 

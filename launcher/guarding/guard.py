@@ -7,6 +7,7 @@ fp16. This module makes it skip where only the loss is not finite, and looks at 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError, TrainingError
 from launcher.run_folder import RunFolder
@@ -132,7 +134,7 @@ class Guard:
 
         The stream of batches stands there already.
         """
-        chosen = [find_checkpoint(self.run, "auto")[0] if dist.get_rank() == 0 else None]
+        chosen = [self._loadable() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen, src=0)
         earlier = load_checkpoint(self.engine, chosen[0])
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
@@ -173,6 +175,12 @@ class Guard:
 
     def _rows(self, state: TrainState) -> str:
         return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
+
+    def _loadable(self) -> Path:
+        """The newest whole checkpoint, in its universal form where this run went on from other ranks' and has none yet."""
+        checkpoint, _ = find_checkpoint(self.run, "auto")
+        experts_over = self.engine.config.get("expert_parallel", {}).get("autoep_size", 1)
+        return for_ranks(checkpoint, dist.get_world_size(), experts_over)[0]
 
     def _newest(self) -> str | None:
         """The newest checkpoint's name, as rank 0 sees it: a shared file system may show a new file late to the others."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 STOPPED_AT_A_SIGNAL = 75  # the exit code of a run that saved a checkpoint and can be started again
 INTERRUPTED = 128 + signal.SIGINT
@@ -41,6 +42,13 @@ class StopRequest:
     def requested(self, device: torch.device) -> torch.Tensor:
         """1 where this rank was asked to stop, to be added up over the ranks."""
         return torch.tensor(float(self._received), device=device)
+
+    def agree(self, device: torch.device) -> bool:
+        """Ask all ranks within something long between two steps; called by all of them."""
+        asked = self.requested(device)
+        dist.all_reduce(asked)
+        self.agreed = bool(asked.item())
+        return self.agreed
 
     def _receive(self, reading: int) -> None:
         while True:

@@ -7,8 +7,12 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 HANG = 76  # the exit code
 FIRST_STEP = 3  # times the limit: it compiles, and fills caches
@@ -20,11 +24,13 @@ class Watchdog:
 
     They go to `stacks/rank-N.txt` in the run folder and to stderr. It is a thread, which runs while the main thread
     waits in C; where C holds on to the interpreter's lock, faulthandler's own thread writes the stacks and ends the
-    process (with code 1). `report` is called first, with a sentence.
+    process (with code 1). `report` is called first, with a sentence. `longest`: the time after which the process has
+    ended for certain, whatever it was at; who waits for another rank should bear that long, so that this speaks first.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, report: Callable[[str], None]) -> None:
         self.seconds = seconds
+        self.longest = timedelta(seconds=FIRST_STEP * seconds + 4 * GRACE)
         self._report = report
         self._rank = rank
         self._what = ""
@@ -40,6 +46,16 @@ class Watchdog:
         seconds = self.seconds * (FIRST_STEP if first else 1)
         self._what, self._deadline = what, time.monotonic() + seconds
         faulthandler.dump_traceback_later(seconds + 3 * GRACE, exit=True, file=self._file)
+
+    @contextmanager
+    def at_each_forward(self, module: torch.nn.Module, what: str) -> Iterator[None]:
+        """Within it each forward of `module` has the limit for itself: together they may take as long as they like."""
+        self.begins(what)
+        hook = module.register_forward_pre_hook(lambda *_: self.begins(what))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def close(self) -> None:
         """Watch no longer."""

@@ -6,7 +6,7 @@ Legend: B rows, T tokens, V vocabulary, S sources.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,12 +96,17 @@ class Validation:
     def is_due(self, step: int) -> bool:
         return self.data is not None and (step % self.every == 0 or step == self.last_step)
 
-    def run(self, engine) -> tuple[ValidationResult, list[SampledAnswer]]:
-        """Look at every held-out row once and answer a few questions; called by all ranks, with as many forwards each."""
+    def run(self, engine, interrupted: Callable[[], bool]) -> tuple[ValidationResult, list[SampledAnswer]] | None:
+        """Look at every held-out row once and answer a few questions; called by all ranks, with as many forwards each.
+
+        `interrupted` is asked before each batch and says the same on all ranks; where it is True there is no result.
+        """
         config = engine.module.config
         sums: dict[str, torch.Tensor] = {}
         with evaluating(engine):
             for (inputs, sources), (answers, _) in zip(self._batches, self._answers, strict=True):
+                if interrupted():
+                    return None
                 ids, labels, positions, answers, sources = (
                     tensor.to(engine.device)
                     for tensor in (*inputs.values(), answers["labels"], sources)
@@ -112,6 +117,8 @@ class Validation:
                 part = _token_sums(loss, place, labels[:, 1:], sources[:, 1:], len(self.data.sources))
                 part |= _sequence_sums(place == 0, ids, answers, positions, config.bos_token_id, config.eos_token_id)
                 sums = {name: sums.get(name, 0.0) + value.double() for name, value in part.items()}
+            if interrupted():
+                return None
             answers = sample_answers(engine.module, self._tokenizer, self._questions)
         return self._result(add_up([sums])), answers
 

@@ -32,9 +32,9 @@ def build_with_faults(faults: list[dict]):
         ]  # fmt: skip
 
     def before(module, arguments):
-        for fault in due("hang", "hang_in_c", "kill", "sleep"):
-            if fault["kind"] == "kill":
-                os.kill(os.getpid(), signal.SIGKILL)
+        for fault in due("hang", "hang_in_c", "kill", "sleep", "terminate"):
+            if fault["kind"] in ("kill", "terminate"):
+                os.kill(os.getpid(), signal.SIGKILL if fault["kind"] == "kill" else signal.SIGTERM)
             elif fault["kind"] == "hang_in_c":
                 ctypes.PyDLL(None).sleep(1000)  # holds the interpreter's lock
             else:

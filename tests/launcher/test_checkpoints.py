@@ -124,6 +124,15 @@ def test_the_best_by_validation_can_be_asked_for(tmp_path):
         find_checkpoint(other, "best")
 
 
+def test_a_validation_that_is_not_finite_is_no_ones_best():
+    state = TrainState(1, 4, 100, [], 0.0, [])
+    assert not state.note_validation(float("nan")) and state.best_step is None
+    state.step = 2
+    assert not state.note_validation(float("inf")) and state.note_validation(3.0)
+    state.step = 3
+    assert not state.note_validation(float("nan")) and (state.best_step, state.best_metric) == (2, 3.0)
+
+
 def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):

@@ -1,5 +1,6 @@
 """Going on with another number of processes, or with the experts spread otherwise, than wrote the checkpoint."""
 
+import json
 import shutil
 
 import pytest
@@ -78,6 +79,44 @@ def test_more_processes_go_on_where_one_stopped_and_the_experts_spread_again(ela
     whole, more = (load_run(elastic.folder / name).state_dict() for name in ("whole", "more"))
     for name, weight in whole.items():
         torch.testing.assert_close(more[name], weight, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.slow
+def test_a_rollback_finds_the_form_that_its_ranks_can_load(elastic):
+    """Back to the checkpoint that two ranks wrote and one went on from, then to one of its own; as by hand from there."""
+    rows = [20, 40]  # of step 6, and of step 9, whose rows are two steps further on by then
+    folder = begin_at_4(elastic, "back")
+    common = ["checkpoint_every=4", "keep_checkpoints=10", "schedule.steps=12", "global_batch_rows=4"]
+    arguments = elastic.arguments(
+        "back", "max_steps=10", "on_spike=rollback", "spike.window=4", "spike.factor=30", *common
+    )
+    (result,) = elastic.run_with_faults(1, arguments, [{"kind": "spike", "positions": rows}])
+    assert result.returncode == 0, result.stdout
+    state = read_train_state(folder / "checkpoints" / "step-00000010")
+    for tag in (f"universal-step-{LEFT_AT:08d}", "step-00000008"):
+        assert f"back to {tag}, and past the rows" in result.stdout
+    assert state.skipped_ranges == [[16, 24], [40, 44]]
+    assert optimizer_steps(folder / "checkpoints" / "step-00000010") == {10.0}
+
+    begin_at_4(elastic, "by_hand")
+    manifest = elastic.folder / "by_hand" / "checkpoints" / f"step-{LEFT_AT:08d}" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["train_state"]["position"] = 24
+    manifest.write_text(json.dumps(content))
+    elastic.run(1, elastic.arguments("by_hand", "max_steps=8", *common))
+    by_hand, back = (elastic.scalars(name)["train/loss"] for name in ("by_hand", "back"))
+    assert [by_hand[step] for step in range(5, 9)] == [back[step] for step in range(5, 9)]
+
+
+def begin_at_4(trainer, name: str):
+    """A copy of the run of two ranks as it was at step 4."""
+    folder = trainer.folder / name
+    (folder / "checkpoints").mkdir(parents=True)
+    for part in ("model", "checkpoints/step-00000004"):
+        shutil.copytree(trainer.folder / "whole" / part, folder / part)
+    shutil.copy(trainer.folder / "whole" / "run.yaml", folder)
+    (folder / "latest").write_text("step-00000004\n")
+    return folder
 
 
 @pytest.mark.slow

@@ -15,10 +15,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.cli import main as lfm
-from launcher.config import load_run_config
+from launcher.config import RunConfig, load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
 from launcher.watching.expert_load import CELL, load_image
+from launcher.watching.monitor import Monitor
+from launcher.watching.step_timer import StepTimer
 from launcher.watching.throughput import TokenFlops, peak_flops, token_flops, utilisation
 from model import LiquidConfig, LiquidForCausalLM
 
@@ -231,3 +233,12 @@ def test_what_is_no_run_has_no_report(watched, tmp_path, capsys):
     with pytest.raises(SystemExit):
         lfm(["report", str(tmp_path)])
     assert "has not taken a step yet" in capsys.readouterr().err
+
+
+def test_a_rank_that_shows_nothing_keeps_no_times(tmp_path):
+    """Nobody would take them: on a GPU, two events for each part of each micro-batch of the whole run."""
+    monitor = Monitor(tmp_path, 1, RunConfig(), active=False)
+    monitor.timer = StepTimer(torch.device("cpu"))
+    with monitor.timed("forward"):
+        torch.ones(10).sum()
+    assert monitor.timer.take() == {}

@@ -49,7 +49,7 @@ before = {name: buffer.clone() for name, buffer in engine.module.named_buffers()
 validation = Validation(config, open_validation_data(config, data), 0, 1)
 tensors, figures = [], []
 for _ in range(5):
-    result, answers = validation.run(engine)
+    result, answers = validation.run(engine, interrupted=lambda: False)
     figures.append(result.cross_entropy)
     gc.collect()
     held = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
@@ -187,6 +187,21 @@ def test_repeated_validations_hold_no_memory_and_change_no_state(trainer, held_o
     assert len(set(measured["figures"])) == 1
     assert measured["same"] and measured["buffers"] > 2
     assert measured["training"]
+
+
+@pytest.mark.slow
+def test_a_validation_may_take_longer_than_a_step_and_a_signal_ends_it_with_a_checkpoint(trainer, held_out):
+    """The one at step 2 takes twice the limit, most of it in the 48 forwards of the answer; in step 4 rank 1 is asked to
+    stop, and the validation behind it is broken off."""
+    overrides = ["max_steps=6", "validate_every=2", "validation_samples=1", "step_timeout_seconds=8"]
+    arguments = trainer.arguments("long", f"data={held_out}", "micro_batch_rows=1", *overrides)
+    slow = {"kind": "sleep", "steps": [2], "seconds": 0.35}
+    results = trainer.run_with_faults(2, arguments, [slow, {"kind": "terminate", "rank": 1, "steps": [4]}])
+    assert [result.returncode for result in results] == [75, 75], results[0].stdout
+    assert "validating at step 4 is broken off: the run was asked to stop" in results[0].stdout
+    shown, state = trainer.scalars("long"), read_train_state(trainer.folder / "long/checkpoints/step-00000004")
+    assert list(shown["validation/cross_entropy"]) == [2] and shown["perf/validation_seconds"][2] > 16
+    assert (state.best_step, state.best_metric) == (2, pytest.approx(shown["validation/cross_entropy"][2]))
 
 
 def test_ranks_share_the_rows_without_repeating_any(held_out):
