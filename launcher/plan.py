@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoints.checkpoint import find_checkpoint
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.universal import for_ranks
@@ -32,11 +32,15 @@ from model.configuration import LiquidConfig, own_fields
 
 @dataclass(frozen=True)
 class Plan:
-    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user."""
+    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user.
+
+    step: of the checkpoint; 0 where there is none.
+    """
 
     config: RunConfig
     deepspeed: dict
     checkpoint: Path | None
+    step: int
     notes: list[str]
 
 
@@ -67,11 +71,12 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     run.claim()
     resume, obeyed = still_to_do(run, config.resume)
     checkpoint, passed_over = find_checkpoint(run, resume)
-    schedule_end = config.schedule.steps or config.max_steps
+    schedule_end, step = config.schedule.steps or config.max_steps, 0
     if checkpoint is not None:
         _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
         checkpoint, renamed = go_back(run, checkpoint, config.resume)
+        step = read_train_state(checkpoint).step
         notes += [*obeyed, *passed_over, f"resuming from {checkpoint}", *renamed]
         if config.max_steps > schedule_end:
             notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
@@ -90,7 +95,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
         experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
         checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
         notes += [converted] if converted else []
-    return Plan(config, resolved, checkpoint, notes)
+    return Plan(config, resolved, checkpoint, step, notes)
 
 
 def _changes(changed: dict[str, list]) -> list[str]:

@@ -35,7 +35,8 @@ class TrainState:
     `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
     `skipped_ranges`: positions `[first, end)` that a rollback went past; `skipped_steps`: how many had a loss or gradients
-    that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale; `recent_losses`:
+    that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale, and with those whose
+    text had no supervised token; `recent_losses`:
     those that a spike is measured against.
     `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
     fp32 values as Python floats and back are exact, in JSON too.

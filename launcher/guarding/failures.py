@@ -73,17 +73,21 @@ class Failures:
         self._run = run
         self._folder = run.path / "failures"
         self._rank = dist.get_rank()
+        self._ended = False
         self._hosts = [None] * dist.get_world_size()
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # those of the attempt before
         dist.all_gather_object(self._hosts, socket.gethostname())
 
     def end(self, step: int, error: BaseException) -> None:
-        """Write `status.json` for a run that ends with an error.
+        """Write `status.json` for a run that ends with an error; the first is the reason, and nothing is done for another.
 
         Raises `HardwareError` where a rank or a machine is lost, and `TrainingError` where another rank's own error
         has ended this one; returns where `error` itself is the reason, for the caller to raise.
         """
+        if self._ended:
+            return
+        self._ended = True
         kind = what_failed(error)
         note = {
             "rank": self._rank,

@@ -19,6 +19,7 @@ from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
+from launcher.watching.report import write_report
 from model.moe import balancing_bias
 
 STEPS = 20
@@ -99,6 +100,14 @@ def test_a_run_folder_tells_what_happened(runs):
     assert description["world_size"] == 2
     assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000015", "step-00000020"]
     assert run.latest.read_text() == "step-00000020\n"
+    assert not (run.path / "stacks").exists()  # nothing hung
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "missing" / "x.html", tmp_path / "file" / "x.html"):
+        with pytest.raises(ConfigurationError, match=f"cannot write the report to {place}: .*; name another file"):
+            write_report(runs.folder / "whole", place)
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(runs):
