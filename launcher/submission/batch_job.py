@@ -137,8 +137,8 @@ def _own_status(attempts: Attempts) -> dict:
 
 
 def _ended_before_training(state: str, code: int, signal: str) -> bool:
-    """Asked to stop while Python was still starting, and killed by that: nothing is lost, and nothing is wrong."""
-    return state == "none" and signal != "" and (code == 0 or code > 128)
+    """Asked to stop while the ranks were still starting, and killed by that: nothing is lost, and nothing is wrong."""
+    return state in ("none", "starting") and signal != "" and (code == 0 or code > 128)
 
 
 def _has_hung(attempts: Attempts) -> bool:

@@ -47,6 +47,9 @@ def status(attempts: Attempts, state: str, **facts) -> None:
         ("done", {"restart": 0}, 1, "", "fail"),  # an earlier attempt's
         ("done", {"job": "6"}, 2, "", "fail"),
         ("stopped", {"restart": 0}, 138, "USR1", "retry"),  # asked while Python was starting
+        ("starting", {}, 138, "USR1", "retry"),  # asked while rank 0 was planning
+        ("starting", {}, 1, "", "fail"),
+        ("starting", {}, 77, "", "retry"),
         ("stopped", {"restart": 0}, 138, "", "fail"),
         ("stopped", {"restart": 0}, 2, "USR1", "fail"),
     ],
