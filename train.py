@@ -81,8 +81,6 @@ def train(plan, run, environment, failures) -> bool:
     validation = Validation(config, open_validation_data(config, data), environment.rank, environment.world_size)
     for note in plan.notes:
         monitor.say(note)
-    if state.step >= config.max_steps:
-        monitor.say(f"{run.path} is at step {state.step} already; set max_steps above that to go on")
 
     def report(reason: str) -> None:  # where the end is so sudden that nothing below is reached
         if environment.is_main:

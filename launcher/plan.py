@@ -78,6 +78,8 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
         checkpoint, renamed = go_back(run, checkpoint, config.resume)
         step = read_train_state(checkpoint).step
         notes += [*obeyed, *passed_over, f"resuming from {checkpoint}", *renamed]
+        if step >= config.max_steps:
+            notes.append(f"{run.path} is at step {step} already; set max_steps above that to go on")
         if config.max_steps > schedule_end:
             notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
     if config.warmup_steps > schedule_end:

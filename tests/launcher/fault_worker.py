@@ -13,6 +13,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import launcher.guarding.watchdog
+import launcher.run_folder
 import train
 from launcher.errors import one_sentence_errors
 from launcher.guarding.failures import recognised_failures
@@ -73,6 +74,7 @@ def main() -> int:
     if options.get("claim_fp16"):
         get_accelerator().is_fp16_supported = lambda: True
     launcher.guarding.watchdog.GRACE = options.get("grace", launcher.guarding.watchdog.GRACE)
+    launcher.run_folder.STATUS_EVERY = options.get("status_every", launcher.run_folder.STATUS_EVERY)
     build_with_faults(options.get("faults", []))
     with one_sentence_errors(), recognised_failures():
         return train.main(arguments)

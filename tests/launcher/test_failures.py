@@ -145,6 +145,18 @@ def test_a_running_status_tells_the_step_again_after_a_while(tmp_path, monkeypat
     assert json.loads((run.path / "status.json").read_text())["step"] == 7
 
 
+@pytest.mark.slow
+def test_a_killed_run_is_known_to_have_got_as_far_as_its_status_last_said(trainer, capsys):
+    arguments = trainer.arguments("killed", "max_steps=20")
+    (result,) = trainer.run_with_faults(1, arguments, [{"kind": "kill", "steps": [4]}], status_every=0.0)
+    assert result.returncode == -9, result.stdout
+    run = RunFolder(trainer.folder / "killed")
+    status = json.loads((run.path / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("running", 3)
+    run.claim()
+    assert "has no end: last seen at step 3" in capsys.readouterr().out
+
+
 def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
     def unsupported(*arguments) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
