@@ -50,33 +50,37 @@ def limit_collectives(limit: timedelta) -> None:
 
 @torch.no_grad()
 def build_partitioned(
-    model: LiquidForCausalLM, read: Callable[[str], torch.Tensor], resolved: dict
+    model: LiquidForCausalLM, read: Callable[[str], torch.Tensor] | None, resolved: dict
 ) -> LiquidForCausalLM:
-    """Give a model on the meta device its weights under ZeRO-3, no rank ever holding more than one of them whole.
+    """Give a model on the meta device its weights under ZeRO-3, no rank but the first holding more than one of them whole.
 
-    `read(name)` gives a tensor of the state dict. Rank 0 reads the parameters and DeepSpeed sends them to the others
-    before it cuts them; the buffers, a few numbers, every rank reads. AutoEP later gathers a layer's experts at a time.
+    `read(name)` gives a tensor of the state dict, each once, on rank 0, which sends it to the others; DeepSpeed cuts the
+    parameters, the buffers, a few numbers, stay whole. AutoEP later gathers a layer's experts at a time.
     """
     device = torch.device(get_accelerator().current_device_name())
     dtype = next((HALF[name] for name in HALF if resolved.get(name, {}).get("enabled")), torch.float32)
+    is_main = torch.distributed.get_rank() == 0
+
+    def whole(name: str, meta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return read(name).to(device, dtype) if is_main else torch.empty(meta.shape, dtype=dtype, device=device)
+
     partition = None
     for prefix, module in model.named_modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, read(f"{prefix}.{name}").to(device, buffer.dtype))
+        for name, meta in list(module.named_buffers(recurse=False)):
+            buffer = whole(f"{prefix}.{name}", meta, meta.dtype)
+            torch.distributed.broadcast(buffer, src=0)
+            module.register_buffer(name, buffer)
         for name, meta in list(module.named_parameters(recurse=False)):
             full_name = f"{prefix}.{name}"
             if full_name in model.all_tied_weights_keys:
                 continue
-            if torch.distributed.get_rank() == 0:
-                whole = torch.nn.Parameter(read(full_name).to(device, dtype))
-            else:
-                whole = torch.nn.Parameter(torch.empty(meta.shape, dtype=dtype, device=device))
-            setattr(module, name, whole)
+            parameter = torch.nn.Parameter(whole(full_name, meta, dtype))
+            setattr(module, name, parameter)
             if partition is None:  # DeepSpeed takes a module once; its parameters then know how to take others
-                deepspeed.zero.Init(module=torch.nn.ParameterList([whole]), config_dict_or_path=resolved)
-                partition = whole.convert_to_zero_parameters
+                deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=resolved)
+                partition = parameter.convert_to_zero_parameters
             else:
-                partition(param_list=[whole])
+                partition(param_list=[parameter])
     for tied, source in model.all_tied_weights_keys.items():
         module, _, name = tied.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(source))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from data_pipeline.loading.reader import RowReader
@@ -79,19 +81,29 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
 
 
 def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None) -> LiquidForCausalLM:
-    """The model that a run begins with; every rank makes the same weights, from `init_from` or from `seed`.
+    """The model that a run begins with, of the weights in `init_from` or of fresh ones made from `seed`.
 
-    With the resolved JSON, of ZeRO-3, those from `init_from` come partitioned: no rank ever holds them all.
+    With the resolved JSON, of ZeRO-3, they come partitioned from rank 0, and no other rank ever holds them all; else
+    every rank makes the same ones.
     """
     sizes = model_config(config, data)
     torch.manual_seed(config.seed)
-    if config.init_from is None:
-        model = LiquidForCausalLM(sizes)
-    elif resolved is not None and resolved.get("zero_optimization", {}).get("stage") == 3:
+    if resolved is not None and resolved.get("zero_optimization", {}).get("stage") == 3:
         with torch.device("meta"):
             model = LiquidForCausalLM(sizes)
-        model = build_partitioned(model, WeightFiles(Path(config.init_from)).read, resolved)
+        read = _reader_of_initial_weights(config, sizes) if dist.get_rank() == 0 else None
+        model = build_partitioned(model, read, resolved)
+    elif config.init_from is None:
+        model = LiquidForCausalLM(sizes)
     else:
         model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
     model.loss_weights = config.loss
     return model
+
+
+def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
+    """Give a function from a weight's name to the weight; each can be had once."""
+    if config.init_from is not None:
+        return WeightFiles(Path(config.init_from)).read
+    # All at once, as a seed's random numbers come one after another; what is taken from them is freed with its reader.
+    return LiquidForCausalLM(sizes).state_dict().pop
