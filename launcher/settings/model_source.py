@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from data_pipeline.loading.reader import RowReader
 from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
-from launcher.engine import build_partitioned
+from launcher.engine import fill_from_rank_0
 from launcher.errors import ConfigurationError
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
@@ -83,16 +83,16 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
 def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None) -> LiquidForCausalLM:
     """The model that a run begins with, of the weights in `init_from` or of fresh ones made from `seed`.
 
-    With the resolved JSON, of ZeRO-3, they come partitioned from rank 0, and no other rank ever holds them all; else
-    every rank makes the same ones.
+    With the resolved JSON all ranks call this together and have them from rank 0, as they are trained; without it they
+    are whole, in fp32, in this process.
     """
     sizes = model_config(config, data)
     torch.manual_seed(config.seed)
-    if resolved is not None and resolved.get("zero_optimization", {}).get("stage") == 3:
+    if resolved is not None:
         with torch.device("meta"):
             model = LiquidForCausalLM(sizes)
         read = _reader_of_initial_weights(config, sizes) if dist.get_rank() == 0 else None
-        model = build_partitioned(model, read, resolved)
+        model = fill_from_rank_0(model, read, resolved)
     elif config.init_from is None:
         model = LiquidForCausalLM(sizes)
     else:
