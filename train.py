@@ -19,7 +19,7 @@ from launcher.checkpoints.checkpoint import TrainState, load_checkpoint
 from launcher.checkpoints.saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
 from launcher.engine import build_engine, engine_values, limit_collectives, set_learning_rate, start_process_group
-from launcher.environment import detect_environment, export_for_torch, keep_freed_memory
+from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
 from launcher.guarding.data_loss import AgreedBatches
 from launcher.guarding.failures import Failures, recognised_failures
@@ -81,7 +81,6 @@ def main(arguments: list[str] | None = None) -> int:
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest(report)
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
-    keep_freed_memory(environment.device)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
     failures = Failures(run)

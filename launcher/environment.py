@@ -20,7 +20,6 @@ from launcher.errors import ConfigurationError
 if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
     import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt, from malloc.h
 LONGEST_COMPILATION = 600  # seconds; one operator takes about half a minute
 
 
@@ -157,35 +156,22 @@ def export_for_torch(environment: Environment) -> None:
 
             # By default every process takes all cores, and they fight.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
-        _return_freed_memory()
+        _keep_freed_memory()
     _export_for_compiler()
 
 
-def _return_freed_memory() -> None:
-    """Have glibc give large tensors back to the system when they are freed, also while it learns how large they are.
-
-    Otherwise those that only starting needs leave holes for good: half as much again as a rank then has in use.
-    """
-    _tell_glibc(M_MMAP_THRESHOLD, 2**20)
-
-
-def keep_freed_memory(device: torch.device) -> None:
-    """On a CPU, have glibc keep from now on what a step frees for the next step, as CUDA's allocator does.
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step, as CUDA's allocator does.
 
     By default each large tensor is mapped, filled page by page with zeros and unmapped again, which can take a CPU as
-    long as the arithmetic.
+    long as the arithmetic. Whoever sets glibc's own variables decides otherwise.
     """
-    if device.type == "cpu":
-        _tell_glibc(M_TRIM_THRESHOLD, -1)  # never
-        _tell_glibc(M_MMAP_MAX, 0)
-
-
-def _tell_glibc(parameter: int, value: int) -> None:
-    """Set a parameter of its allocator, unless the user has set one of glibc's own variables."""
-    if platform.libc_ver()[0] == "glibc" and not any(
-        name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
-    ):
-        ctypes.CDLL(None).mallopt(parameter, value)
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
+    mallopt(trim_threshold, -1)  # never
+    mallopt(mmap_max, 0)
 
 
 def _export_for_compiler() -> None:

@@ -38,7 +38,7 @@ def add_evaluate(commands) -> None:
 
 
 def _evaluate(options) -> None:
-    from launcher.environment import detect_environment, export_for_torch, keep_freed_memory
+    from launcher.environment import detect_environment, export_for_torch
     from launcher.errors import ConfigurationError
 
     for name, least in (("limit", 1), ("answers", 0), ("show", 0), ("samples", 0), ("batch_size", 1)):
@@ -56,7 +56,6 @@ def _evaluate(options) -> None:
 
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     model, tokenizer = load_model(options.model, environment.device)
-    keep_freed_memory(environment.device)
     longest = model.config.max_position_embeddings
     held_out = open_held_out(options.data, options.questions, tokenizer, longest, options.limit)
     team = Team(environment)
