@@ -48,8 +48,20 @@ def main(arguments: list[str] | None = None) -> int:
         plan, run = make_plan(options.config, options.overrides, options.deepspeed_config, environment)
     start_process_group(environment)
     plan = share_plan(plan)
-    config = plan.config
+    run = run or RunFolder(plan.config.output)
+    failures = Failures(run)
+    try:
+        stopped = train(plan, run, environment, failures)
+    except BaseException as error:
+        failures.end(plan.step, error)  # where it has not got to its first step; the loop tells its own
+        raise
+    dist.barrier()
+    return STOPPED_AT_A_SIGNAL if stopped else 0
 
+
+def train(plan, run, environment, failures) -> bool:
+    """Build what `plan` says and take its steps; tells whether a signal has stopped them."""
+    config = plan.config
     data = open_run_data(config)
     stream = BatchStream(
         data, seed=config.seed, global_batch_rows=config.global_batch_rows,
@@ -64,7 +76,6 @@ def main(arguments: list[str] | None = None) -> int:
     stream.position = state.position
     batches = AgreedBatches(Prefetcher(stream))
 
-    run = run or RunFolder(config.output)
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
     monitor.watch(engine, data.seq_len)
     validation = Validation(config, open_validation_data(config, data), environment.rank, environment.world_size)
@@ -83,7 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
-    failures = Failures(run)
     first_step = state.step + 1
     try:
         if environment.is_main and state.step < config.max_steps:
@@ -91,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         while state.step < config.max_steps and not stop.agreed:
             watchdog.begins(f"step {state.step + 1}", first=state.step + 1 == first_step)
             train_step(engine, batches, state, config, monitor, stop, guard)
+            run.note_step(state.step)
             checkpoints.publish_when_written()
             if guard.wants_rollback(state):
                 watchdog.begins(f"going back from step {state.step}", first=True)  # verifies it all, may convert it
@@ -100,9 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
                 validate(engine, validation, state, monitor, stop, watchdog)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
-                with monitor.timed_apart("save", state.step):
-                    checkpoints.save(state)
-                monitor.flush()
+                monitor.saved(state.step, checkpoints.save(state))
         watchdog.begins("finishing the last save")
         checkpoints.finish()
         batches.raise_lost()
@@ -118,8 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.write_status(outcome, state.step, "signal" if stop.agreed else "")
         monitor.say(f"{outcome} at step {state.step}: run {run.path}, logs {run.tensorboard}")
         run.release()
-    dist.barrier()
-    return STOPPED_AT_A_SIGNAL if stop.agreed else 0
+    return bool(stop.agreed)
 
 
 def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
@@ -143,6 +151,7 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     state.position = batches.position
     if supervised == 0:
         monitor.say(f"step {state.step} is skipped: its batch has no supervised token (loss_on={config.loss_on})")
+        state.skipped_in_a_row += int(tokens > 0)  # not where all its rows are of bad shards
         return
     set_learning_rate(engine, learning_rate(config, state.step - 1))
 

@@ -13,8 +13,10 @@ from launcher.commands.evaluate import add_evaluate
 from launcher.commands.export import add_export
 from launcher.commands.fetch import add_fetch
 from launcher.commands.generate import add_generate
+from launcher.commands.preflight import add_preflight
 from launcher.commands.prepare import add_prepare
 from launcher.commands.report import add_report
+from launcher.commands.serve import add_serve
 from launcher.commands.shard_folders import add_inspect, add_verify
 from launcher.commands.submit import add_submit
 from launcher.errors import one_sentence_errors
@@ -24,21 +26,34 @@ COMMANDS = (
     add_prepare,
     add_verify,
     add_inspect,
+    add_preflight,
     add_export,
     add_generate,
     add_evaluate,
     add_report,
     add_submit,
+    add_serve,
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     if options.command != "fetch":
         # transformers draws a bar for every file that it reads or writes, here over in an instant.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with one_sentence_errors():
         return options.run(options) or 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """As train.py does, take `key=value` before and after options: argparse gives up after the first group of them."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not (hasattr(options, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -130,6 +130,9 @@ class RunConfig:
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("data", "output", "model"):
+            if not getattr(self, name):
+                raise ConfigurationError(f"{name} is empty; name one, or leave the key out for its default")
         for name in ("max_steps", "checkpoint_every", "keep_checkpoints", "global_batch_rows", "micro_batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -176,6 +179,10 @@ class RunConfig:
             raise ConfigurationError(
                 f"profile.steps is {profiled}; it must be the first and the last step, as in profile.steps=[10, 12]"
             )
+        if profiled is not None and profiled[1] > self.max_steps:
+            raise ConfigurationError(
+                f"profile.steps is {profiled}, but the run ends at max_steps {self.max_steps}; profile earlier steps"
+            )
         if self.loss_on not in ("all", "answer"):
             raise ConfigurationError(f"loss_on is {self.loss_on!r}; it must be 'all' or 'answer'")
         if self.schedule.cycles < 1 or self.schedule.multiplier < 1:
@@ -185,10 +192,11 @@ class RunConfig:
 def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (`loss.focal=0.2` reaches into a section).
 
+    The file's `prepare` is for the file's `data`: where only `data` is overridden, nothing is prepared.
     Raises `ConfigurationError` for a missing or unreadable file, an unknown key (naming the nearest one) or a value of
     the wrong type.
     """
-    fields = read_yaml(path)
+    fields, origin = read_yaml(path), _Origin(str(path))
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -202,7 +210,10 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
             if not isinstance(section, dict):
                 raise ConfigurationError(f"{key!r} reaches into {parent!r}, which is not a section")
         section[last] = _parse_value(key, value)
-    config = _build(RunConfig, fields, "", str(path))
+        origin.overrides[key] = override
+    if "data" in origin.overrides and not any(key.split(".")[0] == "prepare" for key in origin.overrides):
+        fields.pop("prepare", None)
+    config = _build(RunConfig, fields, "", origin)
     config.explicit = frozenset(fields)
     return config
 
@@ -237,22 +248,38 @@ def _parse_value(key: str, value: str):
         raise ConfigurationError(f"the value of {key} is not valid YAML: {value!r}; put quotes around it") from error
 
 
-def _build(cls: type, fields: dict, prefix: str, where: str):
+@dataclass
+class _Origin:
+    """Where a key's value was given: in the file, or in one of the overrides, which are kept by key."""
+
+    path: str
+    overrides: dict[str, str] = field(default_factory=dict)
+
+    def of(self, key: str) -> str:
+        """Its name for a message; an override may have given the key, the section it is in, or a key inside it."""
+        for given, override in self.overrides.items():
+            if f"{key}.".startswith((f"{given}.", f"{given}[")) or given.startswith(f"{key}."):
+                return f"the override {override}"
+        return self.path
+
+
+def _build(cls: type, fields: dict, prefix: str, origin: _Origin):
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in fields.items():
         if name not in known:
             nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+            where = origin.of(f"{prefix}{name}")
             raise ConfigurationError(f"unknown key {prefix}{name} in {where}; did you mean {prefix}{nearest[0]}?")
-        values[name] = _convert(hints[name], value, f"{prefix}{name}", where)
+        values[name] = _convert(hints[name], value, f"{prefix}{name}", origin)
     required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # neither is there
     if missing := [name for name in required if name not in values]:
-        raise ConfigurationError(f"{prefix}{missing[0]} is missing in {where}")
+        raise ConfigurationError(f"{prefix}{missing[0]} is missing in {origin.of(prefix.rstrip('.'))}")
     return cls(**values)
 
 
-def _convert(hint, value, key: str, where: str):
+def _convert(hint, value, key: str, origin: _Origin):
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -260,13 +287,13 @@ def _convert(hint, value, key: str, where: str):
         hint = next((o for o in options if (typing.get_origin(o) is list) == isinstance(value, list)), options[0])
     if typing.get_origin(hint) is list:
         if not isinstance(value, list):
-            raise ConfigurationError(f"{key} in {where} is {value!r}; it must be a list, such as [1, 2]")
+            raise ConfigurationError(f"{key} in {origin.of(key)} is {value!r}; it must be a list, such as [1, 2]")
         (element,) = typing.get_args(hint)
-        return [_convert(element, entry, f"{key}[{index}]", where) for index, entry in enumerate(value)]
+        return [_convert(element, entry, f"{key}[{index}]", origin) for index, entry in enumerate(value)]
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):
-            raise ConfigurationError(f"{key} in {where} is a section of keys, not the value {value!r}")
-        return _build(hint, value, f"{key}.", where)
+            raise ConfigurationError(f"{key} in {origin.of(key)} is a section of keys, not the value {value!r}")
+        return _build(hint, value, f"{key}.", origin)
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as a string
@@ -275,5 +302,5 @@ def _convert(hint, value, key: str, where: str):
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigurationError(f"{key} in {where} is {value!r}; it must be of type {hint.__name__}")
+        raise ConfigurationError(f"{key} in {origin.of(key)} is {value!r}; it must be of type {hint.__name__}")
     return value

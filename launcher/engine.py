@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -25,6 +28,7 @@ from model import LiquidForCausalLM
 
 # For what ranks wait for before the first step: rank 0, which prepares data or converts a checkpoint, and slow disks.
 START_TIMEOUT = timedelta(hours=6)
+LARGE = 2**20  # bytes of a tensor that is worth a call to the C library
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -80,6 +84,9 @@ def fill_from_rank_0(
             parameter = torch.nn.Parameter(own(full_name, meta, dtype))
             setattr(module, name, parameter)
             send(parameter)
+            del parameter
+            if meta.nbytes > LARGE:
+                _return_freed_memory()
     for tied, source in model.all_tied_weights_keys.items():
         module, _, name = tied.rpartition(".")
         setattr(model.get_submodule(module), name, model.get_parameter(source))
@@ -117,7 +124,11 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
             None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing}
         )
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
-    engine, *_ = deepspeed.initialize(model=model, config=resolved, model_parameters=list(model.parameters()))
+    # DeepSpeed collects garbage after each layer whose experts it has spread. (A list of the parameters, handed over
+    # here, would keep them all.)
+    gc.callbacks.append(_return_freed_memory)
+    engine, *_ = deepspeed.initialize(model=model, config=resolved)
+    gc.callbacks.remove(_return_freed_memory)
     limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
     engine.train()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
@@ -133,6 +144,12 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
                 "moe_layer_pattern in the JSON's expert_parallel section does not match the model's modules"
             )
     return engine
+
+
+def _return_freed_memory(phase: str = "stop", _: dict | None = None) -> None:
+    """Have the C library hand back what was freed, of which it would keep as much again as a partitioned model takes."""
+    if phase == "stop" and sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:

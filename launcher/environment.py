@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from data_pipeline.preparation.team import Member
 from launcher.errors import ConfigurationError
+from launcher.node_list import expand_node_list
 
 if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
     import torch
@@ -50,16 +51,19 @@ class Environment:
 def detect_environment(variables: MutableMapping[str, str] | None = None) -> Environment:
     """Read the variables of the deepspeed launcher, torchrun, SLURM's srun or mpirun; a lone process is a world of one.
 
-    Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`. Raises `ConfigurationError` where
-    a launcher's variables are incomplete or MPI cannot be used.
+    Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`; under srun one that is not set
+    is derived from the job. Raises `ConfigurationError` where a launcher's variables are incomplete or no numbers,
+    where those of two launchers contradict each other, or MPI cannot be used.
     """
     variables = os.environ if variables is None else variables
+    _refuse_contradictions(variables)
     if "RANK" in variables:
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "the deepspeed launcher or torchrun"
     elif "OMPI_COMM_WORLD_SIZE" in variables:
         return _meet_over_mpi(variables, int(variables["OMPI_COMM_WORLD_SIZE"]))
     elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
+        _set_slurm_rendezvous(variables)
     elif "PMI_SIZE" in variables:  # after srun, whose PMI-2 plugin sets it too
         return _meet_over_mpi(variables, int(variables["PMI_SIZE"]))
     else:
@@ -71,8 +75,68 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
             "start it with `deepspeed train.py …` on one machine or `sbatch slurm/train.sbatch` on a cluster"
         )
     rank, world_size, local_rank = (int(variables[name]) for name in names)
+    if not 0 <= rank < world_size:
+        raise ConfigurationError(
+            f"{names[0]} is {rank}, which is not below {names[1]}, {world_size}; unset both where no launcher set them, or "
+            "start all ranks with one launcher"
+        )
     local_size = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or _slurm_tasks_per_node(variables)
     return Environment(rank, world_size, local_rank, int(local_size or world_size), launcher)
+
+
+# What each launcher calls a process's number and how many there are.
+PLACES = {
+    "the deepspeed launcher or torchrun": ("RANK", "WORLD_SIZE"),
+    "Open MPI's mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS"),
+    "PMI": ("PMI_RANK", "PMI_SIZE"),
+}
+
+
+def _refuse_contradictions(variables: Mapping[str, str]) -> None:
+    """Raise `ConfigurationError` where two launchers' variables give this process different places.
+
+    A leftover RANK makes every task of srun rank 0 of a world of its own, and each would train alone. One launcher may
+    start another, though, a torchrun for each node under srun; then the inner one's own variables are there, too.
+    """
+    places = {}
+    for launcher, names in PLACES.items():
+        if launcher == "srun" and "SLURM_STEP_ID" not in variables:
+            continue  # the batch script's own, which is not started by srun
+        if all(variables.get(name) for name in names):
+            for name in names:
+                if not variables[name].isdigit():
+                    raise ConfigurationError(f"{name} is {variables[name]!r}, which is no number; unset it")
+            places[launcher] = tuple(int(variables[name]) for name in names)
+    if "PMIX_RANK" in variables and not places:
+        raise ConfigurationError(
+            f"PMIX_RANK is {variables['PMIX_RANK']}, so this is one of several processes, but nothing says of how many; "
+            "start it with srun, or with the mpirun of the MPI library that mpi4py loads"
+        )
+    nested = any(name in variables for name in ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE"))  # torchrun, deepspeed
+    if nested or ("OMPI_COMM_WORLD_SIZE" in variables and "RANK" not in variables):
+        return  # mpirun starts its daemons with srun, whose variables are theirs
+    several = {launcher: place for launcher, place in places.items() if place != (0, 1)}
+    if several and len(set(places.values())) > 1:
+        said = ", but ".join(
+            f"{launcher} says {rank} of {size} ({' and '.join(PLACES[launcher])})"
+            for launcher, (rank, size) in places.items()
+        )
+        raise ConfigurationError(
+            f"two launchers disagree on which process this is: {said}; unset the variables of the one that did not start it"
+        )
+
+
+def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
+    """MASTER_ADDR and MASTER_PORT where they are not set: the step's first host, where rank 0 runs, and a port by job."""
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
+    if nodes and not variables.get("MASTER_ADDR"):
+        variables["MASTER_ADDR"] = expand_node_list(nodes)[0]
+    job = variables.get("SLURM_JOB_ID", "")
+    if job.isdigit() and not variables.get("MASTER_PORT"):
+        # By step and restart, too: the port of one that has just ended may still be taken. Below the ephemeral ports.
+        step, restart = variables.get("SLURM_STEP_ID", "0"), variables.get("SLURM_RESTART_COUNT", "0")
+        variables["MASTER_PORT"] = str(15000 + (int(job) * 64 + int(restart) * 8 + int(step)) % 15000)
 
 
 def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, bool]:

@@ -14,12 +14,14 @@ import torch.distributed as dist
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoints.checkpoint import find_checkpoint, set_aside_later
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.preflight.checks import check_start
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import resolve_deepspeed_config
@@ -30,11 +32,15 @@ from model.configuration import LiquidConfig, own_fields
 
 @dataclass(frozen=True)
 class Plan:
-    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user."""
+    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user.
+
+    step: of the checkpoint; 0 where there is none.
+    """
 
     config: RunConfig
     deepspeed: dict
     checkpoint: Path | None
+    step: int
     notes: list[str]
 
 
@@ -46,31 +52,57 @@ def make_plan(
     Raises `ConfigurationError` or `DataError`.
     """
     config = load_run_config(config_path, overrides)
+    run = RunFolder(config.output)
+    try:
+        return _plan(config, run, deepspeed_path, environment), run
+    except BaseException as error:
+        run.refuse(error)
+        raise
+
+
+def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: Environment) -> Plan:
     if isinstance(config.data, str) and not is_remote(config.data):
         _prepare_if_missing(config)
     data = open_run_data(config)
     open_validation_data(config, data)
     sizes = model_config(config, data)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
-    run = RunFolder(config.output)
+    notes += check_start(config, resolved, sizes, environment)
     run.claim()
-    checkpoint, passed_over = find_checkpoint(run, config.resume)
-    schedule_end = config.schedule.steps or config.max_steps
+    resume, obeyed = still_to_do(run, config.resume)
+    checkpoint, passed_over = find_checkpoint(run, resume)
+    schedule_end, step = config.schedule.steps or config.max_steps, 0
     if checkpoint is not None:
         _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
-        notes += [*passed_over, f"resuming from {checkpoint}", *set_aside_later(run, checkpoint)]
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
+        checkpoint, renamed = go_back(run, checkpoint, config.resume)
+        step = read_train_state(checkpoint).step
+        notes += [*obeyed, *passed_over, f"resuming from {checkpoint}", *renamed]
         if config.max_steps > schedule_end:
             notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
+    if config.warmup_steps > schedule_end:
+        notes.append(
+            f"the schedule ends at step {schedule_end}, in the warm-up of {config.warmup_steps} steps: the rate never "
+            "gets to learning_rate; lower warmup_steps"
+        )
     # Written down, so that raising max_steps later does not bend the curve that was begun.
     config.schedule.steps = schedule_end
-    run.describe(config, resolved, environment)
+    changed = run.describe(config, resolved, environment, checkpoint.name if checkpoint else None)
+    if checkpoint is not None:
+        notes += _changes(changed)
     run.keep_model_files(sizes, data.tokenizer_path)
     if checkpoint is not None:  # after run.yaml: another start need not load a universal one
         experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
         checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
         notes += [converted] if converted else []
-    return Plan(config, resolved, checkpoint, notes), run
+    return Plan(config, resolved, checkpoint, step, notes)
+
+
+def _changes(changed: dict[str, list]) -> list[str]:
+    """A note on the run's keys that are not as at the start before, where there are any."""
+    keys = {name.removeprefix("config."): values for name, values in changed.items() if name.startswith("config.")}
+    told = [f"{name} {before} -> {now}" for name, (before, now) in keys.items() if name != "resume"]
+    return [f"not as at the start before this one: {', '.join(told)}"] if told else []
 
 
 def share_plan(plan: Plan | None) -> Plan:
@@ -83,8 +115,14 @@ def share_plan(plan: Plan | None) -> Plan:
 def _check_resumable(
     checkpoint: Path, run: RunFolder, config: RunConfig, sizes: LiquidConfig, fingerprint: str
 ) -> None:
-    """Raise `ConfigurationError` where a checkpoint is of another model, corpus or global batch than this run."""
-    before = LiquidConfig.from_pretrained(run.model)
+    """Raise `ConfigurationError` where a checkpoint is of another model, corpus, batch or order of rows than this run."""
+    try:
+        before = LiquidConfig.from_json_file(run.model / "config.json")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigurationError(
+            f"{run.model}/config.json, which says what model the checkpoints are of, cannot be read; put it back (an "
+            "export of the run has the same), or set another output"
+        ) from error
     for name in own_fields():
         if getattr(before, name) != getattr(sizes, name):
             raise ConfigurationError(
@@ -97,12 +135,13 @@ def _check_resumable(
             f"{checkpoint} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
             f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
         )
-    batch = run.read_description()["config"]["global_batch_rows"]
-    if batch != config.global_batch_rows:
-        raise ConfigurationError(
-            f"{run.path} was trained with global_batch_rows {batch} and now it is {config.global_batch_rows}, which would "
-            f"bend its curve; set global_batch_rows={batch}, or another output"
-        )
+    described = run.read_description()["config"]
+    for name, harm in (("global_batch_rows", "bend its curve"), ("seed", "repeat some rows and leave others out")):
+        if described[name] != getattr(config, name):
+            raise ConfigurationError(
+                f"{run.path} was trained with {name} {described[name]} and now it is {getattr(config, name)}, which would "
+                f"{harm}; set {name}={described[name]}, or another output"
+            )
 
 
 def _prepare_if_missing(config: RunConfig) -> None:

@@ -8,20 +8,24 @@ import os
 import platform
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import yaml
 
+from data_pipeline.errors import DataError
+from launcher.attempts import add_attempt, code_version, differences
 from launcher.config import RunConfig, as_dict
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from model import LiquidConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
+STATUS_EVERY = 60.0  # seconds after which `status.json` is told again how far a run is
+UNFINISHED = ("starting", "running")
 
 
 class RunFolder:
@@ -33,49 +37,114 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.model = self.path / "model"
         self.latest = self.path / "latest"
+        self._lock: IO | None = None
+        self._status_time = 0.0
 
     def claim(self) -> None:
-        """Make the folder and hold its lock until `release` or the process's end.
+        """Make the folder and hold its lock until `release` or the process's end; `status.json` then says `starting`.
 
-        Raises `ConfigurationError` where another job holds it, or the folder cannot be written.
+        Raises `ConfigurationError` where another job holds it, or the folder cannot be written or locked.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
+            free = self._take_lock()
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write to the run folder {self.path}: {error.strerror}; set output"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"another job is training in {self.path}; wait for it, or set another output"
-            ) from error
+        if not free:
+            raise ConfigurationError(f"another job is training in {self.path}; wait for it, or set another output")
         for folder in self.checkpoints.glob("*.partial"):
             shutil.rmtree(folder)  # left by a job that died while saving, converting or deleting it
         self._note_killed_attempt()
+        self.write_status("starting", self._last_status().get("step", 0))
+
+    def _take_lock(self) -> bool:
+        """Hold the lock, and say whether that could be; raises `OSError`, and `ConfigurationError` where there are none."""
+        lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            return False
+        except OSError as error:
+            lock.close()
+            raise ConfigurationError(
+                f"cannot lock {self.path}/lock ({error.strerror}), so that nothing would keep a second job out; have the "
+                "file system mounted with locks (Lustre: -o flock), or set output to a folder on another one"
+            ) from error
+        self._lock = lock
+        return True
+
+    def refuse(self, error: BaseException) -> None:
+        """Write down a start that ended before the ranks met: a run that was `done` is not, and says why.
+
+        Nothing is written where there was no run before, nor where another job holds the folder.
+        """
+        if self._lock is None:
+            try:
+                if not (self._last_status() and self._take_lock()):
+                    return
+            except (OSError, ConfigurationError):  # then nothing can be written; `error` is what the user is told
+                return
+            self._note_killed_attempt()
+        reason = f"{type(error).__name__}: {error}"
+        if isinstance(error, ConfigurationError | DataError):
+            reason = str(error)
+        self.write_status("failed", self._last_status().get("step", 0), reason.splitlines()[0])
+        self.release()
 
     def release(self) -> None:
         """Let another job have the folder."""
         self._lock.close()
+        self._lock = None
 
-    def describe(self, config: RunConfig, deepspeed_config: dict, environment: Environment) -> None:
-        """Write `run.yaml`: all that is needed to repeat the run."""
+    def describe(
+        self, config: RunConfig, deepspeed_config: dict, environment: Environment, checkpoint: str | None
+    ) -> dict[str, list]:
+        """Write `run.yaml`, all that is needed to repeat the run, and the start to `attempts.jsonl`.
+
+        checkpoint: what it goes on from. Returns what is not as at the start before, `{"section.key": [before, now]}`.
+        """
         description = {
             "config": as_dict(config),
             "deepspeed": deepspeed_config,
             "world_size": environment.world_size,
             "command": sys.argv,
-            "commit": _commit(),
+            **code_version(),
             "python": platform.python_version(),
             "versions": {package: version(package) for package in PACKAGES},
         }
+        before = self._description_before()
         replace_text(self.path / "run.yaml", yaml.safe_dump(description, sort_keys=False))
+        changed = differences(before, description) if before else {}
+        for name in ("command", "commit", "uncommitted_changes", "world_size"):
+            changed.pop(name, None)
+        facts = {name: description[name] for name in ("world_size", "commit", "uncommitted_changes", "command")}
+        experts = deepspeed_config.get("expert_parallel", {}).get("autoep_size", 1)
+        facts |= {"expert_parallel_size": experts, "changed": changed, "checkpoint": checkpoint}
+        add_attempt(self.path, "begins", _who() | facts)
+        return changed
+
+    def _description_before(self) -> dict:
+        try:
+            return self.read_description()
+        except ConfigurationError:  # there is none yet, or nothing goes on from it
+            return {}
 
     def read_description(self) -> dict:
-        """What the last attempt wrote to `run.yaml`."""
-        return yaml.safe_load((self.path / "run.yaml").read_text())
+        """What the last attempt wrote to `run.yaml`. Raises `ConfigurationError` where it is missing or broken."""
+        path = self.path / "run.yaml"
+        try:
+            description = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            description = " ".join(str(error).split())
+        if not isinstance(description, dict) or "config" not in description:
+            raise ConfigurationError(
+                f"{path}, which says what the run's checkpoints were trained with, cannot be read ({description}); put it "
+                "back, or set another output"
+            )
+        return description
 
     def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
         """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
@@ -86,43 +155,46 @@ class RunFolder:
             replace_text(self.model / name, text)
 
     def write_status(self, state: str, step: int, reason: str = "", suspects: list[str] = ()) -> None:
-        """Write `status.json`: `running`, `stopped`, `done` or `failed`, and where it is an end, a line of `attempts.jsonl`.
+        """Write `status.json`: `starting`, `running`, `stopped`, `done` or `failed`; an end goes to `attempts.jsonl`, too.
 
         suspects: hosts to do without next time. Where the disk is full the old file is written over in place; where even
         that fails, a line on stderr says so: the run, or the error that ends it, is more important.
         """
-        status = {
-            "state": state,
-            "step": step,
-            "reason": reason,
-            "job": os.environ.get("SLURM_JOB_ID"),
-            "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "host": socket.gethostname(),
-            "suspects": [*suspects],
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
+        status = {"state": state, "step": step, "reason": reason, **_who(), "suspects": [*suspects]}
+        self._status_time = time.monotonic()
         self._put_status(status)
-        if state != "running":
-            self._add_attempt(status)
+        if state not in UNFINISHED:
+            add_attempt(self.path, "ended", status)
+
+    def note_step(self, step: int) -> None:
+        """Now and then let `status.json` know how far the run is; only the rank that holds the folder does."""
+        if self._lock is not None and time.monotonic() - self._status_time > STATUS_EVERY:
+            self.write_status("running", step)
+
+    def _last_status(self) -> dict:
+        try:
+            return json.loads((self.path / "status.json").read_text())
+        except (OSError, ValueError):  # there is none, or a power cut has left half of it
+            return {}
 
     def _note_killed_attempt(self) -> None:
-        """Say of an attempt that still counts as running, now that its lock is free, that it was killed."""
-        try:
-            status = json.loads((self.path / "status.json").read_text())
-        except (FileNotFoundError, ValueError):
-            return
-        if status["state"] != "running":
+        """Say of an attempt that has no end, now that its lock is free, that it was killed."""
+        status = self._last_status()
+        if status.get("state") not in UNFINISHED:
             return
         host = status.get("host", "its host")
+        what = "rank 0" if status["state"] == "running" else "a start"
         status |= {
             "state": "failed",
-            "reason": f"rank 0 was killed, or {host} went down: it could not write how it ended",
+            "reason": f"{what} was killed, or {host} went down: it could not write how it ended",
         }
         print(
-            f"the attempt before this one, begun at step {status['step']}, was killed or lost with {host}", flush=True
+            f"the attempt before this one has no end: last seen at step {status['step']} ({status.get('time')}), it was "
+            f"killed or lost with {host}",
+            flush=True,
         )
         self._put_status(status)
-        self._add_attempt(status)
+        add_attempt(self.path, "ended", status)
 
     def _put_status(self, status: dict) -> None:
         path, text = self.path / "status.json", json.dumps(status) + "\n"
@@ -136,13 +208,14 @@ class RunFolder:
         except OSError as error:
             print(f"{path} could not be written ({error.strerror}): {text}", end="", file=sys.stderr, flush=True)
 
-    def _add_attempt(self, status: dict) -> None:
-        path = self.path / "attempts.jsonl"
-        try:
-            with open(path, "a") as file:
-                file.write(json.dumps(status) + "\n")
-        except OSError as error:
-            print(f"{path} could not be written ({error.strerror})", file=sys.stderr, flush=True)
+
+def _who() -> dict:
+    return {
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "host": socket.gethostname(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -167,11 +240,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    if shutil.which("git") is None:
-        return None
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or None

@@ -32,7 +32,7 @@ class LiquidConfig(PreTrainedConfig):
     """
 
     model_type = "liquid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "loss_sums", "statistics"]
 
     vocab_size: int = 50304
     used_vocab_size: int | None = None

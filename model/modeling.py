@@ -125,12 +125,14 @@ class LiquidModel(LiquidPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        **kwargs,
     ) -> LiquidModelOutput:
         """`input_ids` `[B, T]` (or their `inputs_embeds` `[B, T, D]`) → `LiquidModelOutput`.
 
         Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask`
         `[B, P + T]`, P the tokens in the cache. With `use_cache` (default: the configuration's, except in training) the
-        output's `past_key_values` go on from each row's last document.
+        output's `past_key_values` go on from each row's last document. What other tools ask of every model (attention
+        weights, say) and this one does not have is passed over.
         Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for a
         cache that was not made for this model, and for one under gradient checkpointing.
         """
@@ -201,12 +203,15 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
         running_means: RunningMeans | None = None,
         **kwargs,
     ) -> LiquidCausalLMOutput:
         """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
 
-        `running_means`: the state around which the usage and budget terms are expanded; without it they have no gradient.
+        `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
+        then this one's part of the mean over them. `running_means`: the state around which the usage and budget terms
+        are expanded; without it they have no gradient.
         """
         output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         loss = logits = sums = statistics = None
@@ -218,6 +223,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             sums, statistics = self._loss_sums(output, labels, text, running_means)
             supervised = (labels[:, 1:] != -100).sum().clamp(min=1)
             loss = total_loss(sums, self.loss_weights, supervised, text.sum().clamp(min=1))
+            if num_items_in_batch is not None:
+                loss = loss * (supervised / num_items_in_batch)
         if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
             logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)

@@ -28,7 +28,7 @@ def test_the_default_run_learns_the_sample(tmp_path):
     """After the command of the README, at least half of the held-out answers are exactly right."""
     folder = tmp_path / "run"
     training = ["deepspeed", "--master_port", "29641", "train.py", "--deepspeed_config", "ds_configs/zero3.json"]
-    printed = run(*training, f"data={tmp_path / 'data'}", f"output={folder}")
+    printed = run(*training, f"data={tmp_path / 'data'}", "prepare.source=sample", f"output={folder}")
     assert "expert_parallel_size 2 does not fit 1 process" in printed
     run("lfm", "export", str(folder), "--out", str(folder / "export"))
     printed = run("lfm", "evaluate", str(folder / "export"), "--questions", "sample", "--show", "3")

@@ -307,7 +307,8 @@ class OpenShard:
     def check_length(self) -> None:
         """Raise BadFileError where the file has been cut since: reading behind its end would kill the process."""
         if self._map.size() < len(self._map):
-            raise BadFileError(f"{self.name} has been cut to {self._map.size()} bytes while it was read: copy it again")
+            size = self._map.size()
+            raise BadFileError(f"{self.name} has been cut while it was read, and now has {size} bytes: copy it again")
 
     def count_spans(self, at: int) -> int:
         """Tell how many spans a row has, from the header of the member whose data begin there."""

@@ -37,8 +37,8 @@ class Settings:
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
     def __post_init__(self) -> None:
-        # A member's name has six digits for its row.
-        limits = {"seq_len": (2, 2**20), "rows_per_shard": (1, 10**6), "minimum_tokens": (1, 2**20)}
+        # Shorter rows cut every question from its answer; a member's name has six digits for its row.
+        limits = {"seq_len": (16, 2**20), "rows_per_shard": (1, 10**6), "minimum_tokens": (1, 2**20)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 size = "small" if getattr(self, name) < least else "large"

@@ -100,6 +100,12 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", question: str) -> list[i
     return [tokenizer.bos_token_id, *ids, tokenizer.sep_token_id]
 
 
+def encode_answer(tokenizer: "PreTrainedTokenizerFast", answer: str) -> list[int]:
+    """Encodes an answer as `answer </s>`, the part of a document that follows its `<sep>`."""
+    with special_tokens_as_text(tokenizer) as backend:
+        return [*backend.encode(answer, add_special_tokens=False).ids, tokenizer.eos_token_id]
+
+
 def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
     """Decodes the ids that follow `<sep>`, up to the first `</s>`."""
     ids = list(ids)

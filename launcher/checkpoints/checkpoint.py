@@ -2,13 +2,14 @@
 
 A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
 file's size and sha256, the train state, the fingerprint of the data and how many ranks wrote it. `latest` names the
-newest one. `saver.py` writes them, `universal.py` converts them for another number of ranks.
+newest one. `saver.py` writes them, `universal.py` converts them for another number of ranks, `going_back.py` sets
+later ones aside.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,8 @@ class TrainState:
     `mean_routing` `[L][E]` and `mean_retained_ratio`: the running means that two loss terms are expanded around;
     `balancing_bias` `[L][E]`: what the routers choose with, of which they hold a copy that a cast may have rounded.
     `skipped_ranges`: positions `[first, end)` that a rollback went past; `skipped_steps`: how many had a loss or gradients
-    that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale; `recent_losses`:
+    that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale, and with those whose
+    text had no supervised token; `recent_losses`:
     those that a spike is measured against.
     `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
     fp32 values as Python floats and back are exact, in JSON too.
@@ -84,9 +86,15 @@ class TrainState:
 
 
 def complete_checkpoints(run: RunFolder) -> list[Path]:
-    """Checkpoints that have a manifest, newest first."""
-    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".partial"]
-    return sorted(folders, reverse=True)
+    """Checkpoints that have a manifest, newest first; without those that were set aside."""
+    folders = [path.parent for path in run.checkpoints.glob(f"step-*/{MANIFEST}")]
+    return sorted((folder for folder in folders if step_in_name(folder.name) is not None), reverse=True)
+
+
+def step_in_name(name: str) -> int | None:
+    """The step of a checkpoint, set aside or not, by its name; None for what is no checkpoint's name."""
+    match = re.fullmatch(r"step-(\d{8,})|left-step-(\d{8,})(?:-\d+)?", name)
+    return int(match[1] or match[2]) if match else None
 
 
 def best_checkpoint(complete: list[Path]) -> Path | None:
@@ -119,6 +127,12 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
     named one is not whole, or nothing was validated.
     """
     complete = complete_checkpoints(run)
+    left = sorted(path.parent.name for path in run.checkpoints.glob(f"left-*/{MANIFEST}"))
+    if resume in ("auto", "never") and left and not complete:
+        raise ConfigurationError(
+            f"{run.path} has no checkpoint but those that were set aside ({', '.join(left)}); resume={left[-1]} goes on from "
+            "one, or delete them to begin anew"
+        )
     if resume == "never":
         if complete:
             raise ConfigurationError(
@@ -136,7 +150,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         resume = best.name
     if resume != "auto":
         folder = Path(resume) if Path(resume).is_dir() else run.checkpoints / resume
-        if folder.resolve().parent != run.checkpoints.resolve():
+        if folder.resolve().parent != run.checkpoints.resolve() or step_in_name(folder.name) is None:
             raise ConfigurationError(
                 f"{resume} is not a checkpoint of {run.path}; resume goes on with the run in output, "
                 "and init_from begins a new one with exported weights"
@@ -156,19 +170,6 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
             "to begin anew"
         )
     return None, []
-
-
-def set_aside_later(run: RunFolder, checkpoint: Path) -> list[str]:
-    """Rename the checkpoints after `checkpoint`, which a run that goes on from it leaves behind; returns what was done."""
-    notes = []
-    for folder in complete_checkpoints(run):
-        if folder.name > checkpoint.name:
-            aside = folder.with_name(f"left-{folder.name}")
-            if aside.exists():
-                shutil.rmtree(aside)
-            folder.rename(aside)
-            notes.append(f"checkpoint {folder.name} is of steps that will be taken again: it is now {aside.name}")
-    return notes
 
 
 def read_train_state(folder: Path) -> TrainState:

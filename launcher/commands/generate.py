@@ -18,7 +18,8 @@ def add_generate(commands) -> None:
         'lfm generate runs/sample/export "What is 7 plus 5?"',
     )  # fmt: skip
     parser.add_argument("model", help="an exported folder, or a run folder")
-    parser.add_argument("question", nargs="*", help="questions, each in quotes")
+    # Not "*": that would take none as soon as an option stands between the model and the questions.
+    parser.add_argument("question", nargs="+", default=[], help="questions, each in quotes").required = False
     parser.add_argument("--file", help="a text file with a question a line, or .jsonl with `question` in each object")
     parser.add_argument("--jsonl", action="store_true", help="write an object with question and answer a line")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")

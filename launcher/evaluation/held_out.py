@@ -20,7 +20,7 @@ from data_pipeline.loading.collate import END, START
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
-from data_pipeline.tokens.tokenization import decode_answer, encode_prompt, fingerprint, special_tokens_as_text
+from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
 from launcher.errors import ConfigurationError
 
 ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
@@ -171,6 +171,4 @@ def _questions_in(rows: ShardFolder, numbers: np.ndarray, tokenizer: PreTrainedT
 def _encode(tokenizer: PreTrainedTokenizerBase, pair: dict) -> tuple[np.ndarray, int]:
     """A document's ids, and where in them its answer begins."""
     prompt = encode_prompt(tokenizer, pair["question"])
-    with special_tokens_as_text(tokenizer) as backend:
-        answer = backend.encode(pair["answer"], add_special_tokens=False).ids
-    return np.array([*prompt, *answer, tokenizer.eos_token_id], dtype=np.int64), len(prompt)
+    return np.array([*prompt, *encode_answer(tokenizer, pair["answer"])], dtype=np.int64), len(prompt)

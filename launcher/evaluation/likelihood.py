@@ -46,7 +46,7 @@ def score_rows(
 ) -> list[list[DocumentScore]]:
     """Score each row's documents that have a token of an answer. `bytes_of` `[vocab]`: the bytes of each token's text."""
     collated = collate(rows, pad_token_id, "answer")
-    ids, labels, positions = (torch.from_numpy(array).to(model.device) for array in collated)
+    ids, positions = (torch.from_numpy(array).to(model.device) for array in (collated[0], collated[2]))
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
     # Shifted to the tokens they are about; nothing predicts a row's first.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -144,6 +145,9 @@ def _write_descriptions(
     for name in TOKENIZER_FILES:
         if (source := run.model / name).is_file():
             shutil.copyfile(source, folder / name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings["model_max_length"] = config.max_position_embeddings  # where other tools cut a text
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(run, checkpoint, state, model, custom_code), encoding="utf-8")
 
 

@@ -73,17 +73,21 @@ class Failures:
         self._run = run
         self._folder = run.path / "failures"
         self._rank = dist.get_rank()
+        self._ended = False
         self._hosts = [None] * dist.get_world_size()
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # those of the attempt before
         dist.all_gather_object(self._hosts, socket.gethostname())
 
     def end(self, step: int, error: BaseException) -> None:
-        """Write `status.json` for a run that ends with an error.
+        """Write `status.json` for a run that ends with an error; the first is the reason, and nothing is done for another.
 
         Raises `HardwareError` where a rank or a machine is lost, and `TrainingError` where another rank's own error
         has ended this one; returns where `error` itself is the reason, for the caller to raise.
         """
+        if self._ended:
+            return
+        self._ended = True
         kind = what_failed(error)
         note = {
             "rank": self._rank,
@@ -91,19 +95,19 @@ class Failures:
             "kind": kind or "error",
             "sentence": _first_line(error),
         }
-        self._leave(note)
+        is_left = self._leave(note)
         if kind is None:
             if self._rank == 0:
                 self._run.write_status("failed", step, _first_line(error))
             return
         _leave_the_others()
         notes = self._notes_of_all(note)
-        reason, suspects, own_error = self._judge(notes)
-        if self._rank == min(notes, default=self._rank):
+        reason, suspects, own_error = self._judge(notes, is_left)
+        if self._rank == min(notes):
             self._run.write_status("failed", step, reason, suspects)
         raise (TrainingError if own_error else HardwareError)(reason) from error
 
-    def _judge(self, notes: dict[int, dict]) -> tuple[str, list[str], bool]:
+    def _judge(self, notes: dict[int, dict], notes_can_be_left: bool = True) -> tuple[str, list[str], bool]:
         """The reason in a sentence, the hosts to do without, and whether it is some rank's own error."""
         by_kind = {
             kind: [rank for rank in sorted(notes) if notes[rank]["kind"] == kind] for kind in ("error", "device")
@@ -117,28 +121,33 @@ class Failures:
             rank = by_kind["device"][0]
             reason = f"rank {rank} on {self._hosts[rank]} has a fault in its device: {notes[rank]['sentence']}; {go_on}"
             return reason, self._hosts_of(by_kind["device"]), False
-        if silent:
+        if silent and notes_can_be_left:
             lost = " and ".join(f"rank {rank} on {self._hosts[rank]}" for rank in silent[:4])
             more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
             how = "ended without a word: killed (by the system where memory was short), or the machine is gone"
             return f"{lost}{more} {how}; {go_on}", self._hosts_of(silent), False
-        told = notes[min(notes)]["sentence"] if notes else "no note could be written"
-        return f"the ranks have lost the connection to one another, and all of them live ({told}); {go_on}", [], False
+        who = "and nobody knows which of them live" if silent else "and all of them live"
+        told = notes[min(notes)]["sentence"]
+        return f"the ranks have lost the connection to one another, {who} ({told}); {go_on}", [], False
 
     def _hosts_of(self, ranks: list[int]) -> list[str]:
         return sorted({self._hosts[rank] for rank in ranks})
 
-    def _leave(self, note: dict) -> None:
+    def _leave(self, note: dict) -> bool:
+        """Write a note, and tell whether the disk took it."""
         try:
             self._folder.mkdir(exist_ok=True)
             replace_text(self._folder / f"rank-{self._rank}.json", json.dumps(note))
         except OSError as reason:
             print(f"rank {self._rank} cannot leave a note in {self._folder}: {reason}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def _notes_of_all(self, own: dict) -> dict[int, dict]:
         deadline = time.monotonic() + GRACE
         while True:
-            notes = {note["rank"]: note for note in map(_read_note, self._folder.glob("rank-*.json"))}
+            found = map(_read_note, self._folder.glob("rank-*.json"))
+            notes = {own["rank"]: own} | {note["rank"]: note for note in found}
             if len(notes) == len(self._hosts) or time.monotonic() > deadline:
                 return notes
             time.sleep(0.5)

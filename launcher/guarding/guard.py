@@ -168,9 +168,9 @@ class Guard:
             )
         if state.skipped_in_a_row > self.config.max_skipped_in_a_row:
             raise TrainingError(
-                f"{state.skipped_in_a_row} steps in a row were not finite, up to step {state.step} ({self._rows(state)}); "
-                f"the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at those rows; "
-                "max_skipped_in_a_row sets how many are borne"
+                f"{state.skipped_in_a_row} steps in a row were not finite or had no token to learn, up to step {state.step} "
+                f"({self._rows(state)}); the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at "
+                "those rows; max_skipped_in_a_row sets how many are borne"
             )
 
     def _rows(self, state: TrainState) -> str:

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -64,6 +64,8 @@ class Watchdog:
         self._file.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
+        with suppress(OSError):  # another rank's file is there still
+            self._path.parent.rmdir()
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self.seconds / 10)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 from pathlib import Path
@@ -24,6 +25,21 @@ SHARED_NUMBERS = {
     "activation_checkpointing.enabled": "activation_checkpointing",
 }
 
+# What else may be "auto".
+FILLED = {*SHARED_NUMBERS, "gradient_accumulation_steps", "expert_parallel.use_grouped_mm"}
+SECTIONS = ("optimizer", "zero_optimization", "fp16", "bf16", "expert_parallel", "activation_checkpointing")
+# Of DeepSpeed 0.19.8, which ignores every other key.
+KNOWN_KEYS = (
+    *SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "managed_gradient_accumulation", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op",
+    "communication_data_type", "seq_parallel_communication_data_type", "sequence_parallel_size", "disable_allgather",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "data_types", "compile", "aio",
+    "tensor_parallel", "pipeline", "hybrid_engine", "use_data_before_expert_parallelism", "weight_quantization", "moe",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers", "flops_profiler",
+    "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "data_efficiency", "checkpoint",
+    "datastates_ckpt", "dataloader_drop_last", "disable_python_gc", "vocabulary_size",
+)  # fmt: skip
+
 
 def resolve_deepspeed_config(
     path: str | Path, config: RunConfig, environment: Environment, num_experts: int
@@ -31,21 +47,18 @@ def resolve_deepspeed_config(
     """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and what a user should be told.
 
     A number in the JSON wins over a default of the run configuration. Raises `ConfigurationError` for a missing or
-    broken file, for different numbers in both places, for an `"auto"` that nothing fills, and for a batch that does not
-    divide.
+    broken file, for keys and sections that are wrong or missing, for different numbers in both places, for an `"auto"`
+    that nothing fills, and for a batch that does not divide.
     """
     resolved = read_json(path)
     automatic = _automatic(resolved)
+    _check_keys(resolved, automatic, str(path))
     config = _agree(resolved, config, str(path))
     notes = []
     _resolve_precision(resolved, config, environment, notes)
     _resolve_batch(resolved, config, environment)
     _resolve_experts(resolved, config, environment, num_experts, notes)
-    if left := _automatic(resolved):
-        raise ConfigurationError(
-            f'{".".join(left[0])} is "auto" in {path}, and nothing fills it; write its value there'
-        )
-    filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic]
+    filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic if keys[0] in resolved]
     return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
 
 
@@ -60,6 +73,34 @@ def _at(content: dict, keys: tuple[str, ...]) -> str:
     return json.dumps(functools.reduce(dict.__getitem__, keys, content))
 
 
+def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> None:
+    """Raise `ConfigurationError` for what DeepSpeed would ignore, overwrite, or answer with a traceback."""
+    for key in content:
+        if key not in (*KNOWN_KEYS, "scheduler"):
+            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(f"{path} has {key}, which is no key of DeepSpeed's; did you mean {nearest}?")
+    if "scheduler" in content:
+        raise ConfigurationError(
+            f"{path} has a scheduler, but the rate of each step comes from the run's learning_rate, warmup_steps and "
+            "schedule; take it out of the JSON"
+        )
+    for name in SECTIONS:
+        if not isinstance(content.get(name, {}), dict):
+            raise ConfigurationError(f"{name} in {path} must be an object with keys, not {json.dumps(content[name])}")
+    for keys in automatic:
+        if (place := ".".join(keys)) not in FILLED:
+            raise ConfigurationError(f'{place} is "auto" in {path}, and nothing fills it; write its value there')
+    if not content.get("optimizer", {}).get("type"):
+        raise ConfigurationError(f'{path} has no optimizer.type; write one, such as "optimizer": {{"type": "AdamW"}}')
+    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise ConfigurationError(
+            f"{path} has no zero_optimization.stage of 1, 2 or 3, without which DeepSpeed takes steps whose gradients "
+            "are not finite; set one of these"
+        )
+    if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
+        raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
+
+
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file, or a `ConfigurationError` that says what is wrong with it."""
     try:
@@ -68,7 +109,7 @@ def read_json(path: str | Path) -> dict:
         raise ConfigurationError(
             f"cannot read the DeepSpeed configuration {path}: {error.strerror}; ds_configs/zero3.json is the usual one"
         ) from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold a JSON object")
@@ -83,7 +124,7 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
         section = resolved
         for parent in parents:
             if parent == "expert_parallel" and parent not in section:
-                break  # without this section, experts are not spread
+                break  # `_resolve_experts` says that experts are not spread
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigurationError(f"{parent} in {path} must be an object with keys, not {section!r}")
@@ -141,7 +182,13 @@ def _resolve_experts(
     resolved: dict, config: RunConfig, environment: Environment, num_experts: int, notes: list[str]
 ) -> None:
     experts = resolved.get("expert_parallel")
-    if not experts:
+    if not experts or not experts.get("enabled"):
+        resolved.pop("expert_parallel", None)
+        if config.expert_parallel_size > 1:
+            notes.append(
+                f"expert_parallel_size {config.expert_parallel_size} counts for nothing: the JSON's expert_parallel "
+                f"section is {'not enabled' if experts else 'missing'}, so that each rank has all the experts"
+            )
         return
     wanted = experts["autoep_size"]
     world = environment.world_size

@@ -71,7 +71,7 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
         model = LiquidForCausalLM(sizes)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = WeightFiles(folder).shapes
-    for name in wanted.keys() - model.all_tied_weights_keys.keys() | (found.keys() - wanted.keys()):
+    for name in sorted(wanted.keys() - model.all_tied_weights_keys.keys() | (found.keys() - wanted.keys())):
         if wanted.get(name) != found.get(name):
             raise ConfigurationError(
                 f"init_from={folder}: {name} has the shape {found.get(name)} in its weights and {wanted.get(name)} by its "

@@ -87,16 +87,17 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     """
     status = _own_status(attempts)
     state = status.get("state", "none")
-    cause = status.get("exit_code") or code
     if state == "done":
         verdict = "done"
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
-    elif cause == COMMUNICATION or status.get("suspects"):
-        suspects = [host for host in status.get("suspects", ()) if host in hosts]
+    elif code == COMMUNICATION or status.get("suspects"):
+        # A machine may call itself by its full name, which SLURM does not know.
+        named = {host.partition(".")[0] for host in status.get("suspects", ())}
+        suspects = [host for host in hosts if host in named]
         _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
-    elif cause == HANG or _has_hung(attempts):
+    elif code == HANG or _has_hung(attempts):
         _say(f"the run hung; every rank's stack is in {attempts.folder}/stacks")
         verdict = "retry"
     else:
@@ -136,8 +137,8 @@ def _own_status(attempts: Attempts) -> dict:
 
 
 def _ended_before_training(state: str, code: int, signal: str) -> bool:
-    """Asked to stop while Python was still starting, and killed by that: nothing is lost, and nothing is wrong."""
-    return state == "none" and signal != "" and (code == 0 or code > 128)
+    """Asked to stop while the ranks were still starting, and killed by that: nothing is lost, and nothing is wrong."""
+    return state in ("none", "starting") and signal != "" and (code == 0 or code > 128)
 
 
 def _has_hung(attempts: Attempts) -> bool:

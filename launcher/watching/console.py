@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from datetime import timedelta
@@ -20,6 +21,8 @@ class RunConsole:
         self.max_steps = max_steps
         self.every = max(1, max_steps // LINES)
         self.console = Console(file=sys.stdout, highlight=False)
+        # Open MPI gives its ranks a terminal of their own, wherever its output goes.
+        self.is_terminal = self.console.is_terminal and "OMPI_COMM_WORLD_SIZE" not in os.environ
         self.goes_on_from(first_step - 1)
 
     def goes_on_from(self, step: int) -> None:
@@ -35,7 +38,7 @@ class RunConsole:
         losses = f"loss {loss:.3f}  cross entropy {cross_entropy:.3f}"
         speed = f"{values['perf/tokens_per_second']:,.0f} tokens/s"
         rate = f"lr {values['train/learning_rate']:.2e}"
-        if not self.console.is_terminal:
+        if not self.is_terminal:
             if step % self.every == 0 or step in (1, self.max_steps):
                 print(f"step {step}/{self.max_steps}  {losses}  {speed}  {rate}  {eta}", flush=True)
             return

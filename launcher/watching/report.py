@@ -50,7 +50,10 @@ STYLE = (
 
 
 def write_report(run: Path, out: Path) -> Path:
-    """Write the page and return its path. Raises `ConfigurationError` where `run` is no run or has taken no step."""
+    """Write the page and return its path.
+
+    Raises `ConfigurationError` where `run` is no run or has taken no step, or `out` cannot be written.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from launcher.errors import ConfigurationError
@@ -74,7 +77,12 @@ def write_report(run: Path, out: Path) -> Path:
         "<h2>Environment and configuration</h2><pre>" + html.escape((run / "run.yaml").read_text()) + "</pre>",
     ]
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
-    replace_text(out, page + "\n".join(sections) + "\n")
+    try:
+        replace_text(out, page + "\n".join(sections) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write the report to {out}: {error.strerror}; name another file with --out"
+        ) from error
     return out
 
 

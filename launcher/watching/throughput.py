@@ -7,6 +7,7 @@ utilisation (HFU) alone.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -69,9 +70,17 @@ def peak_flops(device: torch.device, in_16_bits: bool) -> float | None:
     """The FLOP/s that a device could have in 16 bits; None for a CPU, an unknown device, and training in fp32."""
     if device.type != "cuda" or not in_16_bits:
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [part for part in PEAK_TERAFLOPS if part in name]
-    return 1e12 * PEAK_TERAFLOPS[max(known, key=len)] if known else None
+    teraflops = known_teraflops(torch.cuda.get_device_name(device))
+    return 1e12 * teraflops if teraflops else None
+
+
+def known_teraflops(name: str) -> float | None:
+    """The peak of the GPU that CUDA calls `name`; None for one that is not known, a part of one (MIG), and a laptop's."""
+    if re.search("MIG|Laptop", name):
+        return None
+    # Whole words: an A1000 is no A100, and a GB200 no B200.
+    known = [part for part in PEAK_TERAFLOPS if re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?![0-9])", name)]
+    return PEAK_TERAFLOPS[max(known, key=len)] if known else None
 
 
 def utilisation(

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.save_cost [--saves 6] [--config run.yaml] [--deepspeed_config JSON] [key=value ...]
 
 A save stops the loop while DeepSpeed writes, and slows the steps after it while files are hashed and synced. Both are in
-the seconds that the half of the steps between two saves with the save in it takes longer than the half without.
+the seconds that the half of the steps between two saves with the save in it takes longer than the half without: by the
+clock, and in processor time of all threads, which other programs on the machine change less.
 """
 
 import argparse
@@ -26,11 +27,12 @@ def main() -> None:
     parser.add_argument("--deepspeed_config", default=str(PROJECT / "ds_configs/zero3.json"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_intermixed_args()
-    began: dict[int, float] = {}
+    clocks = {"by the clock": time.perf_counter, "of processor time": time.process_time}
+    began: dict[int, dict[str, float]] = {}
     train_step = train.train_step
 
     def timed(engine, batches, state, *others):
-        began[state.step + 1] = time.perf_counter()
+        began[state.step + 1] = {name: clock() for name, clock in clocks.items()}
         train_step(engine, batches, state, *others)
 
     train.train_step = timed
@@ -38,21 +40,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         own = [f"max_steps={last}", f"checkpoint_every={2 * HALF}", "validate_every=0", f"output={folder}/run"]
         arguments = ["--deepspeed_config", options.deepspeed_config, "--config", options.config]
-        train.main([*arguments, f"data={folder}/data", *options.overrides, *own])
+        train.main([*arguments, f"data={folder}/data", "prepare.source=sample", *options.overrides, *own])
         newest = Path(folder, "run", "checkpoints", f"step-{last:08d}")
         megabytes = sum(path.stat().st_size for path in newest.iterdir()) / 1e6
+    every = load_run_config(options.config, []).checkpoint_every
+    print(f"{megabytes:.1f} MB, {options.saves} saves; the default cadence is one in {every} steps")
+    for name in clocks:
+        report(name, [began[step][name] for step in range(2 * HALF, last + 1)], every)
+
+
+def report(name: str, began: list[float], every: int) -> None:
+    """Print what a save costs; began: seconds at which each step begins, from one with a save at its end on."""
     differences, steps = [], []
-    for saved in range(2 * HALF, last, 2 * HALF):  # from the end of the step before the save's, to HALF steps later
+    for saved in range(0, len(began) - 2 * HALF, 2 * HALF):  # from the beginning of that step
         with_save = began[saved + HALF] - began[saved]
         without = began[saved + 2 * HALF] - began[saved + HALF]
         differences.append(with_save - without)
         steps.append(without / HALF)
     step, cost = statistics.median(steps), statistics.median(differences)
-    every = load_run_config(options.config, []).checkpoint_every
     print(
-        f"{megabytes:.1f} MB, a step {step:.3f} s, a save {cost:.3f} s (median of {len(differences)}: "
-        f"{min(differences):.3f} to {max(differences):.3f}): {cost / step:.2f} steps, "
-        f"{cost / (every * step):.2%} of the loop with one every {every} steps"
+        f"{name}: a step {step:.3f} s, a save {cost:.3f} s ({min(differences):.3f} to {max(differences):.3f}), "
+        f"{cost / step:.2f} steps: {cost / (every * step):.2%} of the loop"
     )
 
 

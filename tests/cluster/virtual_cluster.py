@@ -63,7 +63,8 @@ class VirtualCluster:
         """Power off all nodes, end the daemons and take the network away; harmless where nothing runs."""
         for node in NODES:
             self.power_off(node)
-            self._run("ip", "netns", "delete", _namespace(node), check=False)  # and the cable, which ends in it
+            self._run("ip", "link", "delete", _cable(node), check=False)
+            self._run("ip", "netns", "delete", _namespace(node), check=False)
         for pid_file in (self.folder / "slurmctld.pid", self.folder / "munge" / "pid"):
             self._end(pid_file, signal.SIGTERM)
         self._run("ip", "link", "delete", BRIDGE, check=False)

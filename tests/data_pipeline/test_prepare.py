@@ -254,7 +254,7 @@ def test_a_source_without_usable_rows_is_refused(settings, tmp_path):
         prepare(str(tmp_path / "empty.jsonl"), tmp_path / "out", settings, **QUIETLY)
 
 
-@pytest.mark.parametrize("setting", [{"seq_len": 1}, {"rows_per_shard": 0}, {"vocab_size": 10}])
+@pytest.mark.parametrize("setting", [{"seq_len": 3}, {"rows_per_shard": 0}, {"vocab_size": 10}])
 def test_a_setting_that_cannot_work_is_refused(corpus, settings, tmp_path, setting):
     ((name, value),) = setting.items()
     with pytest.raises(DataError, match=f"{name} {value} is too s"):

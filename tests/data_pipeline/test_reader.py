@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import threading
 
 import numpy as np
@@ -98,6 +99,29 @@ def test_rows_of_a_skipped_shard_keep_their_positions_and_have_no_labels(folder,
     assert list(shards.bad_shards) == [1]
     said = capfd.readouterr().err
     assert said.count("on_bad_shard is skip, so 20 rows have no labels") == 1 and "shard-00001" in said
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_shard_that_is_cut_while_it_is_read_is_found_and_does_not_kill_the_process(folder, opened):
+    """Reading a mapped file behind its end is a SIGBUS."""
+    rows = np.arange(20, 40)
+    refusing, skipping = (ShardFolder(folder, on_bad_shard=how) for how in ("refuse", "skip"))
+    for shards in (refusing, skipping):
+        assert shards._is_good(1)
+        if opened:
+            shards.gather(rows)
+    os.truncate(folder / "shard-00001.tar", 1000)
+    with pytest.raises(DataError, match=r"shard-00001\.tar has .*1000 bytes"):
+        refusing.gather(rows)
+    assert (skipping.gather(rows).tokens == PAD).all() and list(skipping.bad_shards) == [1]
+    assert len(skipping.gather(np.array([0])).spans)
+
+
+def test_a_shard_that_was_whole_and_is_missing_when_it_is_opened_may_be_skipped(folder):
+    shards = ShardFolder(folder, on_bad_shard="skip")
+    assert shards._is_good(1)
+    (folder / "shard-00001.tar").unlink()
+    assert (shards.gather(np.arange(20, 40)).tokens == PAD).all()
 
 
 def test_a_skipped_shard_is_the_same_for_every_rank(folder):

@@ -150,6 +150,27 @@ def sample_data(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def exported(sample_data, tmp_path_factory) -> Path:
+    """A model folder with the sample's tokenizer and weights at random, far enough from zero that all of them matter."""
+    import shutil
+
+    import torch
+
+    from data_pipeline.loading.reader import ShardFolder
+    from model import LiquidConfig, LiquidForCausalLM
+
+    torch.manual_seed(0)
+    model = LiquidForCausalLM(LiquidConfig(**MODEL).sized_for(ShardFolder(sample_data).vocab_size))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder = tmp_path_factory.mktemp("exported") / "small"
+    shutil.copytree(sample_data / "tokenizer", folder)
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, sample_data) -> Trainer:
     return Trainer(tmp_path_factory.mktemp("runs"), sample_data)

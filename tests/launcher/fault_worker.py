@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
@@ -59,6 +60,9 @@ def build_with_faults(faults: list[dict]):
 
     def step(engine, batches, state, *others):
         now.update(step=state.step + 1, position=state.position)
+        if due("unlabelled"):  # from this step on
+            take = batches.next_step
+            batches.next_step = lambda: [{**b, "labels": torch.full_like(b["labels"], -100)} for b in take()]
         train_step(engine, batches, state, *others)
 
     train.build_engine, train.train_step = build, step

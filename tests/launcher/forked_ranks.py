@@ -18,6 +18,7 @@ from launcher.guarding.failures import recognised_failures
 RANKS = 2
 PR_SET_CHILD_SUBREAPER = 36  # what the ranks leave behind becomes this process's child, and is seen
 LONGEST_END = 60.0  # seconds in which the last rank must have ended by itself after the first
+LAUNCHER_WAITS = 10.0
 LONGEST_RUN = 200.0
 
 
@@ -25,9 +26,13 @@ class ForkedRank(SystemExit):
     """Ends a forked process as `sys.exit` does, so that what hangs at a process's end does so here."""
 
 
-def train_forked(arguments: list[str], outputs: list[Path], before: Callable[[int], None]) -> tuple[list[int], float]:
+def train_forked(
+    arguments: list[str], outputs: list[Path], before: Callable[[int], None], launched: bool = False
+) -> tuple[list[int], float]:
     """Train on two ranks; `before` is called in each with its number.
 
+    launched: whether a TERM goes to what is left LAUNCHER_WAITS after the first end, as launchers send it: ranks that
+    wait for one that died before it joined them know nothing of it.
     Returns their exit codes and the seconds between the first end and the last. Fails where one does not end by itself,
     or leaves a process behind.
     """
@@ -38,7 +43,7 @@ def train_forked(arguments: list[str], outputs: list[Path], before: Callable[[in
         if pid == 0:
             raise ForkedRank(_train_as(rank, port, arguments, outputs[rank], before))
         processes[pid] = rank
-    return _wait_for_all(processes)
+    return _wait_for_all(processes, launched)
 
 
 def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: Callable[[int], None]) -> int:
@@ -57,7 +62,7 @@ def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: 
     return code
 
 
-def _wait_for_all(processes: dict[int, int]) -> tuple[list[int], float]:
+def _wait_for_all(processes: dict[int, int], launched: bool) -> tuple[list[int], float]:
     codes, first, started = {}, None, time.monotonic()
     while len(codes) < len(processes):
         pid, status = os.waitpid(-1, os.WNOHANG)
@@ -65,6 +70,10 @@ def _wait_for_all(processes: dict[int, int]) -> tuple[list[int], float]:
             codes[processes[pid]] = os.waitstatus_to_exitcode(status)
             first = first or time.monotonic()
         now = time.monotonic()
+        if launched and first and now - first > LAUNCHER_WAITS:
+            launched = False
+            for left in psutil.Process().children():
+                left.terminate()
         if now - started > LONGEST_RUN or (first and now - first > LONGEST_END):
             for left in psutil.Process().children(recursive=True):
                 left.kill()

@@ -21,7 +21,7 @@ from launcher.checkpoints.checkpoint import find_checkpoint
 from launcher.run_folder import RunFolder
 
 # What the killed rank has begun, and up to how many seconds ago. Every kind comes in turn, at random ranks and times.
-KINDS = {"steps": 1.0, "save": 0.05, "hashing": 0.01, "steps ": 1.0, "publishing": 0.01, "start": 3.0}
+KINDS = {"steps": 1.0, "save": 0.15, "hashing": 0.01, "steps ": 1.0, "publishing": 0.02, "start": 3.0}
 
 
 def kill_when_begun(kind: str, seconds: float, skip: int, record: Path) -> None:
@@ -83,7 +83,7 @@ def main() -> int:
             if kind and rank == victim:
                 kill_when_begun(kind, seconds, skip, record)
 
-        codes, ended_after = train_forked(arguments, outputs, before)
+        codes, ended_after = train_forked(arguments, outputs, before, launched=kind == "start")
         printed = outputs[0].read_text().splitlines()
         announced = [line.split()[1] for line in printed if "is saved; training waited" in line]
         found, passed_over = find_checkpoint(RunFolder(folder), "auto")

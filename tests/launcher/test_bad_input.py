@@ -72,6 +72,10 @@ def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert "1 of 2 mixtures of experts became expert-parallel" in result.stderr
+    status = json.loads((trainer.folder / "partial" / "status.json").read_text())
+    assert (
+        status["state"] == "failed" and "1 of 2 mixtures" in status["reason"]
+    )  # an end before the first step has one, too
 
 
 def test_two_ranks_under_the_real_launcher_give_one_sentence_and_end(trainer):

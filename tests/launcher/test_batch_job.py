@@ -37,16 +37,19 @@ def status(attempts: Attempts, state: str, **facts) -> None:
         ("stopped", {}, 75, "", "retry"),  # the ranks alone heard of it
         ("failed", {}, 1, "", "fail"),
         ("failed", {}, 1, "USR1", "fail"),
-        ("failed", {"exit_code": 76}, 137, "", "retry"),
-        ("failed", {"exit_code": 77, "suspects": ["node2"]}, 137, "", "retry node2"),
-        ("failed", {"exit_code": 77, "suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
-        ("failed", {"exit_code": 77}, 137, "", "retry"),
-        ("failed", {"suspects": ["node1"]}, 143, "", "retry node1"),
+        ("failed", {"suspects": ["node2"]}, 137, "", "retry node2"),
+        ("failed", {"suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
+        ("failed", {"suspects": []}, 77, "", "retry"),
+        ("failed", {"suspects": []}, 137, "", "fail"),
+        ("failed", {"suspects": ["node1.cluster.example"]}, 143, "", "retry node1"),
         ("running", {}, 137, "", "fail"),
         ("running", {}, 76, "", "retry"),
         ("done", {"restart": 0}, 1, "", "fail"),  # an earlier attempt's
         ("done", {"job": "6"}, 2, "", "fail"),
         ("stopped", {"restart": 0}, 138, "USR1", "retry"),  # asked while Python was starting
+        ("starting", {}, 138, "USR1", "retry"),  # asked while rank 0 was planning
+        ("starting", {}, 1, "", "fail"),
+        ("starting", {}, 77, "", "retry"),
         ("stopped", {"restart": 0}, 138, "", "fail"),
         ("stopped", {"restart": 0}, 2, "USR1", "fail"),
     ],

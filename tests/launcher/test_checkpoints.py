@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, read_train_state
+from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import write_manifest
 from launcher.checkpoints.saver import delete_old
 from launcher.errors import ConfigurationError
@@ -153,3 +154,66 @@ def test_a_checkpoint_without_best_metric_and_skipped_ranges_is_still_read(tmp_p
     manifest.write_text(json.dumps({**content, "format": 2}))
     state = read_train_state(find_checkpoint(run, "auto")[0])
     assert (state.step, state.best_metric, state.best_step, state.skipped_ranges) == (2, None, None, [])
+
+
+def steps_of(run: RunFolder) -> list[str]:
+    return sorted(path.name.replace("step-000000", "") for path in run.checkpoints.iterdir())
+
+
+def start_with(run: RunFolder, resume: str) -> str:
+    """What rank 0 does with `resume`: the name of the checkpoint that the run goes on from."""
+    chosen, _ = find_checkpoint(run, still_to_do(run, resume)[0])
+    return go_back(run, chosen, resume)[0].name
+
+
+@pytest.mark.parametrize("resume", ["step-00000002", "best"])
+def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, resume):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4):
+        make_checkpoint(run, step, best_step=2)
+    assert start_with(run, resume) == "step-00000002"
+    assert steps_of(run) == ["02", "left-04"] and run.latest.read_text() == "step-00000002\n"
+    assert start_with(run, resume) == "step-00000002"  # killed before its first save
+    make_checkpoint(run, 3, best_step=2)
+    make_checkpoint(run, 4, best_step=2)
+    for _ in range(2):
+        assert start_with(run, resume) == "step-00000004"
+        assert "delete that file" in still_to_do(run, resume)[1][0]
+    assert steps_of(run) == ["02", "03", "04", "left-04"]
+    (run.path / "gone_back").unlink()
+    assert start_with(run, resume) == "step-00000002"
+    assert steps_of(run) == ["02", "left-03", "left-04", "left-04-2"]  # an older one of the same name stays
+    assert start_with(run, "auto") == "step-00000002"
+    assert still_to_do(run, resume) == (resume, [])  # the person has gone on in between: it is a new wish
+
+
+def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4, 6):
+        make_checkpoint(run, step, best_step=None)
+    start_with(run, "step-00000002")
+    make_checkpoint(run, 3, best_step=None)
+    make_checkpoint(run, 4, best_step=None)
+    before = (run.checkpoints / "left-step-00000004" / "manifest.json").stat().st_ino
+    assert start_with(run, "left-step-00000004") == "step-00000004"
+    assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
+    assert (run.checkpoints / "step-00000004" / "manifest.json").stat().st_ino == before
+    assert start_with(run, "left-step-00000004") == "step-00000004"
+    assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 4, best_step=None)
+    (run.checkpoints / "step-00000004").rename(run.checkpoints / "left-step-00000004")
+    with pytest.raises(ConfigurationError, match="set aside.*resume=left-step-00000004 goes on from one"):
+        find_checkpoint(run, resume)
+
+
+def test_only_a_checkpoint_is_resumed_from(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 4, best_step=None)
+    (run.checkpoints / "step-00000004").rename(run.checkpoints / "universal-step-00000004")
+    with pytest.raises(ConfigurationError, match="is not a checkpoint of"):
+        find_checkpoint(run, "universal-step-00000004")

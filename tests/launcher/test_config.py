@@ -24,9 +24,10 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("max_step=5", "unknown key max_step in .*; did you mean max_steps"),
+        ("max_step=5", "unknown key max_step in the override max_step=5; did you mean max_steps"),
+        ("schedule={cycle: 2}", "unknown key schedule.cycle in the override schedule={cycle: 2}; did you mean"),
         ("loss.vocal=5", r"unknown key loss.vocal in .*; did you mean loss.focal"),
-        ("max_steps=many", "max_steps in .* is 'many'; it must be of type int"),
+        ("max_steps=many", "max_steps in the override max_steps=many is 'many'; it must be of type int"),
         ("max_steps=1.5", "max_steps in .* is 1.5; it must be of type int"),
         ("learning_rate=fast", "learning_rate in .* is 'fast'; it must be of type float"),
         ("activation_checkpointing=1", "activation_checkpointing in .* is 1; it must be of type bool"),
@@ -41,6 +42,9 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("schedule.minimum_ratio=7", "schedule.minimum_ratio is 7.0; it must be in"),
         ("loss_on=question", "loss_on is 'question'; it must be 'all' or 'answer'"),
         ("model=[1", "the value of model is not valid YAML"),
+        ("output=", "output is empty; name one"),
+        ("data=", "data is empty; name one"),
+        ("profile.steps=[598, 601]", r"profile.steps is \[598, 601\], but the run ends at max_steps 600"),
     ],
 )
 def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
@@ -60,3 +64,17 @@ def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence)
     with pytest.raises(ConfigurationError, match=sentence) as raised:
         load_run_config(path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_wrong_value_in_the_file_names_the_file_whatever_else_is_overridden(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: many\n")
+    with pytest.raises(ConfigurationError, match=f"max_steps in {path} is 'many'"):
+        load_run_config(path, ["learning_rate=1e-4", "loss.focal=0.2"])
+
+
+def test_the_files_data_alone_are_prepared_as_the_file_says():
+    """A typo in `data=` must not be answered by the sample's rows under the wrong name."""
+    assert load_run_config(DEFAULT_CONFIG).prepare.source == "sample"
+    assert load_run_config(DEFAULT_CONFIG, ["data=data/webinstrut"]).prepare is None
+    assert load_run_config(DEFAULT_CONFIG, ["data=data/other", "prepare.seq_len=64"]).prepare.source == "sample"

@@ -126,12 +126,18 @@ def test_a_batch_that_does_not_divide_names_the_nearest(changed):
 
 
 @pytest.mark.parametrize(
-    ("content", "sentence"), [("{", "is not valid JSON"), ("[]", "must hold a JSON object"), (None, "cannot read")]
+    ("content", "sentence"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\x80\x02}q\x00", "is not valid JSON"),
+        (b"[]", "must hold a JSON object"),
+        (None, "cannot read"),
+    ],
 )
 def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "x.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=sentence):
         resolve(path=path)
 
@@ -148,6 +154,42 @@ def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_pat
     assert resolved["expert_parallel"]["autoep_size"] == 2
 
 
-def test_a_section_that_is_no_object_is_one_sentence(changed):
-    with pytest.raises(ConfigurationError, match="optimizer in .* must be an object"):
-        resolve(path=changed("optimizer", "AdamW"))
+@pytest.mark.parametrize(
+    ("location", "value", "sentence"),
+    [
+        ("optimizer", "AdamW", 'optimizer in .* must be an object with keys, not "AdamW"'),
+        ("fp16", True, "fp16 in .* must be an object with keys, not true"),
+        ("bf16", None, "bf16 in .* must be an object with keys, not null"),
+        ("expert_parallel", 2, "expert_parallel in .* must be an object with keys, not 2"),
+        ("fp16.enabled", "auto", 'fp16.enabled is "auto" in .*, and nothing fills it'),
+        ("fp16.loss_scale_window", "auto", 'fp16.loss_scale_window is "auto" in .*, and nothing fills it'),
+        ("bf16", {"enabled": True}, "fp16 and bf16 are both enabled in .*; disable one"),
+        ("optimizer", {"params": {"lr": "auto"}}, "has no optimizer.type; write one"),
+        ("zero_optimization.stage", 0, "has no zero_optimization.stage of 1, 2 or 3, .*; set one of these"),
+        ("zero_optimisation", {"stage": 3}, "has zero_optimisation, .*; did you mean zero_optimization?"),
+        ("scheduler", {"type": "WarmupLR"}, "has a scheduler, but .* learning_rate.*; take it out of the JSON"),
+    ],
+)
+def test_what_deepspeed_would_ignore_overwrite_or_stumble_over_is_one_sentence(changed, location, value, sentence):
+    """On a CPU, too, where a half precision's section is left out of what DeepSpeed gets."""
+    with pytest.raises(ConfigurationError, match=sentence) as raised:
+        resolve(path=changed(location, value))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "said"), [(None, "missing"), ({"enabled": False, "autoep_size": "auto"}, "not enabled")]
+)
+def test_experts_that_the_json_does_not_spread_are_said_to_be_whole_on_each_rank(tmp_path, section, said):
+    content = json.loads(ZERO3.read_text())
+    content["expert_parallel"] = section
+    if section is None:
+        del content["expert_parallel"]
+    path = tmp_path / "whole.json"
+    path.write_text(json.dumps(content))
+    resolved, _, notes = resolve(["expert_parallel_size=2"], world_size=2, path=path)
+    assert "expert_parallel" not in resolved
+    assert any(
+        f"expert_parallel_size 2 counts for nothing: the JSON's expert_parallel section is {said}" in n for n in notes
+    )
+    assert not any("counts for nothing" in note for note in resolve(["expert_parallel_size=1"], path=path)[2])

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launcher.environment import detect_environment, detect_member
+from launcher.environment import detect_environment, detect_member, free_port
 from launcher.errors import ConfigurationError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -51,6 +51,81 @@ def test_missing_variables_are_named_with_the_way_to_start():
         detect_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"})
     with pytest.raises(ConfigurationError, match="WORLD_SIZE"):
         detect_environment({"RANK": "0", "LOCAL_RANK": "0", **MASTER})
+
+
+SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", **MASTER}
+
+
+@pytest.mark.parametrize(
+    ("variables", "parts"),
+    [
+        # left over from another shell: each task would be rank 0 of a world of its own
+        ({**SRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ["0 of 1", "RANK and WORLD_SIZE", "srun says 1 of 2"]),
+        # the wrong MPI plugin: PMI counts one process where srun started two
+        ({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}, ["PMI says 0 of 1", "srun says 1 of 2"]),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+         ["RANK and WORLD_SIZE", "mpirun says 1 of 2"]),
+        ({"PMIX_RANK": "1"}, ["PMIX_RANK is 1", "nothing says of how many"]),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 2", "not below WORLD_SIZE, 2"]),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 'one'", "no number"]),
+    ],
+)  # fmt: skip
+def test_launchers_that_contradict_each_other_are_refused(variables, parts):
+    with pytest.raises(ConfigurationError) as refused:
+        detect_environment(dict(variables))
+    assert all(part in str(refused.value) for part in parts), refused.value
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        # one torchrun a node under srun, of two processes each
+        ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, (3, 4)),
+        ({**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (1, 2)),  # exported by hand, and right
+        ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, (1, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMIX_RANK": "0"}, (0, 1)),
+    ],
+)  # fmt: skip
+def test_launchers_within_each_other_are_not(variables, place):
+    found = detect_environment(dict(variables))
+    assert (found.rank, found.world_size) == place
+
+
+def launched(launcher: str, arguments: list[str]) -> list[subprocess.CompletedProcess]:
+    """`train.py` on two ranks as srun's variables, torchrun or the deepspeed launcher start it."""
+    environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
+    port = str(free_port())
+    if launcher == "srun":
+        commands = [[sys.executable, "train.py", *arguments]] * 2
+    elif launcher == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+        commands = [[*torchrun, "train.py", *arguments]]
+    else:
+        commands = [["deepspeed", "--num_gpus", "2", "--master_port", port, "train.py", *arguments]]
+    processes = []
+    for rank, command in enumerate(commands):
+        srun = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(rank), "SLURM_STEP_ID": "0",
+                "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": port}  # fmt: skip
+        variables = {**environment, **(srun if launcher == "srun" else {})}
+        processes.append(
+            subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return [subprocess.CompletedProcess(p.args, p.returncode, out) for p, out in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+def test_srun_torchrun_and_deepspeed_give_the_same_losses(trainer):
+    """mpirun's are compared with one process's below, as are these here."""
+    trainer.run(1, trainer.arguments("one"))
+    losses = {"one": trainer.scalars("one")["train/loss"]}
+    for launcher in ("srun", "torchrun", "deepspeed"):
+        for result in launched(launcher, trainer.arguments(launcher)):
+            assert result.returncode == 0, result.stdout
+        losses[launcher] = trainer.scalars(launcher)["train/loss"]
+    assert len(losses["one"]) == 5
+    assert losses["srun"] == losses["torchrun"] == losses["deepspeed"]
+    assert losses["srun"] == pytest.approx(losses["one"], rel=1e-5)
 
 
 def test_mpi_that_cannot_be_used_is_one_sentence():

@@ -1,6 +1,8 @@
 """Which errors are of communication or a device, whom a lost rank makes suspect, and what a full disk leaves of a status."""
 
+import errno
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import torch
 import torch.distributed as dist
 from conftest import start
 
-from launcher.errors import HardwareError
+from launcher.errors import ConfigurationError, HardwareError
 from launcher.guarding.failures import Failures, recognised_failures, what_failed
 from launcher.run_folder import RunFolder
 
@@ -46,10 +48,10 @@ def test_such_an_error_anywhere_else_in_the_program_names_host_and_rank(monkeypa
         raise RuntimeError("shapes")
 
 
-def judged(notes: dict[int, tuple[str, str]], hosts: list[str]) -> tuple[str, list[str], bool]:
+def judged(notes: dict[int, tuple[str, str]], hosts: list[str], *others) -> tuple[str, list[str], bool]:
     failures = Failures.__new__(Failures)
     failures._hosts = hosts
-    return failures._judge({rank: {"kind": kind, "sentence": said} for rank, (kind, said) in notes.items()})
+    return failures._judge({rank: {"kind": kind, "sentence": said} for rank, (kind, said) in notes.items()}, *others)
 
 
 def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
@@ -61,6 +63,8 @@ def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
     reason, suspects, _ = judged({0: noticed, 1: noticed, 2: noticed, 3: ("device", "ECC")}, hosts)
     assert suspects == ["c"] and "rank 3 on c has a fault in its device: ECC" in reason
     assert judged(dict.fromkeys(range(4), noticed), hosts)[1:] == ([], False)
+    # Where the disk is full nobody leaves a note, and nobody is suspect for that.
+    assert judged({0: noticed}, hosts, False)[1:] == ([], False)
     # A mistake of a rank's own would be made on another machine, too.
     reason, suspects, own_error = judged({0: noticed, 2: ("error", "ValueError: 3"), 3: noticed}, hosts)
     assert (reason, suspects, own_error) == ("rank 2 on b failed: ValueError: 3", [], True)
@@ -121,12 +125,33 @@ def test_a_run_whose_rank_0_was_killed_says_so_at_the_next_start(tmp_path, capsy
     run.release()
     again = RunFolder(tmp_path / "run")
     again.claim()
-    assert "the attempt before this one, begun at step 40, was killed" in capsys.readouterr().out
+    assert "the attempt before this one has no end: last seen at step 40" in capsys.readouterr().out
     status = json.loads((tmp_path / "run" / "status.json").read_text())
-    assert status["state"] == "failed" and "rank 0 was killed" in status["reason"]
+    assert (status["state"], status["step"]) == ("starting", 40)
     again.write_status("done", 60)
     lines = [json.loads(line) for line in (tmp_path / "run" / "attempts.jsonl").read_text().splitlines()]
     assert [(line["state"], line["step"]) for line in lines] == [("failed", 40), ("done", 60)]
+    assert "rank 0 was killed" in lines[0]["reason"]
+
+
+def test_a_running_status_tells_the_step_again_after_a_while(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path / "run")
+    run.claim()
+    for seconds, told in ((60.0, 0), (0.0, 7)):
+        monkeypatch.setattr("launcher.run_folder.STATUS_EVERY", seconds)
+        run.note_step(7)
+        assert json.loads((run.path / "status.json").read_text())["step"] == told
+    RunFolder(tmp_path / "run").note_step(8)  # as on the other ranks, which do not hold the folder
+    assert json.loads((run.path / "status.json").read_text())["step"] == 7
+
+
+def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
+    def unsupported(*arguments) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", unsupported)  # as on Lustre without -o flock
+    with pytest.raises(ConfigurationError, match="cannot lock .*lock .Function not implemented.*-o flock.*set output"):
+        RunFolder(tmp_path / "run").claim()
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
     printed = results[0].stdout
     (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     parts = (
-        "4 steps in a row were not finite, up to step 6",
+        "4 steps in a row were not finite or had no token to learn, up to step 6",
         "rows at positions 20 to 23",
         "checkpoints/step-00000004",
     )
@@ -114,6 +114,16 @@ def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
     assert "Traceback" not in printed
     status = json.loads((trainer.folder / "hopeless" / "status.json").read_text())
     assert status["state"] == "failed" and "not finite" in status["reason"]
+
+
+@pytest.mark.slow
+def test_a_run_on_rows_without_anything_to_learn_ends(trainer):
+    arguments = trainer.arguments("unlabelled", "max_steps=20", "checkpoint_every=2", "max_skipped_in_a_row=3")
+    (result,) = trainer.run_with_faults(1, arguments, [{"kind": "unlabelled", "steps": [3]}])
+    assert result.returncode == 1, result.stdout
+    assert "step 3 is skipped: its batch has no supervised token (loss_on=answer)" in result.stdout
+    sentence = result.stdout.splitlines()[-1]
+    assert sentence.startswith("error: 4 steps in a row") and "no token to learn, up to step 6" in sentence
 
 
 @pytest.mark.slow

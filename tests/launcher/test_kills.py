@@ -18,6 +18,8 @@ from launcher.errors import COMMUNICATION_OR_HARDWARE
 STEPS, KILLS, SEED = 40, int(os.environ.get("LFM_KILLS", 6)), 5
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "micro_batch_rows=1"]
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 * (KILLS + 2))]
+
 
 @pytest.fixture(scope="module")
 def killed(trainer):
@@ -33,17 +35,20 @@ def killed(trainer):
     return trainer
 
 
-@pytest.mark.slow
 def test_every_kill_killed_and_the_other_rank_ended_by_itself(killed):
     *kills, last = killed.happened
     assert len(kills) == KILLS
     for event in kills:
         assert event["codes"].pop(event["rank"]) == -signal.SIGKILL
-        assert event["codes"] == [COMMUNICATION_OR_HARDWARE], event
+        # Who waits for a rank that has died before it joined is ended by the launcher.
+        expected = (
+            COMMUNICATION_OR_HARDWARE,
+            -signal.SIGTERM if event["kind"] == "start" else COMMUNICATION_OR_HARDWARE,
+        )
+        assert event["codes"][0] in expected, event
     assert last["codes"] == [0, 0]
 
 
-@pytest.mark.slow
 def test_no_checkpoint_that_was_published_is_lost(killed):
     newest = ""
     for event in killed.happened:
@@ -53,7 +58,6 @@ def test_no_checkpoint_that_was_published_is_lost(killed):
         newest = event["newest"] or ""
 
 
-@pytest.mark.slow
 def test_the_curve_and_all_of_the_last_checkpoint_are_those_of_the_undisturbed_run(killed):
     whole, disturbed = (killed.scalars(name) for name in ("whole", "killed"))
     assert set(whole["train/loss"]) == set(range(1, STEPS + 1))

@@ -21,7 +21,7 @@ from launcher.errors import ConfigurationError
 from launcher.watching.expert_load import CELL, load_image
 from launcher.watching.monitor import Monitor
 from launcher.watching.step_timer import StepTimer
-from launcher.watching.throughput import TokenFlops, peak_flops, token_flops, utilisation
+from launcher.watching.throughput import TokenFlops, known_teraflops, peak_flops, token_flops, utilisation
 from model import LiquidConfig, LiquidForCausalLM
 
 STEPS = 6
@@ -174,6 +174,9 @@ def test_the_peak_is_that_of_the_device_by_name(monkeypatch):
                        ("NVIDIA A100-SXM4-80GB", 312e12), ("something new", None)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(cuda, in_16_bits=True) == peak
+    for name in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA T400", "NVIDIA GB200",
+                 "NVIDIA GeForce RTX 4090 Laptop GPU"):  # fmt: skip
+        assert known_teraflops(name) is None, name
     assert peak_flops(cuda, in_16_bits=False) is None
     assert peak_flops(torch.device("cpu"), in_16_bits=True) is None
 

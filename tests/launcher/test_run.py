@@ -14,9 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_pipeline.loading.reader import ShardFolder
 from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.cli import main as lfm
+from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
+from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
+from launcher.watching.report import write_report
 from model.moe import balancing_bias
 
 STEPS = 20
@@ -97,6 +100,14 @@ def test_a_run_folder_tells_what_happened(runs):
     assert description["world_size"] == 2
     assert sorted(path.name for path in run.checkpoints.glob("step-*")) == ["step-00000015", "step-00000020"]
     assert run.latest.read_text() == "step-00000020\n"
+    assert not (run.path / "stacks").exists()  # nothing hung
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(runs, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "missing" / "x.html", tmp_path / "file" / "x.html"):
+        with pytest.raises(ConfigurationError, match=f"cannot write the report to {place}: .*; name another file"):
+            write_report(runs.folder / "whole", place)
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(runs):
@@ -141,6 +152,99 @@ def copied(runs, tmp_path) -> RunFolder:
     """The finished run in a folder that a test may damage."""
     shutil.copytree(runs.folder / "whole", tmp_path / "run")
     return RunFolder(tmp_path / "run")
+
+
+def plan_for(copied: RunFolder, runs, *overrides: str) -> Plan:
+    """What rank 0 of two decides."""
+    common = [f"output={copied.path}", "expert_parallel_size=2", f"max_steps={STEPS + 5}"]
+    plan, run = make_plan(str(runs.config), [*common, *overrides], str(runs.fp32), Environment(0, 2, 0, 2, "test"))
+    run.release()
+    return plan
+
+
+def attempts(run: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in (run.path / "attempts.jsonl").read_text().splitlines()]
+
+
+def test_every_start_has_a_line_with_what_was_changed_since_the_start_before(copied, runs):
+    begun = [line for line in attempts(copied) if line["event"] == "begins"]
+    assert [(line["checkpoint"], line["world_size"], line["expert_parallel_size"]) for line in begun] == [
+        (None, 2, 2),
+        ("step-00000020", 2, 2),
+    ]
+    assert [line["state"] for line in attempts(copied) if line["event"] == "ended"] == ["done", "done"]
+    assert begun[1]["changed"] == {} and begun[1]["command"]
+    plan = plan_for(copied, runs, "learning_rate=0.5", "loss_on=all")
+    (note,) = [note for note in plan.notes if note.startswith("not as at the start before")]
+    assert "learning_rate 0.003 -> 0.5" in note and "loss_on answer -> all" in note
+    line = attempts(copied)[-1]
+    assert line["event"] == "begins" and line["checkpoint"] == "step-00000020" and line["host"] and line["time"]
+    assert line["changed"]["config.learning_rate"] == [0.003, 0.5]
+    assert line["changed"]["deepspeed.optimizer.params.lr"] == [0.003, 0.5]
+    assert len(line["commit"]) == 40 and line["uncommitted_changes"] in (True, False)
+
+
+def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, capsys):
+    plan_for(copied, runs)  # a start that is killed before it trains
+    assert json.loads((copied.path / "status.json").read_text())["state"] == "starting"
+    plan_for(copied, runs)
+    assert f"the attempt before this one has no end: last seen at step {STEPS}" in capsys.readouterr().out
+    begun, ended, again = attempts(copied)[-3:]
+    assert (begun["event"], ended["event"], again["event"]) == ("begins", "ended", "begins")
+    assert ended["state"] == "failed" and "was killed" in ended["reason"]
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("seed=77", "was trained with seed 1234 and now it is 77.*; set seed=1234, or another output"),
+        ("global_batch_rows=3", "global_batch_rows is 3, which does not divide"),  # before the folder is looked at
+    ],
+)
+def test_a_start_that_is_refused_leaves_no_done_behind(copied, runs, override, sentence):
+    with pytest.raises(ConfigurationError, match=sentence) as raised:
+        plan_for(copied, runs, override)
+    status = json.loads((copied.path / "status.json").read_text())
+    assert (status["state"], status["step"], status["reason"]) == ("failed", STEPS, str(raised.value))
+    assert attempts(copied)[-1]["reason"] == str(raised.value)
+    assert plan_for(copied, runs).checkpoint.name == "step-00000020"
+
+
+def test_a_refused_start_leaves_a_live_jobs_status_and_an_empty_place_alone(copied, runs, tmp_path):
+    holder = RunFolder(copied.path)
+    holder.claim()
+    holder.write_status("running", 7)
+    for override in ("max_steps=30", "global_batch_rows=3"):
+        with pytest.raises(ConfigurationError):
+            plan_for(copied, runs, override)
+        assert json.loads((copied.path / "status.json").read_text())["state"] == "running"
+    with pytest.raises(ConfigurationError):
+        plan_for(RunFolder(tmp_path / "new"), runs, "global_batch_rows=3")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("run.yaml", None), ("run.yaml", "config: ["), ("model/config.json", None), ("model", None)]
+)
+def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, content):
+    path = copied.path / name
+    if content is not None:
+        path.write_text(content)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(
+        ConfigurationError, match=f"{name}.*cannot be read.*put it back.*or set another output"
+    ) as raised:
+        plan_for(copied, runs)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_warm_up_that_outlasts_the_run_is_said(copied, runs):
+    notes = plan_for(copied, runs, "warmup_steps=50").notes
+    assert any(f"the schedule ends at step {STEPS}, in the warm-up of 50 steps" in note for note in notes)
+    assert not any("warm-up" in note for note in plan_for(copied, runs).notes)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 from data_pipeline.tokens.tokenization import train_tokenizer
 from model import LiquidConfig, LiquidForCausalLM
 from model.configuration import preset_names
+from model.loss import LossWeights
 
 
 def test_saved_and_loaded_the_logits_are_the_same(model, ids, tmp_path):
@@ -42,6 +43,28 @@ def test_transformers_pipeline_generates_text(config, tmp_path):
     answers = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
     for prompt, (answer,) in zip(prompts, answers, strict=True):
         assert answer["generated_text"].startswith(prompt)
+
+
+def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
+    """As transformers' trainers accumulate: each gives `num_items_in_batch`, the labels of all, and adds the losses."""
+    model.loss_weights = LossWeights(focal=0.5, reconstruction=0, budget=0, expert_usage=0, z_loss=0)
+    labels = ids.clone()
+    labels[0, 5:], labels[1, :9] = -100, -100
+    whole = model(ids, labels=labels).loss
+    count = (labels[:, 1:] != -100).sum()
+    parts = [
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=count).loss
+        for row in range(len(ids))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    assert not torch.isclose(parts[0], parts[1])
+
+
+def test_what_this_model_does_not_give_may_be_asked_for(model, ids):
+    """Other tools ask every model for these, by name, of the backbone too (TRL, say)."""
+    asked = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+    assert torch.equal(model.model(ids, **asked).last_hidden_state, model.model(ids).last_hidden_state)
+    assert torch.equal(model(ids, **asked).logits, model(ids).logits)
 
 
 @pytest.mark.slow

@@ -1,0 +1,98 @@
+"""`lfm preflight`: what can be known wrong before a GPU hour is spent."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import redirect_stdout
+
+from launcher.commands.parsing import command
+from launcher.config import DEFAULT_CONFIG
+from launcher.errors import ConfigurationError
+
+
+def add_preflight(commands) -> None:
+    """Add `lfm preflight` to the commands."""
+    parser = command(
+        commands, "preflight", _preflight,
+        "Check a run before it starts: settings, data, model, memory, disk, GPUs; and under srun, mpirun, torchrun or "
+        "deepspeed the nodes together. Exit code 1 where a line is red.",
+        "lfm preflight --deepspeed_config ds_configs/zero3.json --config run.yaml --nodes 4 --ranks-per-node 8",
+    )  # fmt: skip
+    parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
+    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="run configuration, YAML")
+    parser.add_argument("--nodes", type=int, default=argparse.SUPPRESS, metavar="N",
+                        help="check for so many nodes (default: those of the SLURM job or of the ranks, else 1)")  # fmt: skip
+    parser.add_argument("--ranks-per-node", type=int, default=argparse.SUPPRESS, metavar="M",
+                        help="with so many ranks each (default: the same way)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
+
+
+def _preflight(options) -> int:
+    from launcher.environment import detect_environment, export_for_torch
+
+    with redirect_stdout(sys.stderr):  # importing may print, and stdout is for the answer
+        environment = detect_environment()
+        export_for_torch(environment)
+        from launcher.engine import start_process_group
+        from launcher.preflight.checks import check_run
+        from launcher.preflight.findings import RED, as_json, print_table, worst
+        from launcher.preflight.nodes import check_nodes
+
+        arguments = (options.config, options.overrides, options.deepspeed_config)
+        findings = check_run(*arguments, world_of(options, environment))
+        if environment.world_size > 1:
+            import torch.distributed as dist
+
+            start_process_group(environment)
+            findings = check_nodes(environment, *_shared_paths(options), findings)
+            dist.destroy_process_group()
+    if environment.is_main:
+        if options.json:
+            print(json.dumps(as_json(findings), indent=1, ensure_ascii=False))
+        else:
+            print_table(findings)
+    return int(worst(findings) == RED)
+
+
+def world_of(options, environment, variables=os.environ):
+    """The world of the run that will start: as the options say, else the SLURM job's, else that of these processes.
+
+    Under `srun --ntasks-per-node=1` there is a process for each node, and fewer than the run will have.
+    """
+    from launcher.environment import Environment
+
+    nodes, ranks = getattr(options, "nodes", None), getattr(options, "ranks_per_node", None)
+    for name, value in (("--nodes", nodes), ("--ranks-per-node", ranks)):
+        if value is not None and value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 1")
+    if nodes is None and ranks is None and (environment.world_size > 1 or "SLURM_JOB_ID" not in variables):
+        return environment
+    alone = environment.world_size == 1
+    nodes = nodes or (
+        int(variables.get("SLURM_JOB_NUM_NODES", 1)) if alone
+        else max(1, environment.world_size // environment.local_world_size)
+    )  # fmt: skip
+    if ranks is None:
+        of_job = int(variables["SLURM_NTASKS"]) // nodes if alone and variables.get("SLURM_NTASKS") else None
+        ranks = of_job or int(variables.get("SLURM_NTASKS_PER_NODE", environment.local_world_size))
+    return Environment(environment.rank, nodes * ranks, environment.local_rank, ranks, environment.launcher)
+
+
+def _shared_paths(options) -> tuple[str | None, str | None]:
+    """The run folder and the data's index, for all nodes to see; None where there is none to look at."""
+    from pathlib import Path
+
+    from data_pipeline.loading.remote import is_remote
+    from launcher.config import load_run_config
+
+    try:
+        config = load_run_config(options.config, options.overrides)
+    except ConfigurationError:
+        return None, None  # a red line says so
+    folders = [config.data] if isinstance(config.data, str) else [weighted.path for weighted in config.data]
+    index = next((str(Path(folder, "index.json")) for folder in folders if not is_remote(folder)), None)
+    return config.output, None if index is None or not Path(index).exists() else index

@@ -1,0 +1,83 @@
+"""`lfm serve`: a model behind the OpenAI protocol, and a page to talk to it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+from launcher.commands.parsing import command
+from launcher.errors import ConfigurationError
+
+
+def add_serve(commands) -> None:
+    """Add `lfm serve` to the commands."""
+    parser = command(
+        commands, "serve", _serve,
+        "Answer OpenAI chat completions (http://127.0.0.1:8000/v1), with a page to talk to the model at the same address. "
+        "Requests are answered one after another.",
+        "lfm serve runs/sample/export --port 8000",
+    )  # fmt: skip
+    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on; any but this machine's own asks for a token"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument(
+        "--token",
+        help="what requests must send as `Authorization: Bearer` (default: LFM_TOKEN, which `ps` does not show)",
+    )
+    parser.add_argument("--name", help="what the model is called in requests (default: its folder's name)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer that may be asked for")
+    parser.add_argument("--max-waiting", type=int, default=16, help="requests that wait; more are turned away with 429")
+    parser.add_argument(
+        "--request-seconds", type=float, default=120.0, help="longest time for a request, waiting included"
+    )
+    parser.add_argument("--body-bytes", type=int, default=2**20, help="largest request")
+
+
+def _serve(options) -> None:
+    token = os.environ.get("LFM_TOKEN") if options.token is None else options.token
+    token = token or None
+    if options.host not in ("127.0.0.1", "localhost", "::1") and token is None:
+        raise ConfigurationError(
+            f"--host {options.host} lets other machines in: set LFM_TOKEN (or --token) to what they must send, "
+            "or leave --host out"
+        )
+    for name, least in (("max_new_tokens", 1), ("max_waiting", 0), ("request_seconds", 0), ("body_bytes", 1)):
+        if getattr(options, name) < least:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}"
+            )
+
+    import uvicorn
+
+    from launcher.inference.generation import load_model
+    from launcher.serving.requests import Limits
+    from launcher.serving.server import build_app
+    from launcher.serving.worker import Worker
+
+    listener = _listen(options.host, options.port)
+    limits = Limits(
+        body_bytes=options.body_bytes, new_tokens=options.max_new_tokens, seconds=options.request_seconds,
+        waiting=options.max_waiting,
+    )  # fmt: skip
+    name = options.name or Path(options.model).resolve().name
+    app = build_app(Worker(*load_model(options.model), limits), name, options.host, token)
+    config = uvicorn.Config(
+        app, log_level="warning", timeout_keep_alive=5, limit_concurrency=options.max_waiting + 64,
+        timeout_graceful_shutdown=5, server_header=False,
+    )  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port} ({error}); give another --port or --host"
+        ) from error

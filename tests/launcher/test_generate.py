@@ -1,0 +1,107 @@
+"""`lfm generate`: where questions come from, how they are answered, and what is refused."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from launcher.errors import ConfigurationError
+from launcher.inference.generation import Decoding, answer, load_model, prompt_ids
+
+COMMAND = [sys.executable, "-m", "launcher.cli", "generate"]
+QUESTIONS = ["What is 7 plus 5?", "What is the capital of Peru?", "Why?"]
+
+
+@pytest.fixture(scope="module")
+def small(exported):
+    return load_model(exported)
+
+
+@pytest.mark.slow
+def test_questions_from_everywhere_get_the_same_answers(exported, small, tmp_path):
+    expected = answer(*small, QUESTIONS, Decoding(max_new_tokens=5))
+    (tmp_path / "q.txt").write_text("\n".join(QUESTIONS) + "\n\n")
+    (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": question}) for question in QUESTIONS))
+    options = [str(exported), "--max-new-tokens", "5", "--jsonl"]
+    for arguments, text in (
+        (QUESTIONS, ""),
+        (["--file", str(tmp_path / "q.jsonl")], ""),
+        ([], (tmp_path / "q.txt").read_text()),
+    ):
+        result = subprocess.run(
+            [*COMMAND, *options, *arguments], input=text, capture_output=True, text=True, timeout=120
+        )
+        assert result.returncode == 0, result.stderr
+        rows = [json.loads(line) for line in result.stdout.splitlines()]
+        assert rows == [{"question": q, "answer": a} for q, a in zip(QUESTIONS, expected, strict=True)]
+
+
+@pytest.mark.slow
+def test_one_question_on_a_terminal_is_answered_piece_by_piece(exported, small):
+    (expected,) = answer(*small, QUESTIONS[:1], Decoding(max_new_tokens=40))
+    terminal, inside = pty.openpty()
+    with subprocess.Popen(
+        [*COMMAND, str(exported), QUESTIONS[0], "--max-new-tokens", "40"], stdout=inside, stderr=subprocess.DEVNULL
+    ) as process:
+        os.close(inside)
+        pieces = []
+        while True:
+            try:
+                pieces.append(os.read(terminal, 4096))
+            except OSError:  # the other end is closed
+                break
+    os.close(terminal)
+    assert process.returncode == 0
+    assert b"".join(pieces).decode().replace("\r\n", "\n").strip() == expected.strip()
+    assert len(pieces) > 3
+
+
+def test_each_way_of_decoding_does_its_part(small):
+    model, tokenizer = small
+    plain = answer(*small, QUESTIONS, Decoding(20))
+    beams = answer(*small, QUESTIONS, Decoding(20, num_beams=4))
+
+    def likelihood(question: str, text: str) -> float:
+        prompt = prompt_ids(tokenizer, question)
+        ids = torch.tensor([[*prompt, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        with torch.no_grad():
+            return -model(ids, labels=ids, use_cache=False).loss_sums["cross_entropy"].item()
+
+    assert beams != plain
+    gains = [likelihood(q, b) - likelihood(q, p) for q, b, p in zip(QUESTIONS, beams, plain, strict=True)]
+    assert max(gains) > 0
+    penalised = answer(*small, QUESTIONS, Decoding(20, repetition_penalty=50.0))
+    for text in penalised:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert len(set(ids)) >= len(ids) - 1
+    drawn = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        drawn.append(answer(*small, QUESTIONS, Decoding(20, temperature=1.0)))
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert answer(*small, QUESTIONS, Decoding(20, temperature=1.0, top_p=1e-9)) == plain  # the likeliest alone is left
+
+
+def test_a_batch_is_answered_as_its_questions_alone(small):
+    together = answer(*small, QUESTIONS, Decoding(12), batch_size=3)
+    assert together == answer(*small, QUESTIONS, Decoding(12), batch_size=1)
+
+
+def test_what_cannot_be_is_one_sentence(exported, small):
+    with pytest.raises(
+        ConfigurationError, match=r"more than the model's 256 positions; shorten it, or ask for at most"
+    ):
+        answer(*small, ["Why? " * 60], Decoding(200))
+    for wrong, message in (
+        ({"top_p": 0.5}, "give a temperature"),
+        ({"temperature": -1}, "temperature is -1; it must be 0"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Decoding(**wrong)
+    result = subprocess.run([*COMMAND, str(exported)], input="\n", capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "there is no question in the standard input" in result.stderr

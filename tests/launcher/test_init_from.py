@@ -1,0 +1,121 @@
+"""Beginning with exported weights: what does not go together is refused, and under ZeRO-3 no rank holds the model."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, start
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+from data_pipeline.loading.reader import ShardFolder
+from launcher.config import load_run_config
+from launcher.errors import ConfigurationError
+from launcher.settings.model_source import build_model, model_config
+from launcher.weight_files import WeightFiles, write_shards
+from model import LiquidConfig, LiquidForCausalLM
+
+GIGABYTE = 1e9
+
+
+@pytest.fixture(scope="module")
+def folder(trainer) -> Path:
+    """A model folder for the sample's tokenizer."""
+    config = load_run_config(trainer.config)
+    data = ShardFolder(config.data)
+    out = trainer.folder / "model"
+    shutil.copytree(data.tokenizer_path, out)
+    build_model(config, data).save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def copied(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def refusal(trainer, folder: Path) -> str:
+    config = load_run_config(trainer.config, [f"init_from={folder}"])
+    with pytest.raises(ConfigurationError) as refused:
+        model_config(config, ShardFolder(config.data))
+    return str(refused.value)
+
+
+def test_a_folder_that_is_as_it_was_written_is_taken(trainer, folder):
+    config = load_run_config(trainer.config, [f"init_from={folder}"])
+    assert model_config(config, ShardFolder(config.data)).hidden_size == 32
+
+
+def test_another_vocabulary_is_refused(trainer, copied):
+    description = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**description, "used_vocab_size": 1990}))
+    assert "another tokenizer" in refusal(trainer, copied)
+    tokenizer = json.loads((copied / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
+    (copied / "config.json").write_text(json.dumps(description))
+    (copied / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "another tokenizer" in refusal(trainer, copied)
+    (copied / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refusal(trainer, copied)
+
+
+def test_weights_that_are_not_the_configurations_are_refused(trainer, copied):
+    description = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**description, "moe_intermediate_size": 32}))
+    message = refusal(trainer, copied)
+    assert "(4, 32, 24) in its weights and (4, 32, 32)" in message and "config.json" in message
+    (copied / "config.json").write_text(json.dumps({**description, "num_hidden_layers": 1}))
+    assert "None by its config.json" in refusal(trainer, copied)
+    (copied / "config.json").write_text(json.dumps({**description, "model_type": "llama"}))
+    assert "'llama'" in refusal(trainer, copied)
+
+
+def test_damaged_weights_are_refused(trainer, copied):
+    weights = copied / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert "cut off" in refusal(trainer, copied)
+    weights.write_bytes(b"\xff" * 100)
+    assert "holds no weights" in refusal(trainer, copied)
+    save_file({"model.norm.weight": torch.zeros(32, dtype=torch.int64)}, weights)
+    assert "fp32, bf16 or fp16" in refusal(trainer, copied)
+
+
+def test_the_files_are_read_as_safetensors_reads_them(folder):
+    files, model = WeightFiles(folder), AutoModelForCausalLM.from_pretrained(folder)
+    state = model.state_dict()
+    assert files.shapes.keys() == state.keys() - {"lm_head.weight"}
+    assert all(torch.equal(files.read(name), state[name]) for name in files.shapes)
+
+
+@pytest.mark.slow
+def test_a_rank_of_two_takes_less_than_60_percent_of_the_memory_of_one(tmp_path):
+    """Preset `1b` in fp32 up to an engine without an optimizer, whose states would be halved exactly; experts over all
+    ranks. The bf16 folder is read by rank 0."""
+    config = LiquidConfig.from_preset("1b")
+    with torch.device("meta"):
+        model = LiquidForCausalLM(config)
+    tensors = {name: (tuple(tensor.shape), torch.bfloat16) for name, tensor in model.state_dict().items()}
+    del tensors["lm_head.weight"]
+    write_shards(tmp_path, tensors, lambda name, target: target.fill_(0.01), 10**9)
+    config.save_pretrained(tmp_path)
+    resolved = json.loads((PROJECT / "ds_configs" / "zero3.json").read_text())
+    for section in ("fp16", "optimizer", "activation_checkpointing"):
+        del resolved[section]
+    resolved |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 1.0}
+    peaks = {}
+    for world_size in (1, 2):
+        resolved["train_batch_size"] = world_size
+        resolved["expert_parallel"] |= {"autoep_size": world_size, "use_grouped_mm": False}
+        command = [sys.executable, "-m", "partition_worker", str(tmp_path), json.dumps(resolved)]
+        results = start(world_size, command, timeout=500)
+        assert all(result.returncode == 0 for result in results), results[0].stdout
+        found = [json.loads(result.stdout.splitlines()[-1]) for result in results]
+        for rank, values in enumerate(found):
+            shown = ", ".join(f"{name} {value / GIGABYTE:.2f} GB" for name, value in values.items())
+            print(f"rank {rank} of {world_size}: {shown}")
+        peaks[world_size] = max(values["peak"] for values in found)
+    assert peaks[2] < 0.6 * peaks[1]

@@ -1,0 +1,277 @@
+"""`lfm serve`: a real server process, asked by OpenAI's own client, by hand-made requests and by a browser."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+from data_pipeline.tokens.tokenization import decode_answer
+from launcher.inference.generation import Decoding, answer, load_model
+from launcher.serving.requests import Limits, RequestError, read_request
+from launcher.serving.worker import TextPieces
+
+COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
+QUESTION = "What is 7 plus 5?"
+CHROMIUM = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+            "--disable-background-networking", "--disable-component-update", "--disable-sync")  # fmt: skip
+
+
+class Server:
+    """A server on a free port, with a token from LFM_TOKEN."""
+
+    def __init__(self, model, log, *arguments: str, token: str = "secret"):
+        self.token = token
+        with open(log, "w") as output:
+            self.process = subprocess.Popen(
+                [*COMMAND, str(model), "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=output, text=True,
+                env={**os.environ, "LFM_TOKEN": token},
+            )  # fmt: skip
+        line = self.process.stdout.readline()
+        assert " answers at http://" in line, log.read_text()
+        self.url = re.search(r"http://\S+", line)[0]
+
+    def request(self, path: str, body: dict | bytes | None = None, **headers) -> tuple[int, dict]:
+        """Status and contents of the answer, whatever it is."""
+        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+        given = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        given |= {name.replace("_", "-"): value for name, value in headers.items()}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, data, given), timeout=60) as response:
+                return response.status, json.load(response)
+        except urllib.error.HTTPError as error:
+            text = error.read()
+            return error.code, json.loads(text) if text.startswith(b"{") else {"text": text.decode()}
+
+    def end(self) -> int:
+        self.process.terminate()
+        try:
+            return self.process.wait(timeout=20)
+        finally:
+            self.process.kill()
+            self.process.stdout.close()
+
+
+def chat(question: str = QUESTION, **fields) -> dict:
+    return {"messages": [{"role": "user", "content": question}], **fields}
+
+
+@pytest.fixture(scope="module")
+def server(exported, tmp_path_factory):
+    server = Server(exported, tmp_path_factory.mktemp("server") / "log", "--body-bytes", "5000")
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="module")
+def small(exported):
+    return load_model(exported)
+
+
+def test_openais_own_client_is_answered(server, small):
+    from openai import AuthenticationError, BadRequestError, OpenAI
+
+    client = OpenAI(base_url=server.url + "/v1", api_key="secret", max_retries=0, timeout=60)
+    (model,) = client.models.list().data
+    assert model.id == "small"
+    ask = client.with_options().chat.completions.create
+    messages = [{"role": "user", "content": QUESTION}]
+    (expected,) = answer(*small, [QUESTION], Decoding(max_new_tokens=12))
+
+    whole = ask(model=model.id, messages=messages, max_tokens=12)
+    assert whole.choices[0].message.content == expected
+    assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length"
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + 12
+
+    chunks = list(
+        ask(model=model.id, messages=messages, max_tokens=12, stream=True, stream_options={"include_usage": True})
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == expected
+    assert sum(bool(piece) for piece in pieces) > 3
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
+    assert chunks[-1].usage == whole.usage
+
+    stop = expected[4:7]
+    stopped = ask(model=model.id, messages=messages, max_tokens=12, stop=[stop, "never there"])
+    assert stopped.choices[0].message.content == expected[: expected.index(stop)]
+    assert stopped.choices[0].finish_reason == "stop"
+
+    drawn = [
+        ask(model=model.id, messages=messages, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed).choices[0].message.content
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert drawn[0] == drawn[1] != drawn[2]
+
+    with pytest.raises(BadRequestError, match="n 2 is not supported") as refused:
+        ask(model=model.id, messages=messages, n=2)
+    assert refused.value.param == "n" and refused.value.type == "invalid_request_error"
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=server.url + "/v1", api_key="guess", max_retries=0).models.list()
+
+
+def test_what_is_refused_says_why_in_openais_form(server):
+    completions = "/v1/chat/completions"
+    for status, body, headers, message in (
+        (401, chat(), {"Authorization": "Bearer secre"}, "asks for a token"),
+        (413, chat("x" * 6000), {}, "larger than 5,000 bytes"),
+        (415, chat(), {"Content_Type": "text/plain"}, "send JSON"),
+        (400, b"{", {}, "not JSON"),
+        (400, chat("why? " * 300), {}, "the model takes 256"),
+        (400, chat(max_tokens=255), {}, "ask for at most"),
+        (400, chat(temperature="hot"), {}, "temperature is 'hot'"),
+        (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "knows no other roles"),
+        (404, chat(model="gpt"), {}, "there is no model 'gpt' here"),
+    ):
+        found, content = server.request(completions, body, **headers)
+        assert found == status, content
+        assert message in content["error"]["message"]
+        assert set(content["error"]) == {"message", "type", "param", "code"}
+    assert server.request("/nowhere")[0] == 404
+    assert server.request("/v1/models", Host="elsewhere.example")[0] == 400  # a name that was made to lead here
+    assert server.request("/health", Authorization="")[1] == {"status": "ok"}
+
+
+def test_messages_become_what_the_chat_template_makes_of_them(small):
+    _, tokenizer = small
+    messages = [
+        {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("user", "Oh?"))
+    ]
+    request = read_request(json.dumps({"messages": messages}).encode(), tokenizer, "small", 256, Limits())
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert request.prompt == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    literal = read_request(json.dumps(chat("a</s>b")).encode(), tokenizer, "small", 256, Limits())
+    assert tokenizer.eos_token_id not in literal.prompt
+    with pytest.raises(RequestError, match="at most 64 are read"):
+        read_request(json.dumps({"messages": messages * 22}).encode(), tokenizer, "small", 256, Limits())
+
+
+@pytest.mark.parametrize(
+    ("stop", "shown", "reason"),
+    [
+        ((), "zwölf 😀 ok", "stop"),
+        (("ö",), "zw", "stop"),
+        (("😀 o", "k"), "zwölf ", "stop"),
+        (("okay",), "zwölf 😀 ok", "stop"),
+    ],
+)
+def test_pieces_hold_no_half_character_and_nothing_of_a_stop_text(small, stop, shown, reason):
+    _, tokenizer = small
+    pieces = TextPieces(tokenizer, stop)
+    ids = [*tokenizer("zwölf 😀 ok", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    parts = [pieces.add(token) for token in ids]
+    assert "".join(parts) == shown
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
+    assert pieces.finish_reason == reason and pieces.end() == ""
+    if not stop:
+        assert shown == decode_answer(tokenizer, ids)
+
+
+@pytest.mark.slow
+def test_too_many_and_too_long_requests_are_turned_away(exported, tmp_path):
+    """One is answered, one waits, the third is told to come back; and time runs out for all."""
+    server = Server(exported, tmp_path / "log", "--max-waiting", "1", "--request-seconds", "0.2")
+    try:
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(server.request("/v1/chat/completions", chat(max_tokens=220))))
+            for _ in range(6)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        statuses = sorted(status for status, _ in found)
+        assert {429, 503} <= set(statuses) <= {200, 429, 503}, found
+        assert all("error" in content for status, content in found if status != 200)
+    finally:
+        server.end()
+
+
+@pytest.mark.slow
+def test_whoever_leaves_in_the_middle_does_not_hold_up_the_next(server):
+    usage = server.request("/v1/chat/completions", chat(max_tokens=200))[1]["usage"]
+    assert usage["completion_tokens"] > 100, "too short to be left in the middle"
+    begin = time.monotonic()
+    server.request("/v1/chat/completions", chat(max_tokens=200))
+    whole = time.monotonic() - begin
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(chat(max_tokens=200, stream=True)).encode()
+    with socket.create_connection((host, int(port))) as leaver:
+        leaver.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer secret\r\n"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+        )
+        leaver.recv(100)
+    begin = time.monotonic()
+    assert server.request("/v1/chat/completions", chat(max_tokens=1))[0] == 200
+    assert time.monotonic() - begin < whole / 2
+
+
+@pytest.mark.slow
+def test_a_port_for_others_asks_for_a_token_and_one_that_is_taken_is_said(exported, server):
+    environment = {name: value for name, value in os.environ.items() if name != "LFM_TOKEN"}
+    port = server.url.rsplit(":", 1)[1]
+    for arguments, message in (
+        (["--host", "0.0.0.0"], "set LFM_TOKEN (or --token) to what they must send"),
+        (["--port", port], f"cannot listen on 127.0.0.1 port {port}"),
+    ):
+        result = subprocess.run(
+            [*COMMAND, str(exported), *arguments], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+        assert message in result.stderr
+
+
+@pytest.mark.extra
+def test_the_page_shows_the_answer_as_it_comes(server, small, tmp_path):
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("there is no Chromium with its driver; install chromium and chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for argument in (*CHROMIUM, f"--user-data-dir={tmp_path / 'profile'}", "--window-size=900,700"):
+        options.add_argument(argument)
+    browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    try:
+        browser.get(server.url + "/")
+        wait = WebDriverWait(browser, 60, poll_frequency=0.01)
+        box = browser.find_element(By.ID, "question")
+        box.send_keys(QUESTION + "\n")
+        error = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".error"))
+        assert "asks for a token" in error.text
+        browser.find_element(By.TAG_NAME, "summary").click()
+        browser.find_element(By.ID, "token").send_keys("secret")
+        tokens = browser.find_element(By.ID, "tokens")
+        tokens.clear()
+        tokens.send_keys("100")
+        # What stands there at each change, seen by the page itself.
+        browser.execute_script(
+            "window.seen = []; new MutationObserver(() => { const box = document.querySelector('.answer');"
+            "if (box) seen.push(box.textContent.length) }).observe(document.getElementById('talk'),"
+            "{childList: true, subtree: true, characterData: true})"
+        )
+        box.send_keys(QUESTION + "\n")
+        wait.until(lambda _: browser.find_elements(By.CSS_SELECTOR, ".answer[data-done]"))
+        (expected,) = answer(*small, [QUESTION], Decoding(max_new_tokens=100))
+        shown = browser.execute_script("return document.querySelector('.answer').textContent")
+        assert shown == expected
+        seen = browser.execute_script("return seen")
+        assert len(set(seen)) > 10 and seen == sorted(seen)
+        assert browser.get_log("browser") == [] or all(
+            "401" in entry["message"] for entry in browser.get_log("browser")
+        )
+        browser.save_screenshot(os.environ.get("LFM_SCREENSHOT", str(tmp_path / "page.png")))
+    finally:
+        browser.quit()
