@@ -109,9 +109,7 @@ def train(plan, run, environment, failures) -> bool:
                 validate(engine, validation, state, monitor, stop, watchdog)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
-                with monitor.timed_apart("save", state.step):
-                    checkpoints.save(state)
-                monitor.flush()
+                monitor.saved(state.step, checkpoints.save(state))
         watchdog.begins("finishing the last save")
         checkpoints.finish()
         batches.raise_lost()

@@ -103,12 +103,16 @@ class CheckpointSaver:
         # rank 0 alone would fail in copying them.
         engine._copy_recovery_script = lambda folder: None
 
-    def save(self, state: TrainState) -> None:
-        """Write the files of the checkpoint of `state.step`, if there are none yet; a pending save is settled first."""
+    def save(self, state: TrainState) -> float | None:
+        """Write the files of the checkpoint of `state.step`, if there are none yet; a pending save is settled first.
+
+        Returns the seconds that training waited, None where the checkpoint was there already.
+        """
+        begun = time.perf_counter()
         self.settle()
         tag = f"step-{state.step:08d}"
         if self._is_saved(tag, state.step):
-            return
+            return None
         started = time.perf_counter()
         partial = self._run.checkpoints / f"{tag}.partial"
         writer = self._engine.checkpoint_engine = FileWriter(self._engine._config)
@@ -125,6 +129,7 @@ class CheckpointSaver:
         described = self._thread.submit(_describe_written, partial, writer)
         self._pending = PendingSave(tag, manifest, described)
         self.seconds_blocked = time.perf_counter() - started
+        return time.perf_counter() - begun
 
     def _is_saved(self, tag: str, step: int) -> bool:
         """Whether nothing is to be saved, as rank 0 sees it: replacing a checkpoint would leave none for a moment."""

@@ -80,7 +80,7 @@ class Monitor:
 
     @contextmanager
     def timed_apart(self, part: str, step: int) -> Iterator[None]:
-        """Show the seconds of something between two steps, a save say, as `perf/PART_seconds`."""
+        """Show the seconds of something between two steps, a validation say, as `perf/PART_seconds`."""
         begin = time.perf_counter()
         yield
         if self.active:
@@ -157,6 +157,12 @@ class Monitor:
         if self.active:
             self.writer.forget_after(step)
             self.console.goes_on_from(step)
+
+    def saved(self, step: int, seconds: float | None) -> None:
+        """Show how long training waited for a save, None where there was none to make, and flush all points so far."""
+        if self.active and seconds is not None:
+            self.writer.add_scalar("perf/save_seconds", seconds, step)
+        self.flush()
 
     def flush(self) -> None:
         """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""

@@ -21,6 +21,9 @@ LOST_AT, LOST_BY = 4, 10  # the step at whose beginning a shard is lost, and tha
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "keep_checkpoints=9"]
 
 
+pytestmark = pytest.mark.slow  # of the fast ones, test_run has a signal and test_guard a batch that is not finite
+
+
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory) -> Trainer:
     """Trains on many small shards."""
@@ -119,7 +122,6 @@ def test_every_attempt_has_a_line_that_says_how_it_ended(representative):
     assert "shard-" in lines[1]["reason"] and lines[1]["suspects"] == []
 
 
-@pytest.mark.slow
 def test_so_in_a_forward_an_optimizer_step_and_a_save_and_where_a_shard_is_cut(representative):
     name = "often"
     forward, cut, optimizer, save, end = series(
@@ -135,7 +137,6 @@ def test_so_in_a_forward_an_optimizer_step_and_a_save_and_where_a_shard_is_cut(r
     check_same(representative, name)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", ["delete", "cut"])
 def test_a_lost_shard_that_may_be_skipped_leaves_its_rows_without_labels(faulty, how):
     name = f"skipped_{how}"
