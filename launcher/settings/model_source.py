@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from data_pipeline.loading.reader import RowReader
 from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
-from launcher.engine import build_partitioned
+from launcher.engine import fill_from_rank_0
 from launcher.errors import ConfigurationError
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
@@ -79,19 +81,29 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
 
 
 def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None) -> LiquidForCausalLM:
-    """The model that a run begins with; every rank makes the same weights, from `init_from` or from `seed`.
+    """The model that a run begins with, of the weights in `init_from` or of fresh ones made from `seed`.
 
-    With the resolved JSON, of ZeRO-3, those from `init_from` come partitioned: no rank ever holds them all.
+    With the resolved JSON all ranks call this together and have them from rank 0, as they are trained; without it they
+    are whole, in fp32, in this process.
     """
     sizes = model_config(config, data)
     torch.manual_seed(config.seed)
-    if config.init_from is None:
-        model = LiquidForCausalLM(sizes)
-    elif resolved is not None and resolved.get("zero_optimization", {}).get("stage") == 3:
+    if resolved is not None:
         with torch.device("meta"):
             model = LiquidForCausalLM(sizes)
-        model = build_partitioned(model, WeightFiles(Path(config.init_from)).read, resolved)
+        read = _reader_of_initial_weights(config, sizes) if dist.get_rank() == 0 else None
+        model = fill_from_rank_0(model, read, resolved)
+    elif config.init_from is None:
+        model = LiquidForCausalLM(sizes)
     else:
         model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
     model.loss_weights = config.loss
     return model
+
+
+def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
+    """Give a function from a weight's name to the weight; each can be had once."""
+    if config.init_from is not None:
+        return WeightFiles(Path(config.init_from)).read
+    # All at once, as a seed's random numbers come one after another; what is taken from them is freed with its reader.
+    return LiquidForCausalLM(sizes).state_dict().pop

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from launcher.engine import build_engine, build_partitioned, start_process_group
+from launcher.engine import build_engine, fill_from_rank_0, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
@@ -27,7 +27,7 @@ def main() -> None:
     before = resident("VmRSS")
     with torch.device("meta"):
         model = LiquidForCausalLM(LiquidConfig.from_pretrained(folder))
-    model = build_partitioned(model, WeightFiles(folder).read, resolved)
+    model = fill_from_rank_0(model, WeightFiles(folder).read, resolved)
     engine = build_engine(model, resolved)
     peak = resident("VmHWM")
     gc.collect()
