@@ -17,6 +17,7 @@ from typing import IO
 import yaml
 
 from data_pipeline.errors import DataError
+from data_pipeline.shards.format import sync_folder
 from launcher.attempts import add_attempt, code_version, differences
 from launcher.config import RunConfig, as_dict
 from launcher.environment import Environment
@@ -231,12 +232,3 @@ def replace_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

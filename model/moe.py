@@ -11,18 +11,14 @@ parameter and weighs nothing; whoever trains moves it against each step's load.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import use_experts_implementation
 
 from model.configuration import LiquidConfig
 from model.projection import ResidualProjection
-
-if TYPE_CHECKING:
-    from model.modeling import LiquidForCausalLM
 
 
 class Router(nn.Module):
@@ -146,13 +142,13 @@ def choose_experts(probabilities: torch.Tensor, bias: torch.Tensor, top_k: int) 
     return (probabilities + bias).topk(top_k, dim=-1, sorted=False).indices
 
 
-def balancing_bias(model: LiquidForCausalLM) -> torch.Tensor:
+def balancing_bias(model: PreTrainedModel) -> torch.Tensor:
     """The bias that the model's routers choose with, `[L, E]`."""
     return torch.stack([layer.moe.router.e_score_correction_bias for layer in model.model.layers])
 
 
 @torch.no_grad()
-def set_balancing_bias(model: LiquidForCausalLM, bias: torch.Tensor) -> None:
+def set_balancing_bias(model: PreTrainedModel, bias: torch.Tensor) -> None:
     """Copy `bias` `[L, E]` into the model's routers, whatever device or dtype they have."""
     for layer, row in zip(model.model.layers, bias, strict=True):
         layer.moe.router.e_score_correction_bias.copy_(row)

@@ -120,9 +120,9 @@ class _Start:
 
 def write_index(folder: Path, index: dict) -> None:
     """Write the index, which completes the folder; everything it names must be durable under its final name."""
-    _sync_folder(folder)
+    sync_folder(folder)
     write_file(folder / INDEX_NAME, [(json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()])
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def read_index(folder: Path) -> dict:
@@ -157,7 +157,8 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames inside a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

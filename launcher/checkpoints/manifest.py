@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launcher.run_folder import replace_text, sync_folder
+from data_pipeline.shards.format import sync_folder
+from launcher.run_folder import replace_text
 
 MANIFEST = "manifest.json"
 FORMAT = 3  # 2 added the balancing bias; 3 the best metric and the skipped ranges

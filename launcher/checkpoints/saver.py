@@ -20,10 +20,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from data_pipeline.shards.format import sync_folder
 from launcher.checkpoints.checkpoint import TrainState, best_checkpoint, complete_checkpoints
 from launcher.checkpoints.manifest import MANIFEST, describe_durably, write_manifest
 from launcher.errors import ConfigurationError
-from launcher.run_folder import RunFolder, replace_text, sync_folder
+from launcher.run_folder import RunFolder, replace_text
 
 
 class FileWriter(TorchCheckpointEngine):
