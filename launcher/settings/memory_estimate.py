@@ -25,6 +25,7 @@ TOKENS = 8192  # in a micro-batch: 4 rows of 2,048
 LED_WORDS = 50266
 COUNTED_TOKENS = 128
 HALF = 2  # bytes of an fp16 or bf16 number
+START = 4  # of an fp32 one: rank 0 makes a fresh model's weights from the seed, all at once
 
 
 @dataclass(frozen=True)
@@ -133,10 +134,10 @@ def saved_bytes(model: LiquidForCausalLM, tokens: int) -> int:
 
 
 def states_table(folder: Path) -> str:
-    """Markdown: GB a GPU of model states by preset, JSON and number of GPUs."""
+    """Markdown: GB a GPU of model states by preset, JSON and number of GPUs, and GB of host memory."""
     names = ("zero3", "zero3_offload", "zero1_ep")  # zero3_bf16 is as large as zero3
-    lines = ["| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node |"]
-    lines.append("|---|---|" + "---|" * (len(GPUS) + 1))
+    lines = ["| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"]
+    lines.append("|---|---|" + "---|" * (len(GPUS) + 2))
     for name in PRESETS:
         config = preset(name)
         sizes = Sizes.of(config)
@@ -145,7 +146,7 @@ def states_table(folder: Path) -> str:
             both = [state_bytes(sizes, deepspeed, n, expert_parallel_size(config.num_experts, n)) for n in GPUS]
             host = " / ".join(f"{host / 1e9:.1f}" for _, host in both) if any(host for _, host in both) else "-"
             cells = " | ".join(f"{gpu / 1e9:.1f}" for gpu, _ in both)
-            lines.append(f"| `{name}` | `{file}.json` | {cells} | {host} |")
+            lines.append(f"| `{name}` | `{file}.json` | {cells} | {host} | {START * sizes.total / 1e9:.1f} |")
     return "\n".join(lines)
 
 

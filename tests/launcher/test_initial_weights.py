@@ -8,7 +8,8 @@ import yaml
 from conftest import MODEL, start
 
 BEGIN = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 import deepspeed
 import torch
 import train
@@ -20,7 +21,8 @@ from launcher.settings.deepspeed_config import resolve_deepspeed_config
 from launcher.settings.model_source import build_model
 
 def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage's: that of a new process begins with what the one that started it had.
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 options = train.parse_arguments(sys.argv[1:])
 environment = detect_environment()
@@ -41,6 +43,8 @@ for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
 numbers = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
 tied = all(name in model.all_tied_weights_keys for name in plain)
 print("RESULT", json.dumps({"rise": rise, "whole": 4 * numbers, "differing": differing, "tied": tied}))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
