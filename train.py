@@ -68,7 +68,7 @@ def train(plan, run, environment, failures) -> bool:
         micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
         world_size=environment.world_size, loss_on=config.loss_on,
     )  # fmt: skip
-    model = build_model(config, data, plan.deepspeed)
+    model = build_model(config, data, plan.deepspeed, goes_on=run if plan.checkpoint else None)
     state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
     if plan.checkpoint is not None:

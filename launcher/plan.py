@@ -14,7 +14,7 @@ import torch.distributed as dist
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.checkpoint import find_checkpoint, has_checkpoints, read_train_state
 from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
 from launcher.checkpoints.universal import for_ranks
@@ -65,7 +65,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
         _prepare_if_missing(config)
     data = open_run_data(config)
     open_validation_data(config, data)
-    sizes = model_config(config, data)
+    sizes = model_config(config, data, run if has_checkpoints(run) else None)
     resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
     notes += check_start(config, resolved, sizes, environment)
     run.claim()
@@ -74,6 +74,10 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     schedule_end, step = config.schedule.steps or config.max_steps, 0
     if checkpoint is not None:
         _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
+        began_with = run.began_with()
+        if config.init_from not in (None, began_with):
+            notes.append(f"init_from={config.init_from} is not read: {run.path} goes on from its own checkpoint")
+        config.init_from = began_with
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
         checkpoint, renamed = go_back(run, checkpoint, config.resume)
         step = read_train_state(checkpoint).step
@@ -118,13 +122,7 @@ def _check_resumable(
     checkpoint: Path, run: RunFolder, config: RunConfig, sizes: LiquidConfig, fingerprint: str
 ) -> None:
     """Raise `ConfigurationError` where a checkpoint is of another model, corpus, batch or order of rows than this run."""
-    try:
-        before = LiquidConfig.from_json_file(run.model / "config.json")
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigurationError(
-            f"{run.model}/config.json, which says what model the checkpoints are of, cannot be read; put it back (an "
-            "export of the run has the same), or set another output"
-        ) from error
+    before = run.model_config()
     for name in own_fields():
         if getattr(before, name) != getattr(sizes, name):
             raise ConfigurationError(

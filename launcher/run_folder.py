@@ -147,6 +147,20 @@ class RunFolder:
             )
         return description
 
+    def began_with(self) -> str | None:
+        """The folder of the weights that the run began with; None where they were fresh ones."""
+        return self.read_description()["config"].get("init_from")
+
+    def model_config(self) -> LiquidConfig:
+        """The sizes of the model that the checkpoints are of. Raises `ConfigurationError` where they cannot be read."""
+        try:
+            return LiquidConfig.from_json_file(self.model / "config.json")
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(
+                f"{self.model}/config.json, which says what model the checkpoints are of, cannot be read; put it back (an "
+                "export of the run has the same), or set another output"
+            ) from error
+
     def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
         """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
         self.model.mkdir(exist_ok=True)

@@ -91,6 +91,11 @@ def complete_checkpoints(run: RunFolder) -> list[Path]:
     return sorted((folder for folder in folders if step_in_name(folder.name) is not None), reverse=True)
 
 
+def has_checkpoints(run: RunFolder) -> bool:
+    """Whether a start in this folder goes on from a checkpoint, whole or set aside, or is refused for their sake."""
+    return any(run.checkpoints.glob(f"step-*/{MANIFEST}")) or any(run.checkpoints.glob(f"left-*/{MANIFEST}"))
+
+
 def step_in_name(name: str) -> int | None:
     """The step of a checkpoint, set aside or not, by its name; None for what is no checkpoint's name."""
     match = re.fullmatch(r"step-(\d{8,})|left-step-(\d{8,})(?:-\d+)?", name)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 
 from launcher.commands.parsing import command, size
 
@@ -37,6 +39,7 @@ def add_export(commands) -> None:
 def _export(options) -> None:
     from launcher.export.export import export
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is cleared away
     out = export(
         options.run_folder, options.out, options.tag, options.dtype, options.max_shard_size, options.custom_code
     )

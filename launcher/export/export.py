@@ -45,13 +45,8 @@ def export(
     Raises `ConfigurationError` where the run has no whole checkpoint, `out` holds something else or cannot be written, or
     the weights do not fit `dtype`.
     """
-    out = Path(out)
-    if out.is_file():
-        raise ConfigurationError(f"{out} is a file; name a folder for the model")
-    foreign = [path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name)] if out.exists() else []
-    if foreign or (out.exists() and any(out.iterdir()) and not list(out.glob("*.safetensors"))):
-        what = foreign[0] if foreign else "no weights"
-        raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or a new folder")
+    out = Path(out).resolve()  # so that what is written beside it is never in it, whatever the path ends in
+    _check_target(out)
     checkpoint, state, model = _open(run, tag)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,14 +59,41 @@ def export(
             for file in partial.iterdir():
                 file.chmod(readable)
             partial.chmod(readable | (readable & 0o444) >> 2)
-            if out.exists():
-                shutil.rmtree(out)
-            partial.rename(out)
+            _replace(out, partial)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise ConfigurationError(f"cannot write the model to {out}: {error.strerror or error}") from error
     return out
+
+
+def _check_target(out: Path) -> None:
+    """Raise `ConfigurationError` where a folder cannot be replaced by another, or holds what is no export."""
+    if out.is_file():
+        raise ConfigurationError(f"{out} is a file; name a folder for the model")
+    if out == Path.cwd() or out in Path.cwd().parents:
+        raise ConfigurationError(f"{out} is the folder that you are in, or one above it; name another for the model")
+    if out.is_mount():
+        raise ConfigurationError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
+    foreign = [path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name)] if out.exists() else []
+    if foreign or (out.exists() and any(out.iterdir()) and not list(out.glob("*.safetensors"))):
+        what = foreign[0] if foreign else "no weights"
+        raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or a new folder")
+
+
+def _replace(out: Path, new: Path) -> None:
+    """Put `new` where `out` is; what was there is deleted only afterwards."""
+    if not out.exists():
+        new.rename(out)
+        return
+    aside = new.with_name(f"{new.name}.old")
+    out.rename(aside)
+    try:
+        new.rename(out)
+    except OSError:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)
 
 
 def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from data_pipeline.loading.reader import RowReader
 from data_pipeline.loading.remote import is_remote
+from launcher.checkpoints.checkpoint import has_checkpoints
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -15,6 +16,7 @@ from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, refused
 from launcher.preflight.gpus import check_gpus
 from launcher.preflight.json_keys import refuse_json_keys, spreads_experts, zero_stage
 from launcher.preflight.machine import check_disk, check_memory, check_precision, check_versions
+from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import read_json, resolve_deepspeed_config
 from launcher.settings.model_source import model_config
@@ -108,7 +110,9 @@ def _seq_len(config: RunConfig, data: RowReader | None) -> int:
 def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfig | None, list[Finding]]:
     """The model's sizes: for the data's tokenizer, or the preset's own where the data will be prepared first."""
     if data is not None:
-        sizes, found = refused("model", lambda: model_config(config, data))
+        run = RunFolder(config.output)
+        goes_on = run if has_checkpoints(run) else None
+        sizes, found = refused("model", lambda: model_config(config, data, goes_on))
         words = f"{data.vocab_size:,} words in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
     elif _will_be_prepared(config) and config.init_from is None:
         sizes, found = refused("model", lambda: _preset(config.model))
@@ -123,6 +127,8 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
             f"{sizes.max_position_embeddings} positions", "set a smaller prepare.seq_len, or take a model with more",
         )]  # fmt: skip
     name = config.init_from or config.model
+    if data is not None and goes_on:
+        name = f"of the run {goes_on.path}"
     return sizes, [
         Finding(
             "model", GREEN, f"{name}: " + words.format(f"{sizes.vocab_size:,}", f"{sizes.max_position_embeddings:,}")

@@ -15,18 +15,22 @@ from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.engine import fill_from_rank_0
 from launcher.errors import ConfigurationError
+from launcher.run_folder import RunFolder
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
 
 
-def model_config(config: RunConfig, data: RowReader) -> LiquidConfig:
+def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None = None) -> LiquidConfig:
     """The sizes of the run's model: of the weights in `init_from`, or of `model`, sized for the data's tokenizer.
 
+    goes_on: the run, where it has checkpoints. What it began with then counts, and of exported weights its own note of
+    the sizes: their folder may be gone, and the checkpoint has what became of them.
     Raises `ConfigurationError` where the preset is unknown, the rows are longer than the model's positions, or the
     weights are for another tokenizer.
     """
-    if config.init_from is not None:
-        sizes = _exported_sizes(Path(config.init_from), data)
+    init_from = goes_on.began_with() if goes_on else config.init_from
+    if init_from is not None:
+        sizes = goes_on.model_config() if goes_on else _exported_sizes(Path(init_from), data)
     else:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -80,18 +84,22 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
     return sizes
 
 
-def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None) -> LiquidForCausalLM:
+def build_model(
+    config: RunConfig, data: RowReader, resolved: dict | None = None, goes_on: RunFolder | None = None
+) -> LiquidForCausalLM:
     """The model that a run begins with, of the weights in `init_from` or of fresh ones made from `seed`.
 
     With the resolved JSON all ranks call this together and have them from rank 0, as they are trained; without it they
-    are whole, in fp32, in this process.
+    are whole, in fp32, in this process. Where the run `goes_on`, zeros await the checkpoint's.
     """
-    sizes = model_config(config, data)
+    sizes = model_config(config, data, goes_on)
     torch.manual_seed(config.seed)
     if resolved is not None:
         with torch.device("meta"):
             model = LiquidForCausalLM(sizes)
-        read = _reader_of_initial_weights(config, sizes) if dist.get_rank() == 0 else None
+        read = None
+        if dist.get_rank() == 0:
+            read = _reader_of_zeros(model) if goes_on else _reader_of_initial_weights(config, sizes)
         model = fill_from_rank_0(model, read, resolved)
     elif config.init_from is None:
         model = LiquidForCausalLM(sizes)
@@ -99,6 +107,12 @@ def build_model(config: RunConfig, data: RowReader, resolved: dict | None = None
         model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
     model.loss_weights = config.loss
     return model
+
+
+def _reader_of_zeros(model: LiquidForCausalLM) -> Callable[[str], torch.Tensor]:
+    """Give a function from a weight's name to zeros of its shape."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    return lambda name: torch.zeros(shapes[name])
 
 
 def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,39 @@ def test_the_card_says_what_the_run_was(run, exported):
     assert "| `sample` |" in card and "Apache-2.0" in card
     shown = float(re.search(r"\| cross entropy \| ([\d.]+) \|", card)[1])
     assert shown == pytest.approx(state.best_metric, abs=1e-4)
+
+
+def test_an_earlier_export_is_replaced_by_the_new_one_and_nothing_else_is(run, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "models" / "model"
+    lfm(["export", str(run.path), "--out", str(out)])
+    (out / "tokenizer-note.txt").write_text("of the earlier one")
+    (tmp_path / "link").symlink_to(out)
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    for folder, name in ((out, "."), (out, "../model"), (inside, "../inside"), (inside, "../../..")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(SystemExit):
+            lfm(["export", str(run.path), "--out", name])
+        assert "the folder that you are in, or one above it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        lfm(["export", str(run.path), "--out", "/proc"])
+    assert "mount point" in capsys.readouterr().err
+    for name in (f"{inside}/../models/model/../model", str(tmp_path / "link")):
+        (out / "tokenizer-note.txt").write_text("of the earlier one")
+        lfm(["export", str(run.path), "--out", name])
+        assert AutoModelForCausalLM.from_pretrained(out) and not (out / "tokenizer-note.txt").exists()
+    assert [path.name for path in out.parent.iterdir()] == ["model"] and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.slow
+def test_an_export_that_is_ended_by_a_signal_leaves_nothing(run, tmp_path):
+    """Ended while it writes, which it is given much of: a file for each weight."""
+    options = ["--out", str(tmp_path / "model"), "--max-shard-size", "1KB"]
+    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "export", str(run.path), *options])
+    while not (there := list(tmp_path.iterdir())) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143 and there and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", ["", "2", "0MB", "2TB"])

@@ -12,8 +12,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from data_pipeline.loading.reader import ShardFolder
+from launcher.cli import main as lfm
 from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
+from launcher.export.export import load_run
+from launcher.run_folder import RunFolder
 from launcher.settings.model_source import build_model, model_config
 from launcher.weight_files import WeightFiles, write_shards
 from model import LiquidConfig, LiquidForCausalLM
@@ -89,6 +92,33 @@ def test_the_files_are_read_as_safetensors_reads_them(folder):
     state = model.state_dict()
     assert files.shapes.keys() == state.keys() - {"lm_head.weight"}
     assert all(torch.equal(files.read(name), state[name]) for name in files.shapes)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(trainer, folder, capsys):
+    """Nor does one of fresh weights begin to read any; every step is that of a run that was never stopped."""
+    gone = "init_from=/moved/elsewhere"
+    common = ["schedule.steps=3", "validate_every=null"]
+    results = trainer.run(
+        1,
+        trainer.arguments("whole", f"init_from={folder}", "max_steps=3", *common),
+        trainer.arguments("parts", f"init_from={folder}", "max_steps=1", *common),
+        trainer.arguments("parts", gone, "max_steps=2", *common),
+        trainer.arguments("parts", "model=tiny", "max_steps=3", *common),
+        trainer.arguments("fresh", "max_steps=3", *common),
+        trainer.arguments("fresh-parts", "max_steps=1", *common),
+        trainer.arguments("fresh-parts", gone, "max_steps=3", *common),
+    )
+    for whole, parts in (("whole", "parts"), ("fresh", "fresh-parts")):
+        expected, found = (load_run(trainer.folder / name).state_dict() for name in (whole, parts))
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert results[0].stdout.count("init_from=/moved/elsewhere is not read") == 2
+    begun = [RunFolder(trainer.folder / name).began_with() for name in ("parts", "fresh-parts")]
+    assert begun == [str(folder), None]
+    shutil.copytree(trainer.folder / "parts", trainer.folder / "checked")
+    lfm(["preflight", "--config", str(trainer.config), "--deepspeed_config", str(trainer.fp32), *[
+        f"output={trainer.folder / 'checked'}", gone, "max_steps=5",
+    ]])  # fmt: skip
+    assert "of the run" in capsys.readouterr().out
 
 
 @pytest.mark.slow
