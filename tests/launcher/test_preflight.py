@@ -13,7 +13,7 @@ import pytest
 from launcher.cli import main as lfm
 from launcher.commands.preflight import world_of
 from launcher.environment import Environment, free_port
-from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge
+from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge, suspects
 from launcher.preflight.gpus import check_gpus, judge_health
 from launcher.preflight.gpus import judge_links as judge_nvlink
 from launcher.preflight.machine import CHECKPOINT_BYTES, check_disk, check_memory
@@ -34,9 +34,11 @@ def preflight(trainer, capsys, tmp_path):
     return run
 
 
-def test_a_sound_run_has_no_red_line(preflight):
-    code, lines = preflight("--nodes", "1", "--ranks-per-node", "2")
+def test_a_sound_run_has_no_red_line(preflight, tmp_path):
+    saved = tmp_path / "run" / "preflight.json"
+    code, lines = preflight("--nodes", "1", "--ranks-per-node", "2", "--save", str(saved))
     assert code == 0
+    assert {line["check"]: line for line in json.loads(saved.read_text())["checks"]} == lines
     assert {"configuration", "DeepSpeed JSON", "data", "validation data", "model", "batch", "experts", "precision",
             "memory", "disk", "versions", "GPUs"} <= set(lines)  # fmt: skip
     assert lines["batch"]["message"] == "4 rows = 2 processes × 2 rows × 1 micro-batches"
@@ -160,6 +162,21 @@ def test_findings_of_several_nodes_are_one_line_where_they_agree():
     assert [(f.check, f.level, f.nodes) for f in merged] == [
         ("data", GREEN, ()), ("GPUs", GREEN, ("n1", "n3")), ("GPUs", RED, ("n2",)),
     ]  # fmt: skip
+
+
+def test_what_a_few_nodes_find_wrong_is_their_fault_and_the_rest_a_matter_of_settings():
+    names = ["n1", "n2", "n3", "n4"]
+    settings = Finding("batch", RED, "does not divide")
+    lost_mount, own_disks = (Finding("data", RED, "none", nodes=tuple(names[at:])) for at in (3, 1))
+    broken = Finding("GPUs", RED, "GPU 3 has 2 uncorrected memory errors", nodes=("n2",))
+    slow = judge_links(names, [5.0, 0.1, 0.1, 5.0])
+    late = judge_clocks({"n1": 0.0, "n2": 0.0, "n3": 3600.0})
+    assert suspects([lost_mount, broken, slow, late], names) == ["n4", "n2", "n3"]
+    assert suspects([broken, settings], names) is None
+    assert suspects([own_disks], names) is None
+    gone = Finding("GPUs", RED, "nvidia-smi fails")
+    assert suspects([gone], names) == []  # all of them: no list of hosts would be left
+    assert suspects([gone], ["n1"]) == ["n1"]
 
 
 def test_the_slow_node_is_named():
