@@ -5,6 +5,9 @@ asked='' # the signal that asked this job to stop
 step=''  # the process of the srun that works
 code=0   # srun's exit code, after `run_step`
 suspects=() # hosts that the job should not get again
+# What SLURM's commands know this job by. The number of one task of an array is also the whole array's.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 say() { echo "$(date '+%F %T') $*"; }
 
@@ -38,31 +41,31 @@ run_step() {
 requeue() {
     trap '' USR1 TERM
     # Whoever cancels the job ends it: its ranks stop at a signal all the same, but it must not come back.
-    case $(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%T || true) in
+    case $(squeue --noheader --states=all --jobs="$job" --format=%T || true) in
         CANCELLED | COMPLETING)
             echo "the job was cancelled; the same sbatch line goes on from what is saved"
             exit "$code"
             ;;
     esac
-    say "requeueing job $SLURM_JOB_ID to go on"
-    if ! scontrol requeue "$SLURM_JOB_ID"; then
+    say "requeueing job $job to go on"
+    if ! scontrol requeue "$job"; then
         echo "error: SLURM does not requeue this job; call the same sbatch line again to go on" >&2
         exit 75
     fi
     ((${#suspects[@]} > 0)) || exit 0
     # Only now, for SLURM takes no such list from a job that runs; it has one list, which holds earlier hosts, too.
     local excluded
-    excluded=$(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --format=%x)
+    excluded=$(squeue --noheader --states=all --jobs="$job" --format=%x)
     excluded=$(printf '%s\n' "${excluded/(null)/}" "${suspects[@]}" | paste --serial --delimiters=, | sed 's/^,//')
-    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded"
-    say "the job will not use ${suspects[*]} again; to let it: scontrol update JobId=$SLURM_JOB_ID ExcNodeList="
+    scontrol update JobId="$job" ExcNodeList="$excluded"
+    say "the job will not use ${suspects[*]} again; to let it: scontrol update JobId=$job ExcNodeList="
     exit 0
 }
 
 # hold: back into the queue, where a person has to release the job; ends the script.
 hold() {
     trap '' USR1 TERM
-    say "holding job $SLURM_JOB_ID; when the cause is mended: scontrol release $SLURM_JOB_ID"
-    scontrol requeuehold "$SLURM_JOB_ID"
+    say "holding job $job; when the cause is mended: scontrol release $job"
+    scontrol requeuehold "$job"
     exit 0
 }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import sys
 from contextlib import redirect_stdout
+from pathlib import Path
 
 from launcher.commands.parsing import command
 from launcher.config import DEFAULT_CONFIG
@@ -28,6 +30,7 @@ def add_preflight(commands) -> None:
     parser.add_argument("--ranks-per-node", type=int, default=argparse.SUPPRESS, metavar="M",
                         help="with so many ranks each (default: the same way)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write that JSON there, too, beside what is printed")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
 
 
@@ -43,19 +46,32 @@ def _preflight(options) -> int:
         from launcher.preflight.nodes import check_nodes
 
         arguments = (options.config, options.overrides, options.deepspeed_config)
-        findings = check_run(*arguments, world_of(options, environment))
+        findings, nodes = check_run(*arguments, world_of(options, environment)), [socket.gethostname()]
         if environment.world_size > 1:
             import torch.distributed as dist
 
             start_process_group(environment)
-            findings = check_nodes(environment, *_shared_paths(options), findings)
-            dist.destroy_process_group()
+            findings, nodes = check_nodes(environment, *_shared_paths(options), findings)
     if environment.is_main:
-        if options.json:
-            print(json.dumps(as_json(findings), indent=1, ensure_ascii=False))
-        else:
-            print_table(findings)
+        report = json.dumps(as_json(findings, nodes), indent=1, ensure_ascii=False)
+        if options.save:
+            _save(options.save, report)
+        print(report) if options.json else print_table(findings)
+        sys.stdout.flush()
+    if environment.world_size > 1:
+        dist.barrier()  # the first rank to leave with an error makes srun kill those that have not told theirs
+        dist.destroy_process_group()
     return int(worst(findings) == RED)
+
+
+def _save(path: Path, report: str) -> None:
+    from launcher.run_folder import replace_text
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, f"{report}\n")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {path}: {error.strerror}; name another file with --save") from error
 
 
 def world_of(options, environment, variables=os.environ):
@@ -84,8 +100,6 @@ def world_of(options, environment, variables=os.environ):
 
 def _shared_paths(options) -> tuple[str | None, str | None]:
     """The run folder and the data's index, for all nodes to see; None where there is none to look at."""
-    from pathlib import Path
-
     from data_pipeline.loading.remote import is_remote
     from launcher.config import load_run_config
 

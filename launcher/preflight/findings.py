@@ -10,6 +10,7 @@ from data_pipeline.errors import DataError
 from launcher.errors import ConfigurationError
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
+OF_MACHINES = ("GPUs", "clocks", "links")  # checks that no setting turns red
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ def worst(findings: Iterable[Finding]) -> str:
     return next((level for level in (RED, YELLOW) if level in levels), GREEN)
 
 
+def suspects(findings: Iterable[Finding], nodes: list[str]) -> list[str] | None:
+    """The nodes without which the run would start, where that alone is wrong; None where settings have to change.
+
+    What most nodes find wrong is a matter of settings, such as data on one node's own disk; what a few do, of theirs. The
+    list is empty where machines are at fault and it is not known which.
+    """
+    found = []
+    for finding in (finding for finding in findings if finding.level == RED):
+        few = 0 < len(finding.nodes) < len(nodes) / 2
+        if finding.check not in OF_MACHINES and not few:
+            return None
+        found += finding.nodes or (nodes if len(nodes) == 1 else ())
+    return list(dict.fromkeys(found))
+
+
 def print_table(findings: list[Finding]) -> None:
     """One table on stdout; without a terminal as wide as its longest line needs, so that a log can be searched."""
     from rich.console import Console
@@ -68,7 +84,8 @@ def print_table(findings: list[Finding]) -> None:
     for column in ("", "check", "what was found", "how to mend it"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        where = f"on {', '.join(finding.nodes)}: " if finding.nodes else ""
+        unnamed = [node for node in finding.nodes if node not in finding.message]
+        where = f"on {', '.join(unnamed)}: " if unnamed else ""
         table.add_row(
             Text(finding.level, style=f"bold {finding.level}"), Text(finding.check), Text(where + finding.message),
             Text(finding.fix),
@@ -76,6 +93,7 @@ def print_table(findings: list[Finding]) -> None:
     console.print(table)
 
 
-def as_json(findings: list[Finding]) -> dict:
-    """The findings as plain values, and the worst of their levels."""
-    return {"level": worst(findings), "checks": [asdict(finding) for finding in findings]}
+def as_json(findings: list[Finding], nodes: list[str]) -> dict:
+    """The findings as plain values, the worst of their levels, and where it is red, whom `suspects` names."""
+    blamed = suspects(findings, nodes) if worst(findings) == RED else []
+    return {"level": worst(findings), "suspects": blamed, "checks": [asdict(finding) for finding in findings]}

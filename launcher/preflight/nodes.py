@@ -50,8 +50,10 @@ def gather(value) -> list:
     return values
 
 
-def check_nodes(environment: Environment, output: str | None, data: str | None, local: list[Finding]) -> list[Finding]:
-    """Each node's own findings as one list, and what the nodes find together; the same on all ranks.
+def check_nodes(
+    environment: Environment, output: str | None, data: str | None, local: list[Finding]
+) -> tuple[list[Finding], list[str]]:
+    """Each node's own findings as one list with what the nodes find together, and the nodes; the same on all ranks.
 
     output, data: the run folder and a file of the data that every node must see, where known.
     """
@@ -64,7 +66,7 @@ def check_nodes(environment: Environment, output: str | None, data: str | None, 
         findings.append(_check_shared_folder(nodes, output))
     if data is not None:
         findings.append(_check_shared_file(nodes, data))
-    return findings + _check_network(nodes)
+    return findings + _check_network(nodes), nodes.names
 
 
 def _clock_offsets(nodes: Nodes) -> list[float]:
@@ -86,7 +88,7 @@ def judge_clocks(offsets: dict[str, float]) -> Finding:
         return Finding("clocks", GREEN, f"within {max(spread, 0.001):.3f} s of each other on {len(offsets)} nodes")
     level = RED if max(map(abs, off.values())) > CLOCK_LIMIT else YELLOW
     said = ", ".join(f"{name} is {seconds:+.1f} s off" for name, seconds in off.items())
-    return Finding("clocks", level, said, "have these nodes' clocks set (chrony, ntpd), or exclude them")
+    return Finding("clocks", level, said, "have these nodes' clocks set (chrony, ntpd), or exclude them", tuple(off))
 
 
 def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
@@ -233,7 +235,8 @@ def judge_links(names: list[str], speeds: list[float]) -> Finding:
     if slow:
         level = RED if min(slow.values()) < TOO_SLOW * usual else YELLOW
         said = ", ".join(f"{name} reaches its neighbours at {speed:.2f} GB/s" for name, speed in slow.items())
-        return Finding("links", level, f"{said}, the others at {usual:.2f}", f"sbatch --exclude={','.join(slow)}")
+        return Finding("links", level, f"{said}, the others at {usual:.2f}",
+                       f"sbatch --exclude={','.join(slow)}", tuple(slow))  # fmt: skip
     if len(names) == 2 and min(speeds) < SLOW * max(speeds):
         return Finding("links", YELLOW, f"{min(speeds):.2f} GB/s one way and {max(speeds):.2f} the other between "
                        f"{' and '.join(names)}", "try each of them with a third node")  # fmt: skip

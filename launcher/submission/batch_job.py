@@ -2,10 +2,12 @@
 
     python -m launcher.submission.batch_job folder ARGUMENTS OF train.py
     python -m launcher.submission.batch_job begins RUN_FOLDER HOST...
+    python -m launcher.submission.batch_job checked RUN_FOLDER EXIT_CODE HOST...
     python -m launcher.submission.batch_job ended RUN_FOLDER EXIT_CODE SIGNAL HOST...
 
-It answers on stdout: the folder; `go` or `hold`; `done`, `retry [HOST to avoid]...`, `hold` or `fail`. Why, it says on
-stderr. All it knows is in the run folder: a job that comes back may be another machine's.
+It answers on stdout: the folder; `go` or `hold`; `go`, `fail`, `hold` or `retry [HOST to avoid]...`; `done`,
+`retry [HOST to avoid]...`, `hold` or `fail`. Why, it says on stderr. All it knows is in the run folder: a job that comes
+back may be another machine's.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -76,7 +79,29 @@ def begin(attempts: Attempts, hosts: list[str]) -> str:
     if attempts.fruitless() >= FRUITLESS_STARTS:
         return _hold(attempts, "begins", hosts=hosts)
     attempts.note("begins", hosts=hosts)
+    _preflight_report(attempts).unlink(missing_ok=True)
     return "go"
+
+
+def check(attempts: Attempts, code: int, hosts: list[str]) -> str:
+    """Whether training may begin, by what preflight has written and srun's exit `code`.
+
+    A red line about settings ends the job, for another start would find the same; one about machines sends it to others.
+    Where preflight itself was cut short there is no answer, and the training finds out what is wrong.
+    """
+    file = _preflight_report(attempts)
+    if not file.exists():
+        _say(f"preflight came to no end (code {code}); the training begins all the same")
+        return "go"
+    report = json.loads(file.read_text())
+    if report["level"] != "red":
+        return "go"
+    if report["suspects"] is None:
+        _say("error: the run would fail; preflight says above what to change")
+        return _ended(attempts, "fail", code=code, signal="", state="preflight")
+    suspects = _among(hosts, report["suspects"])
+    _say(f"preflight finds machines that will not do (suspected: {', '.join(suspects) or 'no host'})")
+    return _ended(attempts, " ".join(["retry", *suspects]), code=code, signal="", state="preflight")
 
 
 def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
@@ -92,9 +117,7 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
     elif code == COMMUNICATION or status.get("suspects"):
-        # A machine may call itself by its full name, which SLURM does not know.
-        named = {host.partition(".")[0] for host in status.get("suspects", ())}
-        suspects = [host for host in hosts if host in named]
+        suspects = _among(hosts, status.get("suspects", ()))
         _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
     elif code == HANG or _has_hung(attempts):
@@ -103,11 +126,24 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     else:
         _say(f"error: the run ended with code {code} and state '{state}'; the ranks' lines above say why")
         verdict = "fail"
-    facts = {"code": code, "signal": signal, "state": state}
+    return _ended(attempts, verdict, code=code, signal=signal, state=state)
+
+
+def _ended(attempts: Attempts, verdict: str, **facts) -> str:
     if verdict.startswith("retry") and attempts.fruitless() >= FRUITLESS_STARTS:
         return _hold(attempts, "ended", **facts)
     attempts.note("ended", verdict=verdict, **facts)
     return verdict
+
+
+def _among(hosts: list[str], named: Iterable[str]) -> list[str]:
+    """Those of the job's hosts that are named; a machine may call itself by its full name, which SLURM does not know."""
+    short = {name.partition(".")[0] for name in named}
+    return [host for host in hosts if host in short]
+
+
+def _preflight_report(attempts: Attempts) -> Path:
+    return attempts.folder / "preflight.json"
 
 
 def _event(line: str) -> dict:
@@ -180,6 +216,9 @@ def main(arguments: list[str]) -> str:
     attempts = Attempts(Path(folder), os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if command == "begins":
         return begin(attempts, rest)
+    if command == "checked":
+        code, *hosts = rest
+        return check(attempts, int(code), hosts)
     code, signal, *hosts = rest
     return end(attempts, int(code), signal, hosts)
 

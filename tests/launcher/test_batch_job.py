@@ -10,7 +10,7 @@ import pytest
 
 from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
-from launcher.submission.batch_job import Attempts, begin, end, run_folder
+from launcher.submission.batch_job import Attempts, begin, check, end, run_folder
 from train import parse_arguments
 
 HOSTS = ["node1", "node2"]
@@ -57,6 +57,39 @@ def status(attempts: Attempts, state: str, **facts) -> None:
 def test_the_runs_own_word_counts_before_sruns(attempts, state, facts, code, signal, verdict):
     status(attempts, state, **facts)
     assert end(attempts, code, signal, HOSTS) == verdict
+
+
+def preflight(attempts: Attempts, level: str, suspects: list[str] | None) -> None:
+    (attempts.folder / "preflight.json").write_text(json.dumps({"level": level, "suspects": suspects, "checks": []}))
+
+
+@pytest.mark.parametrize(
+    ("level", "suspects", "verdict"),
+    [
+        ("green", [], "go"),
+        ("yellow", [], "go"),
+        ("red", None, "fail"),
+        ("red", ["node2.cluster.example"], "retry node2"),
+        ("red", [], "retry"),
+    ],
+)
+def test_preflight_ends_a_job_for_its_settings_alone(attempts, level, suspects, verdict):
+    preflight(attempts, level, suspects)
+    assert check(attempts, 1, HOSTS) == verdict
+
+
+def test_a_preflight_that_was_cut_short_ends_nothing(attempts, capsys):
+    preflight(attempts, "red", None)
+    assert begin(attempts, HOSTS) == "go"  # and what an earlier start found does not count
+    assert check(attempts, 137, HOSTS) == "go"
+    assert "came to no end (code 137)" in capsys.readouterr().err
+
+
+def test_three_sets_of_broken_machines_are_enough(attempts):
+    for verdict in ("retry node2", "retry node2", "hold"):
+        preflight(attempts, "red", ["node2"])
+        assert check(attempts, 1, HOSTS) == verdict
+        begin(attempts, HOSTS)
 
 
 def test_stacks_of_this_attempt_tell_of_a_hang(attempts, capsys):

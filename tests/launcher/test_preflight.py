@@ -13,8 +13,8 @@ import pytest
 from launcher.cli import main as lfm
 from launcher.commands.preflight import world_of
 from launcher.environment import Environment, free_port
-from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge
-from launcher.preflight.gpus import judge_health
+from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge, suspects
+from launcher.preflight.gpus import check_gpus, judge_health
 from launcher.preflight.gpus import judge_links as judge_nvlink
 from launcher.preflight.machine import CHECKPOINT_BYTES, check_disk, check_memory
 from launcher.preflight.nodes import judge_clocks, judge_links
@@ -34,9 +34,11 @@ def preflight(trainer, capsys, tmp_path):
     return run
 
 
-def test_a_sound_run_has_no_red_line(preflight):
-    code, lines = preflight("--nodes", "1", "--ranks-per-node", "2")
+def test_a_sound_run_has_no_red_line(preflight, tmp_path):
+    saved = tmp_path / "run" / "preflight.json"
+    code, lines = preflight("--nodes", "1", "--ranks-per-node", "2", "--save", str(saved))
     assert code == 0
+    assert {line["check"]: line for line in json.loads(saved.read_text())["checks"]} == lines
     assert {"configuration", "DeepSpeed JSON", "data", "validation data", "model", "batch", "experts", "precision",
             "memory", "disk", "versions", "GPUs"} <= set(lines)  # fmt: skip
     assert lines["batch"]["message"] == "4 rows = 2 processes × 2 rows × 1 micro-batches"
@@ -162,6 +164,21 @@ def test_findings_of_several_nodes_are_one_line_where_they_agree():
     ]  # fmt: skip
 
 
+def test_what_a_few_nodes_find_wrong_is_their_fault_and_the_rest_a_matter_of_settings():
+    names = ["n1", "n2", "n3", "n4"]
+    settings = Finding("batch", RED, "does not divide")
+    lost_mount, own_disks = (Finding("data", RED, "none", nodes=tuple(names[at:])) for at in (3, 1))
+    broken = Finding("GPUs", RED, "GPU 3 has 2 uncorrected memory errors", nodes=("n2",))
+    slow = judge_links(names, [5.0, 0.1, 0.1, 5.0])
+    late = judge_clocks({"n1": 0.0, "n2": 0.0, "n3": 3600.0})
+    assert suspects([lost_mount, broken, slow, late], names) == ["n4", "n2", "n3"]
+    assert suspects([broken, settings], names) is None
+    assert suspects([own_disks], names) is None
+    gone = Finding("GPUs", RED, "nvidia-smi fails")
+    assert suspects([gone], names) == []  # all of them: no list of hosts would be left
+    assert suspects([gone], ["n1"]) == ["n1"]
+
+
 def test_the_slow_node_is_named():
     names = ["n1", "n2", "n3", "n4"]
     assert judge_links(names, [5.0, 4.0, 4.5, 5.0]).level == GREEN
@@ -179,18 +196,68 @@ def test_a_clock_that_is_off_is_named():
 
 
 def test_gpus_are_judged_by_what_nvidia_smi_prints():
-    healthy = "0, NVIDIA H100 80GB HBM3, 0, [N/A], Not Active, Not Active, Not Active, 41\n"
+    healthy = "0, GPU-a0, NVIDIA H100 80GB HBM3, 0, [N/A], Not Active, Not Active, Not Active, 41\n"
     assert judge_health(healthy + healthy.replace("0,", "1,", 1)).message.startswith("2 × NVIDIA H100 80GB HBM3")
-    broken = judge_health(healthy + "1, NVIDIA H100 80GB HBM3, 3, [N/A], Not Active, Not Active, Not Active, 41\n")
+    broken = judge_health(healthy + "1, GPU-b1, NVIDIA H100, 3, [N/A], Not Active, Not Active, Not Active, 41\n")
     assert broken.level == RED and "GPU 1 has 3 uncorrected" in broken.message
     hot = judge_health(healthy.replace("Not Active, Not Active, Not Active, 41", "Active, Active, Not Active, 92"))
     assert hot.level == YELLOW and "92 °C" in hot.message
+    repaired = judge_health(healthy, "GPU-a0, 0, 0\n")
+    waiting = judge_health(healthy, "GPU-a0, Yes, No\n")
+    assert repaired.level == GREEN and waiting.level == RED and "GPU 0 has bad memory" in waiting.message
     gpu = "GPU {}: NVIDIA H100 (UUID: GPU-1)\n\t Link 0: 26.562 GB/s\n\t Link 1: {}\n"
     up = "26.562 GB/s"
     assert judge_nvlink(gpu.format(0, up) + gpu.format(1, up)).message == "2 links up on each GPU"
     down = judge_nvlink(gpu.format(0, up) + gpu.format(1, "<inactive>"))
     assert down.level == YELLOW and "GPU 1 has 1 of 2 links" in down.message
     assert judge_nvlink("").level == GREEN
+
+
+HEALTHY = "{}, GPU-a{}, H100, {}, [N/A], Not Active, Not Active, Not Active, 41\n"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "0, GPU-a0, H100, [GPU requires reset], [N/A], Not Active, Not Active, Not Active, 41\n",
+        "0, GPU-a0, H100, 0, [N/A], Not Active, Not Active, Not Active, ERR!\n",
+        "Unable to determine the device handle for GPU 0000:1B:00.0: GPU is lost.\n",
+    ],
+)
+def test_a_gpu_that_does_not_answer_as_it_should_is_red(row):
+    finding = judge_health("\n" + row + HEALTHY.format(1, 1, 0))
+    assert finding.level == RED and any(word in finding.message for word in ("requires reset", "ERR!", "is lost"))
+
+
+def test_a_neighbours_gpu_is_not_this_jobs():
+    table = HEALTHY.format(0, 0, 0) + HEALTHY.format(1, 1, 7)
+    assert judge_health(table, own=["0"]).message.startswith("1 × H100")
+    assert judge_health(table, own=["GPU-a0"]).level == GREEN
+    assert judge_health(table, own=["1"]).level == RED
+    lost = judge_health(table, own=["0", "3"])
+    assert lost.level == RED and "CUDA_VISIBLE_DEVICES names 3" in lost.message
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "level"),
+    [
+        (6, {}, YELLOW),
+        (9, {"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "0"}, YELLOW),
+        (6, {"CUDA_VISIBLE_DEVICES": ""}, GREEN),
+        (6, {"CUDA_VISIBLE_DEVICES": "NoDevFiles"}, GREEN),
+        (6, {"CUDA_VISIBLE_DEVICES": "0"}, RED),
+        (6, {"SLURM_GPUS_ON_NODE": "2"}, RED),
+        (15, {}, RED),
+    ],
+)
+def test_a_job_without_gpus_needs_none(tmp_path, monkeypatch, code, variables, level):
+    command = tmp_path / "nvidia-smi"
+    command.write_text(f"#!/bin/sh\necho 'No devices were found'\nexit {code}\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (finding,) = check_gpus(variables)
+    assert finding.level == level
+    assert finding.fix or level == GREEN
 
 
 class Given:

@@ -1,0 +1,88 @@
+"""What the batch scripts ask of SLURM, as its commands hear it; test_cluster_train.py has SLURM answer."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parents[2]
+NAMES = {
+    "a job": ({}, "7"),
+    # One task of an array has the array's own number, and what names that number means all tasks.
+    "an array's task": ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+}
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """Runs a line of bash after `source slurm/lifecycle.sh`; gives its exit code and the calls of SLURM's commands."""
+
+    def run(line: str, state: str = "RUNNING", **variables: str) -> tuple[int, list[str]]:
+        for name, answer in (("squeue", state), ("scontrol", "")):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/called\necho {answer}\n')
+            (tmp_path / name).chmod(0o755)
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
+        command = ["bash", "-c", f"set -euo pipefail; source slurm/lifecycle.sh; {line}"]
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=20)
+        return result.returncode, (tmp_path / "called").read_text().splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize(("variables", "name"), NAMES.values(), ids=NAMES.keys())
+@pytest.mark.parametrize("line", ["suspects=(node1); requeue", "hold"])
+def test_a_job_speaks_of_itself_alone(commands, line, variables, name):
+    code, called = commands(line, **variables)
+    assert code == 0
+    words = {word.rpartition("=")[2] for call in called for word in call.split() if "7" in word}
+    assert words == {name}, called
+
+
+def test_a_cancelled_job_does_not_come_back(commands):
+    code, called = commands("code=5; requeue", state="COMPLETING")
+    assert code == 5
+    assert not [call for call in called if call.startswith("scontrol")]
+
+
+SRUN = """#!/bin/bash
+echo srun "$@" >>{folder}/called
+[[ $* != *train.py* ]] || exit 3
+while [[ $1 != --save ]]; do shift; done
+[[ -z '{report}' ]] || echo '{report}' >"$2"
+exit {code}
+"""
+
+
+@pytest.mark.parametrize(
+    ("report", "code", "begins", "ends"),
+    [
+        ("", 137, True, 3),  # a rank was killed, or a link lost
+        ("", 1, True, 3),  # a traceback
+        ('{"level": "green", "suspects": []}', 0, True, 3),
+        ('{"level": "red", "suspects": null}', 1, False, 1),
+        ('{"level": "red", "suspects": ["node2"]}', 1, False, 0),
+    ],
+)
+def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, begins, ends):
+    answers = {
+        "srun": SRUN.format(folder=tmp_path, report=report, code=code),
+        "squeue": "#!/bin/sh\necho RUNNING\n",
+        "scontrol": f'#!/bin/sh\necho scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" node1 node2\n',
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("LFM_")},
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LFM_VENV": sys.prefix, "SLURM_SUBMIT_DIR": str(PROJECT),
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2",
+    }  # fmt: skip
+    command = ["bash", "slurm/train.sbatch", f"output={tmp_path / 'run'}"]
+    result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == ends, result.stderr
+    called = (tmp_path / "called").read_text()
+    assert ("train.py" in called) == begins
+    assert ("scontrol requeue 7" in called) == (ends == 0)
+    assert ("ExcNodeList=RUNNING,node2" in called) == (ends == 0)
