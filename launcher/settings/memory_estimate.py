@@ -136,7 +136,9 @@ def saved_bytes(model: LiquidForCausalLM, tokens: int) -> int:
 def states_table(folder: Path) -> str:
     """Markdown: GB a GPU of model states by preset, JSON and number of GPUs, and GB of host memory."""
     names = ("zero3", "zero3_offload", "zero1_ep")  # zero3_bf16 is as large as zero3
-    lines = ["| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"]
+    lines = [
+        "| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"
+    ]
     lines.append("|---|---|" + "---|" * (len(GPUS) + 2))
     for name in PRESETS:
         config = preset(name)
