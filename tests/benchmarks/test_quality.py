@@ -31,7 +31,7 @@ def test_both_models_train_and_are_measured(rows, tmp_path, monkeypatch):
     prepare_corpus(str(rows), tmp_path)
     results = {}
     for model in ("tiny", "lfm2moe"):
-        run = Run(model, learning_rate=4e-3, seed=0, tokens=2 * TOKENS_PER_STEP)
+        run = Run(model, learning_rate=4e-3, seed=0, tokens=TOKENS_PER_STEP)
         results[model] = [train(run, tmp_path)]
         assert results[model][0]["trained_tokens"] == run.tokens
         assert 1 < results[model][0]["bits_per_byte"] < 10
