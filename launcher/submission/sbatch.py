@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import ConfigurationError
-from launcher.submission.site import OPTIONS, VARIABLES
+from launcher.submission.site import OPTIONS, PYTHONS, VARIABLES
 
 SCRIPTS = ("prepare", "train", "evaluate")
 
@@ -52,12 +52,14 @@ def of_script(script: str, arguments: list[str], site: dict[str, str], options: 
 
 
 def site_options(site: dict[str, str]) -> list[str]:
-    """sbatch's options that hold at a site for every job."""
-    return [f"--{name}={site[name]}" for name in OPTIONS if name in site]
+    """sbatch's options that hold at a site for every job, but those that the shell sets: an option would win over it."""
+    return [f"--{name}={site[name]}" for name in OPTIONS if name in site and f"SBATCH_{name.upper()}" not in os.environ]
 
 
 def _site_variables(site: dict[str, str]) -> dict[str, str]:
     chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site}
+    if any(os.environ.get(VARIABLES[name]) for name in PYTHONS):  # the batch scripts take one Python
+        chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site and name not in PYTHONS}
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 

@@ -18,6 +18,7 @@ VARIABLES = {
     "conda": "LFM_CONDA",
     "image": "LFM_IMAGE",
 }
+PYTHONS = ("venv", "conda", "image")  # of which a job has one
 
 
 def site_file() -> Path:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from launcher.submission.sweep import sweep, write_runs
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.delenv("LFM_MODULES", raising=False)
+    for name in [name for name in os.environ if name.startswith(("LFM_", "SBATCH_"))]:
+        monkeypatch.delenv(name)
     monkeypatch.chdir(Path(__file__).parents[2])
     return tmp_path
 
@@ -72,9 +74,19 @@ def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, 
     assert shown(capsys, "prepare") == [expected]
     monkeypatch.setenv("LFM_MODULES", "cuda/13")  # what the shell says goes before
     assert shown(capsys, "prepare") == [expected[1:]]
+    monkeypatch.setenv("SBATCH_PARTITION", "other")
+    assert shown(capsys, "prepare") == [["sbatch", "--parsable", "slurm/prepare.sbatch"]]
     assert "pardition" in refused(capsys, "--site", "pardition=gpu")
     (home / "lfm" / "site.yaml").write_text("- gpu\n")
     assert "mend or delete it" in refused(capsys, "--dry-run", "train")
+
+
+def test_a_shells_python_takes_the_place_of_the_sites(capsys, monkeypatch):
+    lfm(["submit", "--site", "conda=train", "interface=ib0"])
+    capsys.readouterr()
+    assert shown(capsys, "prepare")[0][:2] == ["LFM_INTERFACE=ib0", "LFM_CONDA=train"]
+    monkeypatch.setenv("LFM_VENV", "/other")
+    assert shown(capsys, "prepare")[0][:2] == ["LFM_INTERFACE=ib0", "sbatch"]
 
 
 def test_a_chain_waits_for_what_came_before(capsys):
