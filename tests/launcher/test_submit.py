@@ -81,6 +81,16 @@ def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, 
     assert "mend or delete it" in refused(capsys, "--dry-run", "train")
 
 
+def test_a_sites_file_written_by_hand_holds_texts(capsys, home):
+    (home / "lfm").mkdir()
+    file = home / "lfm" / "site.yaml"
+    file.write_text("partition:\naccount: 007\nqos: yes\nmodules: [cuda/12.4, gcc]\n")
+    words = ["LFM_MODULES=cuda/12.4 gcc", "sbatch", "--parsable", "--account=007", "--qos=yes", "slurm/prepare.sbatch"]
+    assert shown(capsys, "prepare") == [words]
+    file.write_text("account: {a: b}\n")
+    assert "has a dict as account" in refused(capsys, "--dry-run", "prepare")
+
+
 def test_a_shells_python_takes_the_place_of_the_sites(capsys, monkeypatch):
     lfm(["submit", "--site", "conda=train", "interface=ib0"])
     capsys.readouterr()
