@@ -62,6 +62,20 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
     ) in out
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--gpus", "1"], []),
+        (["--gpus", "8"], ["--mem=0"]),
+        (["--gpus", "8", "--mem", "200G"], ["--mem=200G"]),
+        (["--gpus", "8", "--sbatch=--mem-per-gpu=80G"], ["--mem-per-gpu=80G"]),
+    ],
+)
+def test_a_job_of_many_gpus_gets_their_nodes_memory(capsys, words, named):
+    (call,) = shown(capsys, *words, "train")
+    assert [word for word in call if word.startswith("--mem")] == named
+
+
 def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, monkeypatch):
     lfm(["submit", "--site", "partition=gpu", "modules=cuda/12.4 gcc/12", "account=x"])
     lfm(["submit", "--site", "account="])
@@ -127,6 +141,8 @@ def test_a_chain_waits_for_what_came_before(capsys):
         (["fly"], "takes prepare, train, evaluate, not 'fly'"),
         (["train", "then", "evaluate", "x"], "give --chain"),
         (["--chain", "train", "then"], "not nothing"),
+        (["--nodes", "-3", "train"], "--nodes is -3; it must be at least 1"),
+        (["--gpus", "-1", "train"], "--gpus is -1; it must be at least 0"),
         (["--sweep", "seed=1", "evaluate", "x"], "--sweep is for train alone"),
         (["--table", "/nowhere"], "/nowhere is no sweep's folder"),
     ],
