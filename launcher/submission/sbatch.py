@@ -89,8 +89,24 @@ def check_sbatch() -> None:
 def check_setting(setting: str) -> tuple[str, list[str]]:
     """`key=value,value` of a sweep as its key and values. Raises `ConfigurationError`."""
     key, separator, values = setting.partition("=")
-    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key) or not all(values.split(",")):
+    found = _split(values)
+    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key) or not all(found):
         raise ConfigurationError(
             f"{setting!r} is not a sweep; write it as key=value,value, as in learning_rate=1e-4,3e-4"
         )
-    return key, values.split(",")
+    return key, found
+
+
+def _split(values: str) -> list[str]:
+    """At the commas that stand outside brackets and quotes: a value may be a list."""
+    found, depth, quote = [""], 0, ""
+    for character in values:
+        if quote or character in "\"'":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quote:
+            found.append("")
+        else:
+            found[-1] += character
+    return found

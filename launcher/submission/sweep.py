@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -25,7 +26,8 @@ def sweep(
     runs = []
     for chosen in itertools.product(*values):
         overrides = [f"{key}={value}" for key, value in zip(keys, chosen, strict=True)]
-        runs.append([*overrides, f"output={output / ','.join(overrides).replace('/', '_')}"])
+        name = re.sub(r"[/\s]", "_", ",".join(overrides))
+        runs.append([*overrides, f"output={output / name}"])
     job = of_script("train", arguments, site, [*options, f"--array=0-{len(runs) - 1}"])
     job.variables["LFM_SWEEP"] = str(output / "sweep")
     return runs, job

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli import main as lfm
+from launcher.submission.sbatch import check_setting
 from launcher.submission.sweep import sweep, write_runs
 
 
@@ -149,6 +150,19 @@ def test_a_chain_waits_for_what_came_before(capsys):
 )
 def test_a_wrong_call_is_one_sentence(capsys, words, sentence):
     assert sentence in refused(capsys, "--dry-run", *words)
+
+
+@pytest.mark.parametrize(
+    ("setting", "values"),
+    [
+        ("profile.steps=[1, 2],[3,4]", ["[1, 2]", "[3,4]"]),
+        ("data={a: 1, b: [2, 3]},x", ["{a: 1, b: [2, 3]}", "x"]),
+        ("run_name='a,b',\"c'd,e\"", ["'a,b'", '"c\'d,e"']),
+        ("seed=1,2", ["1", "2"]),
+    ],
+)
+def test_a_swept_value_may_be_a_list(setting, values):
+    assert check_setting(setting)[1] == values
 
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
