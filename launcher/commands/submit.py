@@ -97,7 +97,7 @@ def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
         for number, overrides in enumerate(runs):
             print(f"task {number}: {' '.join(overrides)}")
     else:
-        write_runs(runs, output)
+        write_runs(runs, Path(job.variables["LFM_SWEEP"]))
     array = _send(job, options.dry_run, "train")
     _send(table_job(output, site, array), options.dry_run)
     print(f"{len(runs)} runs below {output}; when all have ended, {output / 'table.md'} compares them")

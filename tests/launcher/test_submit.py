@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from launcher.cli import main as lfm
+from launcher.errors import ConfigurationError
 from launcher.submission.sbatch import check_setting
 from launcher.submission.sweep import sweep, write_runs
 
@@ -170,9 +171,9 @@ def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
     runs, job = sweep(["seed=1,2", "loss.focal=0.1,0.2"], ["--config", "x.yaml"], output, {}, ["--nodes=1"])
     assert runs[2] == ["seed=2", "loss.focal=0.1", f"output={output}/seed=2,loss.focal=0.1"]
     assert job.words == ["sbatch", "--parsable", "--nodes=1", "--array=0-3", "slurm/train.sbatch", "--config", "x.yaml"]
-    assert job.variables == {"LFM_SWEEP": f"{output}/sweep"}
-    write_runs(runs, output)
-    assert (output / "sweep" / "2").read_text().splitlines() == runs[2]
+    assert job.variables == {"LFM_SWEEP": f"{output}/sweep/1"}
+    write_runs(runs, Path(job.variables["LFM_SWEEP"]))
+    assert (output / "sweep" / "1" / "2").read_text().splitlines() == runs[2]
     (output / "seed=1,loss.focal=0.2").mkdir()
     (output / "seed=1,loss.focal=0.2" / "status.json").write_text(json.dumps({"state": "failed", "step": 3}))
     lfm(["submit", "--table", str(output)])
@@ -181,4 +182,13 @@ def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
     assert lines[2].startswith("| 1 | 0.1 | not started |")
     assert lines[3].startswith("| 1 | 0.2 | failed | 3 |")
     assert (output / "table.md").read_text().splitlines() == lines
+    # A second one leaves the first's settings, which its tasks may still have to read, and adds to the table.
+    again, job = sweep(["seed=2,3"], [], output, {}, [])
+    write_runs(again, Path(job.variables["LFM_SWEEP"]))
+    assert (output / "sweep" / "1" / "2").read_text().splitlines() == runs[2]
+    assert (output / "sweep" / "2" / "1").read_text().splitlines() == again[1]
+    with pytest.raises(ConfigurationError, match="call this one again"):
+        write_runs(again, Path(job.variables["LFM_SWEEP"]))
+    lfm(["submit", "--table", str(output)])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("| 3 |  | not started |")
     assert "'seed=' is not a sweep" in refused(capsys, "--dry-run", "--sweep", "seed=", "train", f"output={output}")
