@@ -48,11 +48,12 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
 
 
 def check_memory(
-    sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool
+    sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool, here: bool = True
 ) -> Finding:
     """The estimate of ds_configs/README.md against the device; with `activations`, which takes seconds, or without.
 
-    Red where weights, gradients and optimizer alone do not fit, yellow where all together leave too little.
+    Red where weights, gradients and optimizer alone do not fit, yellow where all together leave too little; and where the
+    run will not be `here`, on this machine, yellow without a GPU to judge by.
     """
     zero = {**ZERO_DEFAULTS, **resolved.get("zero_optimization", {})}
     if zero.get("stage") not in (1, 3):
@@ -64,7 +65,8 @@ def check_memory(
     needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts)
     available, where = _device_memory(environment)
     message = f"{counted.total / 1e6:,.1f} million parameters take {needed / 1e9:.1f} GB of a rank"
-    if needed > available:
+    here = here or environment.device.type == "cuda"
+    if here and needed > available:
         return Finding(
             "memory", RED, f"{message}, and {where} has {available / 1e9:.1f} GB",
             "take more GPUs, a larger expert_parallel_size, ds_configs/zero3_offload.json or a smaller model",
@@ -75,6 +77,9 @@ def check_memory(
         with torch.random.fork_rng(devices=[]):
             needed += Activations.of(sizes).peak(sizes, tokens, recompute)
         message += f", with a micro-batch's activations {needed / 1e9:.1f} GB"
+    if not here:
+        return Finding("memory", YELLOW, f"{message}; what the run's nodes have is not known here",
+                       "compare it with their GPUs, or call lfm preflight there")  # fmt: skip
     message += f", of {available / 1e9:.1f} GB on {where}"
     if needed > TIGHT * available:
         return Finding("memory", YELLOW, message, "set a smaller micro_batch_rows, or activation_checkpointing=true")

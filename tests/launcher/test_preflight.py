@@ -43,6 +43,8 @@ def test_a_sound_run_has_no_red_line(preflight, tmp_path):
             "memory", "disk", "versions", "GPUs"} <= set(lines)  # fmt: skip
     assert lines["batch"]["message"] == "4 rows = 2 processes × 2 rows × 1 micro-batches"
     assert all(line["level"] != RED for line in lines.values())
+    assert "not known here" in lines["memory"]["message"]  # a login node's says nothing of the run's
+    assert preflight()[1]["memory"]["level"] == GREEN
 
 
 def test_the_table_shows_each_line_with_its_fix(trainer, capsys):
@@ -125,6 +127,8 @@ def test_a_model_that_cannot_fit_is_red_and_a_tight_one_yellow(tmp_path):
     many = Environment(0, 4096, 0, 4096, "test")  # of which each has little of this machine's memory
     finding = check_memory(large, resolved, many, 128, activations=False)
     assert finding.level == RED and "zero3_offload.json" in finding.fix
+    finding = check_memory(large, resolved, many, 128, activations=False, here=False)
+    assert finding.level == YELLOW and "not known here" in finding.message
     alone = Environment(0, 1, 0, 1, "test")
     tiny = LiquidConfig.from_preset("tiny")
     assert check_memory(tiny, resolved, alone, 128, activations=True).level == GREEN
