@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -109,7 +111,7 @@ def check_disk(sizes: LiquidConfig, output: str, keep: int) -> Finding:
     except OSError as error:
         found = f"{existing} is not writable: {error.strerror}"
         return Finding("disk", RED, found, "set output to a folder that you may write to")
-    there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    there = _bytes_below(folder / "checkpoints")
     room = shutil.disk_usage(existing).free + there
     message = (
         f"{keep + 2} checkpoints of {one / 1e9:.2f} GB need {needed / 1e9:.2f} GB, and {folder} has room for "
@@ -120,6 +122,16 @@ def check_disk(sizes: LiquidConfig, output: str, keep: int) -> Finding:
     if needed > room:
         return Finding("disk", YELLOW, message, "delete old runs, set a smaller keep_checkpoints, or another output")
     return Finding("disk", GREEN, message)
+
+
+def _bytes_below(folder: Path) -> int:
+    """The sizes of all files in a folder, but of those that another job deletes meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that vanish
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
 
 
 def check_versions() -> Finding:
