@@ -62,6 +62,12 @@ def check_memory(
         return Finding(
             "memory", YELLOW, f"there is no estimate for ZeRO stage {zero.get('stage', 0)}", "watch the first steps"
         )
+    for key in ZERO_DEFAULTS:
+        if not isinstance(zero[key], (int, float)):
+            return Finding(
+                "memory", RED, f"zero_optimization.{key} is {zero[key]!r} in the DeepSpeed JSON, which is not a number",
+                "write it there as a number, without quotes",
+            )  # fmt: skip
     counted = Sizes.of(sizes)
     experts = resolved.get("expert_parallel", {}).get("autoep_size", 1)
     needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts)

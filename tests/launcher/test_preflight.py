@@ -128,6 +128,9 @@ def test_a_model_that_cannot_fit_is_red_and_a_tight_one_yellow(tmp_path):
     many = Environment(0, 4096, 0, 4096, "test")  # of which each has little of this machine's memory
     finding = check_memory(large, resolved, many, 128, activations=False)
     assert finding.level == RED and "zero3_offload.json" in finding.fix
+    quoted = {**resolved, "zero_optimization": {"stage": 3, "stage3_max_live_parameters": "1e9"}}
+    finding = check_memory(large, quoted, many, 128, activations=False)
+    assert finding.level == RED and "stage3_max_live_parameters is '1e9'" in finding.message
     finding = check_memory(large, resolved, many, 128, activations=False, here=False)
     assert finding.level == YELLOW and "not known here" in finding.message
     alone = Environment(0, 1, 0, 1, "test")
