@@ -59,6 +59,7 @@ requeue() {
     excluded=$(printf '%s\n' "${excluded/(null)/}" "${suspects[@]}" | paste --serial --delimiters=, | sed 's/^,//')
     scontrol update JobId="$job" ExcNodeList="$excluded"
     say "the job will not use ${suspects[*]} again; to let it: scontrol update JobId=$job ExcNodeList="
+    say "in all it leaves out $excluded; where too few nodes are left, it waits (squeue --job=$job gives the reason)"
     exit 0
 }
 

@@ -46,7 +46,10 @@ def _preflight(options) -> int:
         from launcher.preflight.nodes import check_nodes
 
         arguments = (options.config, options.overrides, options.deepspeed_config)
-        findings, nodes = check_run(*arguments, world_of(options, environment)), [socket.gethostname()]
+        world = world_of(options, environment)
+        # A world that only the options tell of, as on a login node.
+        here = environment.world_size > 1 or "SLURM_JOB_ID" in os.environ or world == environment
+        findings, nodes = check_run(*arguments, world, here), [socket.gethostname()]
         if environment.world_size > 1:
             import torch.distributed as dist
 

@@ -42,6 +42,8 @@ def add_submit(commands) -> None:
     resources = parser.add_argument_group("resources (in a chain, of its training)")
     resources.add_argument("--nodes", type=int, help="default: the script's")
     resources.add_argument("--gpus", type=int, help="of each node, a task for each; 0: one task, on the CPU")
+    resources.add_argument("--mem", help="memory of each node, as 200G; default: the script's, with two GPUs or more "
+                           "0, which is all of it")  # fmt: skip
     resources.add_argument("--time", help="time limit, as 12:00:00; default: the script's")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, as --sbatch=--exclude=node7")
     add("words", nargs=argparse.REMAINDER, metavar="train|prepare|evaluate ...", help="the script and its arguments")
@@ -75,6 +77,9 @@ def _submit(options) -> None:
 def _checked(found, options):
     from launcher.errors import ConfigurationError
 
+    for name, value, least in (("--nodes", options.nodes, 1), ("--gpus", options.gpus, 0)):
+        if value is not None and value < least:
+            raise ConfigurationError(f"{name} is {value}; it must be at least {least}")
     if len(found) > 1 and not options.chain:
         raise ConfigurationError("`then` joins the scripts of a chain; give --chain")
     if options.sweep and [script for script, _ in found] != ["train"]:
@@ -92,7 +97,7 @@ def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
         for number, overrides in enumerate(runs):
             print(f"task {number}: {' '.join(overrides)}")
     else:
-        write_runs(runs, output)
+        write_runs(runs, Path(job.variables["LFM_SWEEP"]))
     array = _send(job, options.dry_run, "train")
     _send(table_job(output, site, array), options.dry_run)
     print(f"{len(runs)} runs below {output}; when all have ended, {output / 'table.md'} compares them")
@@ -109,10 +114,13 @@ def _show_table(output: Path) -> None:
 def _resources(options, script: str = "train") -> list[str]:
     named = []
     if script == "train":
-        named += [f"--nodes={options.nodes}"] if options.nodes else []
+        named += [f"--nodes={options.nodes}"] if options.nodes is not None else []
         # Together, since a task is started for each GPU.
         if options.gpus is not None:
             named += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={max(1, options.gpus)}"]
+        memory = options.mem or ("0" if (options.gpus or 0) > 1 else None)
+        # Each of sbatch's ways to say it excludes the others.
+        named += [f"--mem={memory}"] if memory and not any(word.startswith("--mem") for word in options.sbatch) else []
         named += [f"--time={options.time}"] if options.time else []
     return named + options.sbatch
 

@@ -42,8 +42,12 @@ def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environm
     return [f"{finding.message}; {finding.fix}" for finding in findings if finding.level == YELLOW]
 
 
-def check_run(config_path: str, overrides: list[str], deepspeed_path: str, world: Environment) -> list[Finding]:
+def check_run(
+    config_path: str, overrides: list[str], deepspeed_path: str, world: Environment, here: bool = True
+) -> list[Finding]:
     """All that one process can know of a run: its settings for `world`, its data and model, this machine.
+
+    here: whether the run will be on this machine.
 
     What a red line leaves unknown is not checked.
     """
@@ -62,7 +66,7 @@ def check_run(config_path: str, overrides: list[str], deepspeed_path: str, world
         sizes, found = _check_model(config, data)
         findings += found
         if content is not None and sizes is not None:
-            findings += _check_settings(config, deepspeed_path, world, sizes, _seq_len(config, data))
+            findings += _check_settings(config, deepspeed_path, world, sizes, _seq_len(config, data), here)
     return [*findings, check_versions(), *check_gpus()]
 
 
@@ -144,7 +148,7 @@ def _preset(name: str) -> LiquidConfig:
 
 
 def _check_settings(
-    config: RunConfig, deepspeed_path: str, world: Environment, sizes: LiquidConfig, seq_len: int
+    config: RunConfig, deepspeed_path: str, world: Environment, sizes: LiquidConfig, seq_len: int, here: bool
 ) -> list[Finding]:
     """What only the JSON, the run's keys and the world together say: batch, experts, and what the machine must have."""
     answer, found = refused("batch", lambda: resolve_deepspeed_config(deepspeed_path, config, world, sizes.num_experts))
@@ -159,7 +163,8 @@ def _check_settings(
     ]
     findings += _check_experts(config, resolved, world, sizes)
     return [
-        *findings, check_precision(resolved, world), check_memory(sizes, resolved, world, seq_len, activations=True),
+        *findings, check_precision(resolved, world),
+        check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
         check_disk(sizes, config.output, config.keep_checkpoints),
     ]  # fmt: skip
 

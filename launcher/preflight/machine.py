@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -48,23 +50,31 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
 
 
 def check_memory(
-    sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool
+    sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool, here: bool = True
 ) -> Finding:
     """The estimate of ds_configs/README.md against the device; with `activations`, which takes seconds, or without.
 
-    Red where weights, gradients and optimizer alone do not fit, yellow where all together leave too little.
+    Red where weights, gradients and optimizer alone do not fit, yellow where all together leave too little; and where the
+    run will not be `here`, on this machine, yellow without a GPU to judge by.
     """
     zero = {**ZERO_DEFAULTS, **resolved.get("zero_optimization", {})}
     if zero.get("stage") not in (1, 3):
         return Finding(
             "memory", YELLOW, f"there is no estimate for ZeRO stage {zero.get('stage', 0)}", "watch the first steps"
         )
+    for key in ZERO_DEFAULTS:
+        if not isinstance(zero[key], (int, float)):
+            return Finding(
+                "memory", RED, f"zero_optimization.{key} is {zero[key]!r} in the DeepSpeed JSON, which is not a number",
+                "write it there as a number, without quotes",
+            )  # fmt: skip
     counted = Sizes.of(sizes)
     experts = resolved.get("expert_parallel", {}).get("autoep_size", 1)
     needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts)
     available, where = _device_memory(environment)
     message = f"{counted.total / 1e6:,.1f} million parameters take {needed / 1e9:.1f} GB of a rank"
-    if needed > available:
+    here = here or environment.device.type == "cuda"
+    if here and needed > available:
         return Finding(
             "memory", RED, f"{message}, and {where} has {available / 1e9:.1f} GB",
             "take more GPUs, a larger expert_parallel_size, ds_configs/zero3_offload.json or a smaller model",
@@ -75,6 +85,9 @@ def check_memory(
         with torch.random.fork_rng(devices=[]):
             needed += Activations.of(sizes).peak(sizes, tokens, recompute)
         message += f", with a micro-batch's activations {needed / 1e9:.1f} GB"
+    if not here:
+        return Finding("memory", YELLOW, f"{message}; what the run's nodes have is not known here",
+                       "compare it with their GPUs, or call lfm preflight there")  # fmt: skip
     message += f", of {available / 1e9:.1f} GB on {where}"
     if needed > TIGHT * available:
         return Finding("memory", YELLOW, message, "set a smaller micro_batch_rows, or activation_checkpointing=true")
@@ -104,7 +117,7 @@ def check_disk(sizes: LiquidConfig, output: str, keep: int) -> Finding:
     except OSError as error:
         found = f"{existing} is not writable: {error.strerror}"
         return Finding("disk", RED, found, "set output to a folder that you may write to")
-    there = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    there = _bytes_below(folder / "checkpoints")
     room = shutil.disk_usage(existing).free + there
     message = (
         f"{keep + 2} checkpoints of {one / 1e9:.2f} GB need {needed / 1e9:.2f} GB, and {folder} has room for "
@@ -115,6 +128,16 @@ def check_disk(sizes: LiquidConfig, output: str, keep: int) -> Finding:
     if needed > room:
         return Finding("disk", YELLOW, message, "delete old runs, set a smaller keep_checkpoints, or another output")
     return Finding("disk", GREEN, message)
+
+
+def _bytes_below(folder: Path) -> int:
+    """The sizes of all files in a folder, but of those that another job deletes meanwhile."""
+    total = 0
+    for place, _, names in os.walk(folder):  # which passes over folders that vanish
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
 
 
 def check_versions() -> Finding:

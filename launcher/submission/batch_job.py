@@ -132,8 +132,15 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
 def _ended(attempts: Attempts, verdict: str, **facts) -> str:
     if verdict.startswith("retry") and attempts.fruitless() >= FRUITLESS_STARTS:
         return _hold(attempts, "ended", **facts)
-    attempts.note("ended", verdict=verdict, **facts)
+    _note_verdict(attempts, "ended", verdict, **facts)
     return verdict
+
+
+def _note_verdict(attempts: Attempts, event: str, verdict: str, **facts) -> None:
+    try:
+        attempts.note(event, verdict=verdict, **facts)
+    except ConfigurationError as error:  # a full disk; what the job does next counts for more than the line about it
+        _say(f"warning: {error}")
 
 
 def _among(hosts: list[str], named: Iterable[str]) -> list[str]:
@@ -155,7 +162,7 @@ def _event(line: str) -> dict:
 
 
 def _hold(attempts: Attempts, event: str, **facts) -> str:
-    attempts.note(event, verdict="hold", **facts)
+    _note_verdict(attempts, event, "hold", **facts)
     newest = attempts.newest_checkpoint() or "the beginning"
     _say(
         f"error: {FRUITLESS_STARTS} starts in a row got no further than {newest}, so that another would not either; "

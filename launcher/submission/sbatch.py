@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.errors import ConfigurationError
-from launcher.submission.site import OPTIONS, VARIABLES
+from launcher.submission.site import OPTIONS, PYTHONS, VARIABLES
 
 SCRIPTS = ("prepare", "train", "evaluate")
 
@@ -52,12 +52,14 @@ def of_script(script: str, arguments: list[str], site: dict[str, str], options: 
 
 
 def site_options(site: dict[str, str]) -> list[str]:
-    """sbatch's options that hold at a site for every job."""
-    return [f"--{name}={site[name]}" for name in OPTIONS if name in site]
+    """sbatch's options that hold at a site for every job, but those that the shell sets: an option would win over it."""
+    return [f"--{name}={site[name]}" for name in OPTIONS if name in site and f"SBATCH_{name.upper()}" not in os.environ]
 
 
 def _site_variables(site: dict[str, str]) -> dict[str, str]:
     chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site}
+    if any(os.environ.get(VARIABLES[name]) for name in PYTHONS):  # the batch scripts take one Python
+        chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site and name not in PYTHONS}
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
@@ -87,8 +89,24 @@ def check_sbatch() -> None:
 def check_setting(setting: str) -> tuple[str, list[str]]:
     """`key=value,value` of a sweep as its key and values. Raises `ConfigurationError`."""
     key, separator, values = setting.partition("=")
-    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key) or not all(values.split(",")):
+    found = _split(values)
+    if not separator or not re.fullmatch(r"\w+(\.\w+)*", key) or not all(found):
         raise ConfigurationError(
             f"{setting!r} is not a sweep; write it as key=value,value, as in learning_rate=1e-4,3e-4"
         )
-    return key, values.split(",")
+    return key, found
+
+
+def _split(values: str) -> list[str]:
+    """At the commas that stand outside brackets and quotes: a value may be a list."""
+    found, depth, quote = [""], 0, ""
+    for character in values:
+        if quote or character in "\"'":
+            quote = "" if character == quote else quote or character
+        else:
+            depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0 and not quote:
+            found.append("")
+        else:
+            found[-1] += character
+    return found

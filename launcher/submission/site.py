@@ -18,6 +18,7 @@ VARIABLES = {
     "conda": "LFM_CONDA",
     "image": "LFM_IMAGE",
 }
+PYTHONS = ("venv", "conda", "image")  # of which a job has one
 
 
 def site_file() -> Path:
@@ -31,13 +32,13 @@ def read_site() -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.load(path.read_text(), yaml.BaseLoader) or {}  # texts alone: an account may be 007
     except (OSError, yaml.YAMLError) as error:
         raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}; mend or delete it") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} is not a list of `name: value`; mend or delete it")
     _check(content, str(path))
-    return {name: str(value) for name, value in content.items()}
+    return {name: text for name, value in content.items() if (text := _text(name, value, path))}
 
 
 def write_site(settings: list[str]) -> Path:
@@ -53,6 +54,14 @@ def write_site(settings: list[str]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({name: value for name, value in {**read_site(), **named}.items() if value}))
     return path
+
+
+def _text(name: str, value: str | list | dict, path: Path) -> str:
+    if name == "modules" and isinstance(value, list) and all(isinstance(module, str) for module in value):
+        return " ".join(value)
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{path} has a {type(value).__name__} as {name}, which is one text; mend it")
+    return value
 
 
 def _check(settings: dict, where: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -20,23 +21,29 @@ def sweep(
     """The overrides of each run, and the array job that trains them.
 
     settings: `key=value,value` each; every value of one meets every value of the others. output: the folder of them all.
+    What the tasks are to read is numbered by submission, for an earlier sweep's tasks may still wait to read theirs.
     """
     keys, values = zip(*map(check_setting, settings), strict=True)
     runs = []
     for chosen in itertools.product(*values):
         overrides = [f"{key}={value}" for key, value in zip(keys, chosen, strict=True)]
-        runs.append([*overrides, f"output={output / ','.join(overrides).replace('/', '_')}"])
+        name = re.sub(r"[/\s]", "_", ",".join(overrides))
+        runs.append([*overrides, f"output={output / name}"])
     job = of_script("train", arguments, site, [*options, f"--array=0-{len(runs) - 1}"])
-    job.variables["LFM_SWEEP"] = str(output / "sweep")
+    taken = [int(folder.name) for folder in (output / "sweep").glob("[0-9]*")]
+    job.variables["LFM_SWEEP"] = str(output / "sweep" / str(max(taken, default=0) + 1))
     return runs, job
 
 
-def write_runs(runs: list[list[str]], output: Path) -> None:
-    """A file for each run with its overrides, a line each, which `slurm/train.sbatch` reads by the array task's number."""
-    folder = output / "sweep"
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+def write_runs(runs: list[list[str]], folder: Path) -> None:
+    """A file for each run with its overrides, a line each, which `slurm/train.sbatch` reads by the array task's number.
+
+    Raises `ConfigurationError` where another sweep has taken the folder meanwhile.
+    """
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise ConfigurationError(f"another lfm submit has just made {folder}; call this one again") from error
     for number, overrides in enumerate(runs):
         (folder / str(number)).write_text("".join(f"{override}\n" for override in overrides))
 
@@ -49,21 +56,22 @@ def table_job(output: Path, site: dict[str, str], array: str) -> Submission:
 
 
 def table(output: Path) -> str:
-    """One line for each run of a sweep, as Markdown: its settings, state, step and last losses.
+    """One line for each run of the sweeps in a folder, as Markdown: its settings, state, step and last losses.
 
     Raises `ConfigurationError` where the folder is no sweep's.
     """
-    files = sorted((output / "sweep").glob("[0-9]*"), key=lambda file: int(file.name))
+    files = sorted((output / "sweep").glob("[0-9]*/[0-9]*"), key=lambda file: (int(file.parent.name), int(file.name)))
     if not files:
         raise ConfigurationError(
-            f"{output} is no sweep's folder (it has no sweep/0); name the output of lfm submit --sweep"
+            f"{output} is no sweep's folder (it has no sweep/1/0); name the output of lfm submit --sweep"
         )
-    rows = []
+    settings = {}  # of each run folder, once: a sweep may be submitted again
     for file in files:
         *overrides, place = file.read_text().splitlines()
         run = Path(place.removeprefix("output="))
-        rows.append([override.partition("=")[2] for override in overrides] + _facts(run))
-    keys = [override.partition("=")[0] for override in overrides]
+        settings[run] = {key: value for key, _, value in (override.partition("=") for override in overrides)}
+    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
+    rows = [[values.get(key, "") for key in keys] + _facts(run) for run, values in settings.items()]
     lines = [[*keys, "state", "step", *LOSSES], ["---"] * (len(keys) + 2 + len(LOSSES)), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

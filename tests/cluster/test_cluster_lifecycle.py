@@ -86,3 +86,33 @@ def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, 
     assert ("train.py" in called) == begins
     assert ("scontrol requeue 7" in called) == (ends == 0)
     assert ("ExcNodeList=RUNNING,node2" in called) == (ends == 0)
+    assert ("in all it leaves out RUNNING,node2;" in result.stdout) == (ends == 0)
+
+
+@pytest.mark.parametrize("out", ["--out {}", "--out={}"])
+def test_a_preparation_that_gets_no_further_is_held(tmp_path, out):
+    """Each start is asked to stop; the third and fourth have something new to show, and then no other."""
+    folder = tmp_path / "shards"
+    (folder / ".work").mkdir(parents=True)
+    answers = {
+        "srun": "#!/bin/bash\nkill -USR1 $PPID\nexec sleep 5\n",
+        "squeue": "#!/bin/sh\necho RUNNING\n",
+        "scontrol": f'#!/bin/sh\necho "$1" >>{tmp_path}/called\n',
+    }
+    for name, script in answers.items():
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("LFM_")},
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LFM_VENV": sys.prefix, "SLURM_SUBMIT_DIR": str(PROJECT),
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1",
+    }  # fmt: skip
+    for start in range(8):
+        if start in (2, 3):
+            (folder / ".work" / f"unit-{start}").touch()
+        (folder / ".work" / f"x.host-{start}.partial").touch()
+        command = ["bash", "slurm/prepare.sbatch", "sample", *out.format(folder).split()]
+        result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+    called = (tmp_path / "called").read_text().split()
+    assert called == ["requeue"] * 5 + ["requeuehold"] + ["requeue"] * 2

@@ -126,6 +126,33 @@ def test_a_suspected_host_is_not_used_again(submit, project):
     assert excluded.strip() in ("node[1-2]", "node1,node2")  # added to what the user excludes
 
 
+def test_a_task_of_an_array_requeues_itself_alone(submit, project):
+    """The task whose number is the array's own, and an urgent signal to it; the other one goes on undisturbed."""
+    (project / "slurm" / "array.sbatch").write_text(
+        "#!/bin/bash\n#SBATCH --nodes=1\n#SBATCH --requeue\n#SBATCH --open-mode=append\n#SBATCH --mem=100M\n"
+        "#SBATCH --output=lfm-array-%a.out\nsource slurm/lifecycle.sh\n"
+        "echo job $SLURM_JOB_ID of $SLURM_ARRAY_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}\n"
+        "[[ -n ${SLURM_RESTART_COUNT:-} ]] || run_step srun sleep 600\n[[ -z $asked ]] || requeue\n"
+    )
+    job = submit("array", options=["--array=0-1"])
+    logs = [project / f"lfm-array-{task}.out" for task in (0, 1)]
+    until(lambda: all(log.exists() and "restart 0" in log.read_text() for log in logs))
+    (own,) = [task for task, log in enumerate(logs) if f"job {job.number} of {job.number}," in log.read_text()]
+    submit.slurm("scancel", "--batch", "--signal=USR1", f"{job.number}_{own}")
+    until(lambda: "restart 1" in logs[own].read_text())
+    other = f"{job.number}_{1 - own}"
+    assert submit.slurm("squeue", "--noheader", f"--jobs={other}", "--format=%T").split() == ["RUNNING"]
+    assert logs[1 - own].read_text().count("restart") == 1
+
+
+def until(happened, seconds: float = 60) -> None:
+    """Return when something has happened; fails the test where it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 HOSTILE = "a b; touch stray $(touch stray) `touch stray` 'touch stray' \"|touch stray"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -123,6 +124,18 @@ def test_three_starts_without_a_new_checkpoint_are_the_last(attempts):
     for _ in range(2):
         assert begin(attempts, HOSTS) == "go"
     assert begin(attempts, HOSTS) == "hold"
+
+
+def test_a_full_disk_does_not_keep_a_job_from_its_way_back(attempts, capsys):
+    status(attempts, "stopped")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((attempts.folder / "jobs.jsonl").stat().st_size, limits[1]))
+        verdict = end(attempts, 75, "USR1", HOSTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert verdict == "retry"
+    assert "warning: cannot write" in capsys.readouterr().err
 
 
 def test_a_run_that_is_done_or_wrong_is_not_held(attempts):

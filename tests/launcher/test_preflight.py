@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,7 +17,7 @@ from launcher.environment import Environment, free_port
 from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge, suspects
 from launcher.preflight.gpus import check_gpus, judge_health
 from launcher.preflight.gpus import judge_links as judge_nvlink
-from launcher.preflight.machine import CHECKPOINT_BYTES, check_disk, check_memory
+from launcher.preflight.machine import CHECKPOINT_BYTES, _bytes_below, check_disk, check_memory
 from launcher.preflight.nodes import judge_clocks, judge_links
 from model import LiquidConfig
 
@@ -43,6 +44,8 @@ def test_a_sound_run_has_no_red_line(preflight, tmp_path):
             "memory", "disk", "versions", "GPUs"} <= set(lines)  # fmt: skip
     assert lines["batch"]["message"] == "4 rows = 2 processes × 2 rows × 1 micro-batches"
     assert all(line["level"] != RED for line in lines.values())
+    assert "not known here" in lines["memory"]["message"]  # a login node's says nothing of the run's
+    assert preflight()[1]["memory"]["level"] == GREEN
 
 
 def test_the_table_shows_each_line_with_its_fix(trainer, capsys):
@@ -125,6 +128,11 @@ def test_a_model_that_cannot_fit_is_red_and_a_tight_one_yellow(tmp_path):
     many = Environment(0, 4096, 0, 4096, "test")  # of which each has little of this machine's memory
     finding = check_memory(large, resolved, many, 128, activations=False)
     assert finding.level == RED and "zero3_offload.json" in finding.fix
+    quoted = {**resolved, "zero_optimization": {"stage": 3, "stage3_max_live_parameters": "1e9"}}
+    finding = check_memory(large, quoted, many, 128, activations=False)
+    assert finding.level == RED and "stage3_max_live_parameters is '1e9'" in finding.message
+    finding = check_memory(large, resolved, many, 128, activations=False, here=False)
+    assert finding.level == YELLOW and "not known here" in finding.message
     alone = Environment(0, 1, 0, 1, "test")
     tiny = LiquidConfig.from_preset("tiny")
     assert check_memory(tiny, resolved, alone, 128, activations=True).level == GREEN
@@ -139,6 +147,33 @@ def test_a_checkpoint_that_cannot_fit_is_red(tmp_path):
     huge = LiquidConfig.from_preset("8b-a1b")
     huge.num_experts = 2**20
     assert check_disk(huge, str(tmp_path / "run"), keep=2).level == RED
+
+
+def test_checkpoints_that_vanish_while_they_are_counted_do_no_harm(tmp_path):
+    """An earlier job of the run may still delete one."""
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    folder.mkdir(parents=True)
+    (folder / "whole").write_bytes(bytes(1000))
+    (folder / "gone").symlink_to(tmp_path / "nowhere")  # listed, and not to be looked at
+    assert _bytes_below(folder.parent) == 1000
+    with pauseless_deletion(folder.parent):
+        for _ in range(1000):
+            assert _bytes_below(folder.parent) == 1000
+
+
+@contextmanager
+def pauseless_deletion(folder):
+    """Another process that makes and deletes files all the time."""
+    code = (
+        "import pathlib, shutil, sys\nf = pathlib.Path(sys.argv[1], 'step-2')\nwhile True:\n"
+        " f.mkdir()\n for n in range(30): (f / str(n)).touch()\n shutil.rmtree(f)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(folder)])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.slow
