@@ -130,6 +130,7 @@ def test_what_is_refused_says_why_in_openais_form(server):
         (400, chat(temperature="hot"), {}, "temperature is 'hot'"),
         (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "knows no other roles"),
         (404, chat(model="gpt"), {}, "there is no model 'gpt' here"),
+        (400, chat("\ud800"), {}, "messages[0].content has half of a surrogate pair"),
     ):
         found, content = server.request(completions, body, **headers)
         assert found == status, content
@@ -138,6 +139,24 @@ def test_what_is_refused_says_why_in_openais_form(server):
     assert server.request("/nowhere")[0] == 404
     assert server.request("/v1/models", Host="elsewhere.example")[0] == 400  # a name that was made to lead here
     assert server.request("/health", Authorization="")[1] == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "the body is not JSON that can be read"),
+        (json.dumps(chat(temperature=10**400)).encode(), "temperature is 1000"),
+        (json.dumps(chat(max_tokens=10**400)).encode(), "max_tokens is 1000"),
+        (json.dumps(chat(max_tokens=float("nan"))).encode(), "max_tokens is nan"),
+        (json.dumps(chat(tools=[[["x"] * 10_000]])).encode(), "tools .* is not supported"),
+        (json.dumps(chat(model="x" * 10_000)).encode(), "there is no model 'x"),
+    ],
+    ids=["deep", "temperature", "max_tokens", "nan", "long", "model"],
+)
+def test_what_no_field_can_be_is_a_short_sentence(small, body, message):
+    with pytest.raises(RequestError, match=message) as refused:
+        read_request(body, small[1], "small", 256, Limits())
+    assert refused.value.status in (400, 404) and len(refused.value.message) < 300
 
 
 def test_messages_become_what_the_chat_template_makes_of_them(small):
