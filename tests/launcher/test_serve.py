@@ -1,5 +1,6 @@
 """`lfm serve`: a real server process, asked by OpenAI's own client, by hand-made requests and by a browser."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,9 @@ import pytest
 
 from data_pipeline.tokens.tokenization import decode_answer
 from launcher.inference.generation import Decoding, answer, load_model
+from launcher.serving.connections import HEAD_SECONDS
 from launcher.serving.requests import Limits, RequestError, read_request
+from launcher.serving.server import BODY_SECONDS
 from launcher.serving.worker import TextPieces
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
@@ -233,6 +236,43 @@ def test_whoever_leaves_in_the_middle_does_not_hold_up_the_next(server):
     begin = time.monotonic()
     assert server.request("/v1/chat/completions", chat(max_tokens=1))[0] == 200
     assert time.monotonic() - begin < whole / 2
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def test_silent_connections_keep_nobody_out(server):
+    with contextlib.ExitStack() as stack:
+        for number in range(150):
+            silent = stack.enter_context(connect(server))
+            silent.sendall(HEAD[: number % 3])
+        assert server.request("/v1/chat/completions", chat(max_tokens=1))[0] == 200
+
+
+@pytest.mark.slow
+def test_silent_connections_are_closed_and_those_that_have_asked_are_not(server):
+    silent, half, second, asked = (connect(server) for _ in range(4))
+    body = json.dumps(chat(max_tokens=1)).encode()
+    half.sendall(HEAD)
+    second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"200 OK" in second.recv(1000)
+    second.sendall(HEAD)
+    asked.sendall(
+        HEAD + b"Authorization: Bearer secret\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    begin = time.monotonic()
+    for connection in (silent, half, second):
+        while connection.recv(1000):
+            pass
+    assert HEAD_SECONDS - 1 < time.monotonic() - begin < BODY_SECONDS
+    asked.sendall(body)
+    assert b"200 OK" in asked.recv(1000)
 
 
 @pytest.mark.slow
