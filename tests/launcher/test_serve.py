@@ -310,6 +310,8 @@ def test_the_page_shows_the_answer_as_it_comes(server, small, tmp_path):
         box.send_keys(QUESTION + "\n")
         error = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".error"))
         assert "asks for a token" in error.text
+        told = browser.execute_script("return reason(new Response('Invalid host header', {status: 400}))")
+        assert told == "400 Invalid host header"  # a plain text, as a proxy's would be
         browser.find_element(By.TAG_NAME, "summary").click()
         browser.find_element(By.ID, "token").send_keys("secret")
         tokens = browser.find_element(By.ID, "tokens")
