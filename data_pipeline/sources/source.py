@@ -21,6 +21,7 @@ import polars as pl
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.jsonl import jsonl_chunks
+from data_pipeline.sources.origin import origin_of
 from data_pipeline.sources.parquet import parquet_chunks
 from data_pipeline.sources.rows import frames, values_of
 
@@ -89,7 +90,9 @@ def file_source(parts: list[str]) -> Source:
     if not files:
         raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
     first, last = files[0].name, files[-1].name
-    identity = [{"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file)} for file in files]
+    identity = [
+        {"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)} for file in files
+    ]
     chunks = []
     for file in files:
         chunks += parquet_chunks(file) if file.suffix.lower() == ".parquet" else jsonl_chunks(file)

@@ -39,8 +39,12 @@ def add_export(commands) -> None:
 def _export(options) -> None:
     from launcher.export.export import export
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is half written is cleared away
-    out = export(
-        options.run_folder, options.out, options.tag, options.dtype, options.max_shard_size, options.custom_code
-    )
+    # An exit, so that what is half written is cleared away.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        out = export(
+            options.run_folder, options.out, options.tag, options.dtype, options.max_shard_size, options.custom_code
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
     print(f"the model is in {out}")

@@ -22,8 +22,10 @@ def add_fetch(commands) -> None:
 
 
 def _fetch(options) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    from data_pipeline.sources.origin import write_origin
 
     wanted = (
         (options.dataset, "dataset", "dataset", ["*.parquet", "README.md"]),
@@ -32,8 +34,11 @@ def _fetch(options) -> None:
     for name, repository, folder, patterns in wanted:
         target = f"{options.out}/{folder}"
         try:
-            snapshot_download(name, repo_type=repository, local_dir=target, allow_patterns=patterns)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            revision = HfApi().repo_info(name, repo_type=repository).sha
+            snapshot_download(name, repo_type=repository, revision=revision, local_dir=target, allow_patterns=patterns)
+            if repository == "dataset":
+                write_origin(target, name, revision)  # so that prepared shards and a model's card can say so
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
             raise ConfigurationError(
                 f"cannot download {name} from the hub ({' '.join(str(error).split())[:160]}); run this where the internet "
                 "is reached, a login node for example"

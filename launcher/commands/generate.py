@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -39,11 +40,15 @@ def add_generate(commands) -> None:
 
 def _generate(options) -> None:
     from launcher.errors import ConfigurationError
+    from launcher.inference.questions import is_text
 
     if options.question and options.file:
         raise ConfigurationError("questions are on the command line and in --file; give one of the two")
     if options.batch_size < 1:
         raise ConfigurationError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    for question in options.question:
+        if not is_text(question):
+            raise ConfigurationError(f"the question {os.fsencode(question)} is not UTF-8 text; write it in UTF-8")
     questions = options.question or _read_questions(options.file)
 
     import torch
@@ -68,25 +73,8 @@ def _generate(options) -> None:
 
 def _read_questions(file: str | None) -> list[str]:
     """The questions of a file, or of the standard input, empty lines left out."""
-    from launcher.errors import ConfigurationError
+    from launcher.inference.questions import read_lines, read_objects
 
-    try:
-        text = sys.stdin.read() if file is None else Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the questions in {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"the questions in {file or 'stdin'} are not UTF-8 text ({error.reason})") from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    if not lines:
-        raise ConfigurationError(f"there is no question in {file or 'the standard input'}; give at least one line")
     if file is None or Path(file).suffix != ".jsonl":
-        return [line for _, line in lines]
-    questions = []
-    for number, line in lines:
-        try:
-            questions.append(json.loads(line)["question"])
-            if not isinstance(questions[-1], str):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigurationError(f'line {number} of {file} is not an object with the text "question"') from error
-    return questions
+        return [line for _, line in read_lines(file)]
+    return [row["question"] for row in read_objects(file, "question")]

@@ -53,6 +53,7 @@ def _serve(options) -> None:
     import uvicorn
 
     from launcher.inference.generation import load_model
+    from launcher.serving.connections import ImpatientProtocol
     from launcher.serving.requests import Limits
     from launcher.serving.server import build_app
     from launcher.serving.worker import Worker
@@ -65,8 +66,8 @@ def _serve(options) -> None:
     name = options.name or Path(options.model).resolve().name
     app = build_app(Worker(*load_model(options.model), limits), name, options.host, token)
     config = uvicorn.Config(
-        app, log_level="warning", timeout_keep_alive=5, limit_concurrency=options.max_waiting + 64,
-        timeout_graceful_shutdown=5, server_header=False,
+        app, http=ImpatientProtocol, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=5,
+        server_header=False,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
     print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)

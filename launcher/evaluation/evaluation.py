@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
+from textwrap import shorten
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -102,17 +103,17 @@ def evaluate(
     """
     questions = held_out.questions[:max_answers]
     for question in questions:
-        check_room(model, question.prompt, 1)
+        check_room(model, question.prompt, 1, f"the question {shorten(question.question, 80)!r}")
     scores = _score(model, tokenizer, held_out, team, batch_size, progress)
     given = _answer(model, tokenizer, questions, decoding, team, batch_size, progress)
     if scores is None or given is None:
         return None
     documents = list(chain.from_iterable(scores))
     expected = [question.expected for question in questions]
-    near = [score["rouge_l"] for score in rouge(given, expected)]
+    scored = rouge(given, expected)
     return Evaluation(
         likelihood=likelihood_metrics(documents) if documents else {},
-        text=text_metrics(given, expected) if given else {},
+        text=text_metrics(given, expected, scored) if given else {},
         counts={
             "rows": len(held_out.numbers),
             "documents": len(documents),
@@ -121,8 +122,8 @@ def evaluate(
             "answers": len(given),
         },
         answers=[
-            Answered(question.question, question.expected, text, score)
-            for question, text, score in zip(questions, given, near, strict=True)
+            Answered(question.question, question.expected, text, score["rouge_l"])
+            for question, text, score in zip(questions, given, scored, strict=True)
         ],
     )
 

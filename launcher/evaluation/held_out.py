@@ -7,7 +7,6 @@ shards are laid out and packed here as `lfm prepare` would.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +21,7 @@ from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
 from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
 from launcher.errors import ConfigurationError
+from launcher.inference.questions import read_objects
 
 ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
 SHORTEST_ROW = 256  # tokens of the rows that questions are packed into here
@@ -95,8 +95,6 @@ def open_held_out(
     if data is not None:
         return _open_shards(Path(data), tokenizer, longest, limit)
     pairs = read_questions(questions)
-    if not pairs:
-        raise ConfigurationError(f"{questions} has no question; give a file with one object a line")
     pairs = [pairs[index] for index in spread(len(pairs), limit)]
     pairs = [{name: clean_text(pair[name]) for name in ("question", "answer")} for pair in pairs]
     asked = [Question(pair["question"], pair["answer"], encode_prompt(tokenizer, pair["question"])) for pair in pairs]
@@ -116,24 +114,7 @@ def read_questions(source: str) -> list[dict]:
         from data_pipeline.sources.sample import held_out_rows
 
         return held_out_rows()
-    try:
-        lines = Path(source).read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the questions in {source}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"the questions in {source} are not UTF-8 text ({error.reason})") from error
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            rows.append({name: row[name] for name in ("question", "answer")})
-            if not all(isinstance(text, str) for text in rows[-1].values()):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigurationError(
-                f'line {number} of {source} is not an object with the texts "question" and "answer"'
-            ) from error
-    return rows
+    return read_objects(source, "question", "answer")
 
 
 def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None) -> HeldOut:

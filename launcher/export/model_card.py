@@ -19,6 +19,7 @@ LICENCES = {
     "TIGER-Lab/WebInstructSub": "Apache-2.0 (its page on the Hugging Face hub; the texts are from the web)",
 }
 UNKNOWN = "not known here: see its publisher"
+FILES_SHOWN = 5
 
 
 def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: LiquidForCausalLM, custom_code: bool) -> str:
@@ -27,7 +28,7 @@ def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: Liqui
     config = description["config"]
     sizes = model.config
     count = count_parameters(model)
-    sources, data_lines = _data(config["data"])
+    sources, data_lines = describe_data(config["data"])
     front = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -68,7 +69,7 @@ def _table(rows: dict[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
 
 
-def _data(data: str | list[dict]) -> tuple[list[str], list[str]]:
+def describe_data(data: str | list[dict]) -> tuple[list[str], list[str]]:
     """The names of what the text was made of, and the card's lines on it."""
     names, rows = [], []
     for location, weight in [(data, None)] if isinstance(data, str) else [(d["path"], d["weight"]) for d in data]:
@@ -79,16 +80,24 @@ def _data(data: str | list[dict]) -> tuple[list[str], list[str]]:
             continue
         content = json.loads(index.read_bytes())
         counts = content["counts"]
-        for source in content["config"]["source"]:
-            name = source["name"]
-            names.append(name)
-            made = f"`{name}`" + (f" at `{source['revision'][:12]}`" if "revision" in source else "")
-            kinds = ", ".join(content["sources"])
-            rows.append(
-                f"| {made}{share} | {counts['documents']:,} questions with answers ({kinds}) | {counts['tokens']:,} | "
-                f"{LICENCES.get(name, UNKNOWN)} |"
-            )
-    return names, ["| source | documents of its folder | tokens | licence |", "|---|---|---|---|", *rows]
+        made = _origins(content["config"]["source"])
+        names += made
+        licences = sorted({LICENCES.get(name, UNKNOWN) for name in made})
+        rows.append(
+            f"| {_listed(made)}{share} | {counts['documents']:,} questions with answers ({', '.join(content['sources'])}) | "
+            f"{counts['tokens']:,} | {'; '.join(licences)} |"
+        )
+    return names, ["| made of | documents | tokens | licence |", "|---|---|---|---|", *rows]
+
+
+def _origins(sources: list[dict]) -> dict[str, str | None]:
+    """What a folder was made of: datasets with their revision, where it is known, and files of which no dataset is."""
+    return {source.get("dataset", source["name"]): source.get("revision") for source in sources}
+
+
+def _listed(made: dict[str, str | None]) -> str:
+    shown = [f"`{name}`" + (f" at `{revision[:12]}`" if revision else "") for name, revision in made.items()]
+    return ", ".join(shown[:FILES_SHOWN]) + (f" and {len(shown) - FILES_SHOWN} more" * (len(shown) > FILES_SHOWN))
 
 
 def _validation(run: RunFolder, state: TrainState) -> list[str]:

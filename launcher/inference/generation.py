@@ -15,14 +15,17 @@ from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
 from model import LiquidForCausalLM
 
+LEAST_TEMPERATURE = 1e-5  # below it logits that are divided by it could overflow
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How answers are written.
 
-    max_new_tokens: of an answer at most. temperature: 0 takes the likeliest token, above it tokens are drawn, out of the
-    likeliest that have `top_p` of the probability together. num_beams: answers that are followed at once; the likeliest
-    is given. repetition_penalty: above 1, tokens that were there already become less likely (Keskar et al. 2019).
+    max_new_tokens: of an answer at most. temperature: 0, or below 1e-5, takes the likeliest token, above it tokens are
+    drawn, out of the likeliest that have `top_p` of the probability together. num_beams: answers that are followed at
+    once; the likeliest is given. repetition_penalty: above 1, tokens that were there already become less likely (Keskar
+    et al. 2019).
     Raises `ConfigurationError` for what has no meaning.
     """
 
@@ -47,9 +50,10 @@ class Decoding:
 
     def arguments(self) -> dict:
         """The same for transformers' `generate`."""
-        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.temperature else {}
+        draws = self.temperature >= LEAST_TEMPERATURE
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if draws else {}
         return {
-            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": self.temperature > 0,
+            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": draws,
             "repetition_penalty": self.repetition_penalty, **drawn,
         }  # fmt: skip
 
@@ -80,13 +84,14 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
     return encode_prompt(tokenizer, clean_text(question))
 
 
-def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int) -> None:
+def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int, name: str = "a question") -> None:
     """Raise `ConfigurationError` where a prompt and its answer would be longer than the model's positions."""
     positions = model.config.max_position_embeddings
     if len(prompt) + max_new_tokens > positions:
+        room = positions - len(prompt)
         raise ConfigurationError(
-            f"a question has {len(prompt)} tokens, which with {max_new_tokens} for the answer is more than the model's "
-            f"{positions} positions; shorten it, or ask for at most {max(0, positions - len(prompt))} new tokens"
+            f"{name} has {len(prompt)} tokens, which with {max_new_tokens} for the answer is more than the model's "
+            f"{positions} positions; shorten it{f', or ask for at most {room} new tokens' if room > 0 else ''}"
         )
 
 

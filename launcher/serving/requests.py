@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
+from reprlib import repr as shown  # of a value that may be as long, or as deep, as a body allows
 
 from transformers import PreTrainedTokenizerBase
 
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.tokens.tokenization import encode_answer, encode_prompt
 from launcher.inference.generation import Decoding
+from launcher.inference.questions import is_text
 
 DEFAULT_NEW_TOKENS = 256
 MOST_STOPS, LONGEST_STOP = 4, 256
@@ -63,18 +64,18 @@ def read_request(
     """Check a request's body. Raises `RequestError` naming the field that is wrong."""
     try:
         fields = json.loads(body)
-    except ValueError as error:
-        raise RequestError(400, f"the body is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, f"the body is not JSON that can be read ({error})") from error
     if not isinstance(fields, dict):
         raise RequestError(400, "the body must be a JSON object")
     if fields.get("model", model_name) != model_name:
         raise RequestError(
-            404, f"there is no model {fields['model']!r} here; ask for {model_name!r}", "model", "model_not_found"
+            404, f"there is no model {shown(fields['model'])} here; ask for {model_name!r}", "model", "model_not_found"
         )
     for name, allowed in WITHOUT_EFFECT.items():
         if fields.get(name) is not None and fields[name] not in allowed:
             raise RequestError(
-                400, f"{name} {fields[name]!r} is not supported; leave it out", name, "unsupported_value"
+                400, f"{name} {shown(fields[name])} is not supported; leave it out", name, "unsupported_value"
             )
     prompt = _conversation(fields.get("messages"), tokenizer, limits)
     options = fields.get("stream_options") or {}
@@ -108,7 +109,7 @@ def _conversation(messages: object, tokenizer: PreTrainedTokenizerBase, limits: 
         expected = ("user", "assistant")[place % 2]
         if role != expected:
             raise RequestError(
-                400, f"{where} has the role {role!r} where {expected!r} is due: questions of the user and answers of the "
+                400, f"{where} has the role {shown(role)} where {expected!r} is due: questions of the user and answers of the "
                 "assistant take turns, and this model knows no other roles", f"{where}.role",
             )  # fmt: skip
         text = clean_text(_text(message.get("content"), f"{where}.content"))
@@ -123,6 +124,8 @@ def _text(content: object, where: str) -> str:
         content = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
     if not isinstance(content, str) or not content.strip():
         raise RequestError(400, f"{where} must be text, and not empty", where)
+    if not is_text(content):
+        raise RequestError(400, f"{where} has half of a surrogate pair, which is no character", where)
     return content
 
 
@@ -147,17 +150,19 @@ def _decoding(fields: dict, prompt_length: int, positions: int, limits: Limits) 
 
 def _number(fields: dict, name: str, default: float, least: float, most: float, whole: bool = False) -> float:
     value = default if fields.get(name) is None else fields[name]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or (whole and value != int(value)) or not least <= value <= most:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most or (whole and value != int(value)):
         raise RequestError(
-            400, f"{name} is {value!r}; it must be a {'whole ' if whole else ''}number from {least} to {most}", name
+            400,
+            f"{name} is {shown(value)}; it must be a {'whole ' if whole else ''}number from {least} to {most}",
+            name,
         )
     return value
 
 
 def _flag(value: object, name: str) -> bool:
     if value not in (None, True, False):
-        raise RequestError(400, f"{name} is {value!r}; it must be true or false", name)
+        raise RequestError(400, f"{name} is {shown(value)}; it must be true or false", name)
     return bool(value)
 
 

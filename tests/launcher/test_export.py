@@ -16,12 +16,15 @@ from export_worker import TOKENS
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from data_pipeline.errors import DataError
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.origin import NOTE, write_origin
 from launcher.checkpoints.checkpoint import read_train_state
 from launcher.checkpoints.universal import convert
 from launcher.cli import main as lfm
 from launcher.export.export import load_run
+from launcher.export.model_card import describe_data
 from launcher.run_folder import RunFolder
 from model.moe import balancing_bias
 
@@ -153,6 +156,31 @@ def test_an_export_that_is_ended_by_a_signal_leaves_nothing(run, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143 and there and not list(tmp_path.iterdir())
+
+
+def test_the_card_knows_the_dataset_of_downloaded_files(sample_data, tmp_path):
+    """One line a folder, however many files it was made of."""
+    files = tmp_path / "hub" / "dataset" / "data"
+    files.mkdir(parents=True)
+    for number in range(3):
+        row = {"question": f"What is {number} plus 1?", "answer": str(number + 1)}
+        (files / f"part-{number}.jsonl").write_text(json.dumps(row) + "\n")
+    settings = Settings(seq_len=64, tokenizer=str(sample_data / "tokenizer"))
+    prepare(str(files), tmp_path / "plain", settings, progress=False)
+    names, lines = describe_data(str(tmp_path / "plain"))
+    (line,) = lines[2:]
+    assert names == [f"part-{number}.jsonl" for number in range(3)]
+    assert "| 3 questions with answers" in line and line.endswith("| not known here: see its publisher |")
+    write_origin(files.parent, "TIGER-Lab/WebInstructSub", "0123456789abcdef")
+    prepare(str(files), tmp_path / "noted", settings, progress=False)
+    names, lines = describe_data([{"path": str(tmp_path / "noted"), "weight": 2.0}])
+    (line,) = lines[2:]
+    assert names == ["TIGER-Lab/WebInstructSub"]
+    assert line.startswith("| `TIGER-Lab/WebInstructSub` at `0123456789ab` (weight 2) | 3 questions")
+    assert "Apache-2.0" in line
+    (files.parent / NOTE).write_text("{}")
+    with pytest.raises(DataError, match="does not say `dataset` and `revision`: fetch again"):
+        prepare(str(files), tmp_path / "broken", settings, progress=False)
 
 
 @pytest.mark.parametrize("size", ["", "2", "0MB", "2TB"])

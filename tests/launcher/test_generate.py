@@ -11,6 +11,7 @@ import torch
 
 from launcher.errors import ConfigurationError
 from launcher.inference.generation import Decoding, answer, load_model, prompt_ids
+from launcher.inference.questions import read_lines, read_objects
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "generate"]
 QUESTIONS = ["What is 7 plus 5?", "What is the capital of Peru?", "Why?"]
@@ -84,6 +85,7 @@ def test_each_way_of_decoding_does_its_part(small):
         drawn.append(answer(*small, QUESTIONS, Decoding(20, temperature=1.0)))
     assert drawn[0] == drawn[1] != drawn[2]
     assert answer(*small, QUESTIONS, Decoding(20, temperature=1.0, top_p=1e-9)) == plain  # the likeliest alone is left
+    assert answer(*small, QUESTIONS, Decoding(20, temperature=1e-300)) == plain
 
 
 def test_a_batch_is_answered_as_its_questions_alone(small):
@@ -91,11 +93,33 @@ def test_a_batch_is_answered_as_its_questions_alone(small):
     assert together == answer(*small, QUESTIONS, Decoding(12), batch_size=1)
 
 
+def test_a_line_of_a_file_ends_where_json_ends_it(tmp_path):
+    """And not at U+2028 or U+0085, which JSON leaves as they are; nor does a byte order mark belong to it."""
+    texts = ["one\u2028two", "three\x85four", "five\x0bsix"]
+    rows = [json.dumps({"question": text, "answer": text}, ensure_ascii=False) for text in texts]
+    file = tmp_path / "q.jsonl"
+    file.write_text("\ufeff" + "\r\n".join(rows[:1]) + "\n\n" + "\n".join(rows[1:]), encoding="utf-8")
+    assert read_objects(str(file), "question", "answer") == [{"question": t, "answer": t} for t in texts]
+    plain = tmp_path / "q.txt"
+    plain.write_text("\ufeff" + "\n".join(texts[:2]), encoding="utf-8")
+    assert read_lines(str(plain)) == [(1, texts[0]), (2, texts[1])]
+
+
+@pytest.mark.parametrize("line", ['{"question": "\\ud800"}', "[" * 200_000, "1" * 5000, "null", '{"question": 1}'])
+def test_a_line_that_is_no_question_is_named(tmp_path, line):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "Why?"}\n' + line)
+    with pytest.raises(ConfigurationError, match='^line 2 of .* is not an object with the text "question"$'):
+        read_objects(str(file), "question")
+
+
 def test_what_cannot_be_is_one_sentence(exported, small):
     with pytest.raises(
         ConfigurationError, match=r"more than the model's 256 positions; shorten it, or ask for at most"
     ):
         answer(*small, ["Why? " * 60], Decoding(200))
+    with pytest.raises(ConfigurationError, match=r"256 positions; shorten it$"):
+        answer(*small, ["Why? " * 300], Decoding(200))
     for wrong, message in (
         ({"top_p": 0.5}, "give a temperature"),
         ({"temperature": -1}, "temperature is -1; it must be 0"),

@@ -1,5 +1,6 @@
 """`lfm serve`: a real server process, asked by OpenAI's own client, by hand-made requests and by a browser."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,9 @@ import pytest
 
 from data_pipeline.tokens.tokenization import decode_answer
 from launcher.inference.generation import Decoding, answer, load_model
+from launcher.serving.connections import HEAD_SECONDS
 from launcher.serving.requests import Limits, RequestError, read_request
+from launcher.serving.server import BODY_SECONDS
 from launcher.serving.worker import TextPieces
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
@@ -130,6 +133,7 @@ def test_what_is_refused_says_why_in_openais_form(server):
         (400, chat(temperature="hot"), {}, "temperature is 'hot'"),
         (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "knows no other roles"),
         (404, chat(model="gpt"), {}, "there is no model 'gpt' here"),
+        (400, chat("\ud800"), {}, "messages[0].content has half of a surrogate pair"),
     ):
         found, content = server.request(completions, body, **headers)
         assert found == status, content
@@ -138,6 +142,24 @@ def test_what_is_refused_says_why_in_openais_form(server):
     assert server.request("/nowhere")[0] == 404
     assert server.request("/v1/models", Host="elsewhere.example")[0] == 400  # a name that was made to lead here
     assert server.request("/health", Authorization="")[1] == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "the body is not JSON that can be read"),
+        (json.dumps(chat(temperature=10**400)).encode(), "temperature is 1000"),
+        (json.dumps(chat(max_tokens=10**400)).encode(), "max_tokens is 1000"),
+        (json.dumps(chat(max_tokens=float("nan"))).encode(), "max_tokens is nan"),
+        (json.dumps(chat(tools=[[["x"] * 10_000]])).encode(), "tools .* is not supported"),
+        (json.dumps(chat(model="x" * 10_000)).encode(), "there is no model 'x"),
+    ],
+    ids=["deep", "temperature", "max_tokens", "nan", "long", "model"],
+)
+def test_what_no_field_can_be_is_a_short_sentence(small, body, message):
+    with pytest.raises(RequestError, match=message) as refused:
+        read_request(body, small[1], "small", 256, Limits())
+    assert refused.value.status in (400, 404) and len(refused.value.message) < 300
 
 
 def test_messages_become_what_the_chat_template_makes_of_them(small):
@@ -216,6 +238,43 @@ def test_whoever_leaves_in_the_middle_does_not_hold_up_the_next(server):
     assert time.monotonic() - begin < whole / 2
 
 
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+
+
+def connect(server: Server) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    return socket.create_connection((host, int(port)), timeout=60)
+
+
+def test_silent_connections_keep_nobody_out(server):
+    with contextlib.ExitStack() as stack:
+        for number in range(150):
+            silent = stack.enter_context(connect(server))
+            silent.sendall(HEAD[: number % 3])
+        assert server.request("/v1/chat/completions", chat(max_tokens=1))[0] == 200
+
+
+@pytest.mark.slow
+def test_silent_connections_are_closed_and_those_that_have_asked_are_not(server):
+    silent, half, second, asked = (connect(server) for _ in range(4))
+    body = json.dumps(chat(max_tokens=1)).encode()
+    half.sendall(HEAD)
+    second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"200 OK" in second.recv(1000)
+    second.sendall(HEAD)
+    asked.sendall(
+        HEAD + b"Authorization: Bearer secret\r\nContent-Type: application/json\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    begin = time.monotonic()
+    for connection in (silent, half, second):
+        while connection.recv(1000):
+            pass
+    assert HEAD_SECONDS - 1 < time.monotonic() - begin < BODY_SECONDS
+    asked.sendall(body)
+    assert b"200 OK" in asked.recv(1000)
+
+
 @pytest.mark.slow
 def test_a_port_for_others_asks_for_a_token_and_one_that_is_taken_is_said(exported, server):
     environment = {name: value for name, value in os.environ.items() if name != "LFM_TOKEN"}
@@ -251,6 +310,8 @@ def test_the_page_shows_the_answer_as_it_comes(server, small, tmp_path):
         box.send_keys(QUESTION + "\n")
         error = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".error"))
         assert "asks for a token" in error.text
+        told = browser.execute_script("return reason(new Response('Invalid host header', {status: 400}))")
+        assert told == "400 Invalid host header"  # a plain text, as a proxy's would be
         browser.find_element(By.TAG_NAME, "summary").click()
         browser.find_element(By.ID, "token").send_keys("secret")
         tokens = browser.find_element(By.ID, "tokens")

@@ -14,7 +14,8 @@ WORDNET = Path(__file__).parents[3] / "shared" / "data" / "nltk_data"
 
 
 def test_exact_match_and_lengths():
-    metrics = text_metrics(["a b", "c\n", "d e f", ""], ["a b", " c", "d e", "x"])
+    given, expected = ["a b", "c\n", "d e f", ""], ["a b", " c", "d e", "x"]
+    metrics = text_metrics(given, expected, rouge(given, expected))
     assert metrics["exact_match"] == 2 / 4  # but for space around them
     assert metrics["average_length"] == (2 + 1 + 3 + 0) / 4
     assert metrics["average_expected_length"] == (2 + 1 + 2 + 1) / 4
@@ -35,6 +36,12 @@ def test_bleu():
     assert bleu(["the cat is on a mat"], ["the cat sat on a mat"]) == pytest.approx(expected)
     # Half as long as it should be, every word right: the brevity penalty alone.
     assert bleu(["a b c d"], ["a b c d e f g h"]) == pytest.approx(100 * math.exp(1 - 8 / 4))
+
+
+def test_what_the_libraries_do_not_see_in_right_answers():
+    """As the README beside them says."""
+    assert bleu(["12", "Lima"], ["12", "Lima"]) == 0
+    assert rouge(["北京"], ["北京"]) == [{"rouge1": 0, "rouge2": 0, "rouge_l": 0}]
 
 
 def test_rouge():
@@ -69,7 +76,10 @@ def test_meteor_knows_synonyms_where_wordnet_is_at_hand():
 
 
 def test_without_wordnet_meteor_alone_is_missing():
-    code = "import json; from launcher.evaluation.text_metrics import text_metrics as t; print(json.dumps(t(['a'], ['b'])))"
+    code = (
+        "import json; from launcher.evaluation.text_metrics import rouge, text_metrics as t; "
+        "print(json.dumps(t(['a'], ['b'], rouge(['a'], ['b']))))"
+    )
     environment = {**os.environ, "NLTK_DATA": "/nowhere", "HOME": "/nowhere"}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert '"meteor": null' in result.stdout, result.stderr

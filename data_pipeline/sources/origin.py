@@ -1,0 +1,28 @@
+"""The note beside downloaded files that says which dataset they are, and in which revision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_pipeline.errors import DataError
+
+NOTE = "dataset-origin.json"
+
+
+def write_origin(folder: str | Path, dataset: str, revision: str) -> None:
+    """Leave the note in the folder that holds the files, at any depth."""
+    (Path(folder) / NOTE).write_text(json.dumps({"dataset": dataset, "revision": revision}) + "\n", encoding="utf-8")
+
+
+def origin_of(file: Path) -> dict[str, str]:
+    """`dataset` and `revision` of the nearest note above a file; empty where there is none."""
+    folder = file.parent.resolve()
+    note = next((path for above in (folder, *folder.parents) if (path := above / NOTE).is_file()), None)
+    if note is None:
+        return {}
+    try:
+        found = json.loads(note.read_bytes())
+        return {name: str(found[name]) for name in ("dataset", "revision")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{note} does not say `dataset` and `revision`: fetch again, or delete it") from error

@@ -1,0 +1,34 @@
+"""Connections that must say what they want: one that stays silent is closed, so that it keeps nobody else out."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+HEAD_SECONDS = 10  # for a request's line and headers to arrive, from the connection's beginning or the answer before
+
+
+class ImpatientProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which alone would wait for the rest of a head for ever."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._await_head(None)
+
+    def on_response_complete(self) -> None:
+        answered = self.cycle  # the call below may begin the next one
+        super().on_response_complete()
+        self._head_awaited.cancel()
+        self._await_head(answered)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_awaited.cancel()
+        super().connection_lost(exc)
+
+    def _await_head(self, last: RequestResponseCycle | None) -> None:
+        self._head_awaited = self.loop.call_later(HEAD_SECONDS, self._close_unless_asked, last)
+
+    def _close_unless_asked(self, last: RequestResponseCycle | None) -> None:
+        if self.cycle is last:
+            self.transport.close()
