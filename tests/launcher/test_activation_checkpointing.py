@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow  # test_same_mathematics recomputes among the fast ones
+
 MEASURE = """
 import gc, json, sys
 import torch

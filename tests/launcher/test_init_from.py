@@ -94,6 +94,7 @@ def test_the_files_are_read_as_safetensors_reads_them(folder):
     assert all(torch.equal(files.read(name), state[name]) for name in files.shapes)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_without_the_weights_that_it_began_with(trainer, folder, capsys):
     """Nor does one of fresh weights begin to read any; every step is that of a run that was never stopped."""
     gone = "init_from=/moved/elsewhere"
