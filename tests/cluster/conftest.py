@@ -13,28 +13,9 @@ import yaml
 from jobs import STEPS, Submitter, curves
 from virtual_cluster import VirtualCluster, what_is_missing
 
+from tests.small_model import SIZES
+
 PROJECT = Path(__file__).parents[2]
-MODEL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "sliding_window": 16,
-    "deformable_taps": 3,
-    "deformable_range": 6,
-    "deformable_groups": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 16,
-    "memory_hidden_size": 12,
-    "memory_num_layers": 2,
-    "memory_stride": 4,
-    "memory_every": 2,
-    "embedding_components": 16,
-    "embedding_temperature": 1.0,
-}
 RUN = {
     "max_steps": STEPS,
     "checkpoint_every": 6,
@@ -96,7 +77,7 @@ def configured(project, data) -> list[str]:
     settings = json.loads((project / "ds_configs" / "zero3.json").read_text())
     del settings["fp16"]  # so that no run asks what this CPU can do
     (project / "small.json").write_text(json.dumps(settings))
-    (project / "model.yaml").write_text(yaml.safe_dump(MODEL))
+    (project / "model.yaml").write_text(yaml.safe_dump(SIZES))
     (project / "run.yaml").write_text(yaml.safe_dump({**RUN, "data": str(data), "model": "model.yaml"}))
     return ["--deepspeed_config", "small.json", "--config", "run.yaml"]
 

@@ -3,7 +3,8 @@
 import sys
 
 import pytest
-from conftest import start
+
+from tests.launcher.trainer import start
 
 # Rank 0 is late, as where it prepares the data, and later rank 1, as where it hangs.
 LATE = """

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 import yaml
-from conftest import PROJECT, start
-from test_guard import differing_runs
 
 from launcher.settings.deepspeed_config import read_json
 from launcher.settings.memory_estimate import (
@@ -20,6 +18,8 @@ from launcher.settings.memory_estimate import (
     states_table,
 )
 from model import LiquidConfig, LiquidForCausalLM
+from tests.launcher.saved_state import differing_runs
+from tests.launcher.trainer import PROJECT, start
 
 FOLDER = PROJECT / "ds_configs"
 STEPS = 6

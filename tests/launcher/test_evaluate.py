@@ -12,7 +12,6 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import start
 
 from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.reader import ShardFolder
@@ -20,6 +19,7 @@ from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
 from launcher.evaluation.likelihood import DocumentScore, bytes_of_tokens, likelihood_metrics
 from launcher.inference.generation import load_model
+from tests.launcher.trainer import start
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "evaluate"]
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import MODEL, start
 from export_worker import TOKENS
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
@@ -27,6 +26,8 @@ from launcher.export.export import load_run
 from launcher.export.model_card import describe_data
 from launcher.run_folder import RunFolder
 from model.moe import balancing_bias
+from tests.launcher.trainer import start
+from tests.small_model import SIZES
 
 STEPS = 4
 # Nothing but the standard library and what is installed; `-S` leaves out what an editable install adds to the path.
@@ -243,7 +244,7 @@ print(json.dumps(peak() - before))
 @pytest.mark.slow
 def test_an_export_holds_little_more_than_its_largest_tensor(trainer, tmp_path):
     """Resident memory, mapped files included: below twice the largest tensor and a shard, a tenth of the model."""
-    larger = {**MODEL, "hidden_size": 256, "num_hidden_layers": 24, "num_experts": 8, "moe_intermediate_size": 512}
+    larger = {**SIZES, "hidden_size": 256, "num_hidden_layers": 24, "num_experts": 8, "moe_intermediate_size": 512}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(larger))
     trainer.run(2, trainer.arguments("larger", f"model={tmp_path / 'model.yaml'}", "max_steps=1"))
     shard = 20 * 10**6

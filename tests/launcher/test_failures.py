@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import start
 
 from launcher.errors import ConfigurationError, HardwareError
 from launcher.guarding.failures import Failures, recognised_failures, what_failed
 from launcher.run_folder import RunFolder
+from tests.launcher.trainer import start
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:37769."
 

@@ -6,8 +6,6 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import Trainer, start
-from test_guard import differing_runs
 
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
@@ -15,6 +13,8 @@ from data_pipeline.preparation.settings import Settings
 from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.config import RunConfig
 from launcher.run_folder import RunFolder
+from tests.launcher.saved_state import differing_runs
+from tests.launcher.trainer import Trainer, start
 
 STEPS, ROWS = 16, 4  # rows of a step
 LOST_AT, LOST_BY = 4, 10  # the step at whose beginning a shard is lost, and that by which it is needed

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROJECT, start
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from launcher.run_folder import RunFolder
 from launcher.settings.model_source import build_model, model_config
 from launcher.weight_files import WeightFiles, write_shards
 from model import LiquidConfig, LiquidForCausalLM
+from tests.launcher.trainer import PROJECT, start
 
 GIGABYTE = 1e9
 

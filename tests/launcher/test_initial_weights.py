@@ -5,7 +5,9 @@ import sys
 
 import pytest
 import yaml
-from conftest import MODEL, start
+
+from tests.launcher.trainer import start
+from tests.small_model import SIZES
 
 BEGIN = """
 import json, sys
@@ -53,7 +55,7 @@ torch.distributed.destroy_process_group()
 def test_they_are_the_seeds_and_only_rank_0_ever_holds_them_whole(trainer, tmp_path, stage, precision):
     """Whole in fp32: under ZeRO-1 each rank trains with all of them, but in 16 bits."""
     model = tmp_path / "model.yaml"
-    model.write_text(yaml.safe_dump({**MODEL, "num_hidden_layers": 16, "moe_intermediate_size": 4000}))
+    model.write_text(yaml.safe_dump({**SIZES, "num_hidden_layers": 16, "moe_intermediate_size": 4000}))
     zero = json.loads(trainer.fp32.read_text())["zero_optimization"] | {"stage": stage}
     sections = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     path = trainer.deepspeed_config(f"{precision}_{stage}", zero_optimization=zero, **sections)

@@ -9,11 +9,11 @@ import signal
 import sys
 
 import pytest
-from conftest import start
-from test_guard import differing_runs
 
 from launcher.checkpoints.checkpoint import read_train_state
 from launcher.errors import COMMUNICATION_OR_HARDWARE
+from tests.launcher.saved_state import differing_runs
+from tests.launcher.trainer import start
 
 STEPS, KILLS, SEED = 40, int(os.environ.get("LFM_KILLS", 6)), 5
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "micro_batch_rows=1"]

@@ -83,7 +83,7 @@ def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):
     process = start_launcher(trainer, f"launcher_killed_{rank}")
-    of_the_rank = [member for member in members(process.pid) if member.environ().get("RANK") == str(rank)]
+    of_the_rank = [member for member in members(process.pid) if f"--local_rank={rank}" in member.cmdline()]
     min(of_the_rank, key=lambda member: member.create_time()).kill()  # and not a child of it that is there for a moment
     process.communicate(timeout=90)
     wait_for_the_end(process.pid, 40)

@@ -4,30 +4,9 @@ import pytest
 import torch
 
 from model import LiquidConfig, LiquidForCausalLM
+from tests.small_model import SIZES as SMALL
 
-SIZES = {
-    "vocab_size": 128,
-    "used_vocab_size": 101,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "sliding_window": 8,
-    "deformable_taps": 3,
-    "deformable_range": 6,
-    "deformable_groups": 4,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 16,
-    "memory_hidden_size": 12,
-    "memory_num_layers": 2,
-    "memory_stride": 4,
-    "memory_every": 1,
-    "embedding_components": 16,
-    "embedding_temperature": 1.0,
-}
+SIZES = SMALL | {"vocab_size": 128, "used_vocab_size": 101, "sliding_window": 8, "memory_every": 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
