@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from jobs import STEPS, Submitter, curves
-from virtual_cluster import VirtualCluster, what_is_missing
 
+from tests.cluster.jobs import STEPS, Submitter, curves
+from tests.cluster.virtual_cluster import VirtualCluster, what_is_missing
 from tests.small_model import SIZES
 
 PROJECT = Path(__file__).parents[2]

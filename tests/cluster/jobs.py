@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from virtual_cluster import NODES, VirtualCluster
+
+from tests.cluster.virtual_cluster import NODES, VirtualCluster
 
 STEPS = 24  # of the small run that the tests share
 COMMAND_SECONDS = 30  # a SLURM command that waits for ever must not take the suite with it

@@ -5,7 +5,8 @@ import sys
 import time
 
 import pytest
-from jobs import Job, read_status
+
+from tests.cluster.jobs import Job, read_status
 
 pytestmark = pytest.mark.cluster
 SMALL = ["--sbatch=--cpus-per-task=1", "--sbatch=--mem=1G"]

@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from jobs import STEPS, curves, processes_of, ranks_of, read_status
+
+from tests.cluster.jobs import STEPS, curves, processes_of, ranks_of, read_status
 
 pytestmark = pytest.mark.cluster
 

@@ -7,7 +7,6 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from shard_folders import FIRST_ID, PAD, make_folder
 
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
@@ -16,6 +15,7 @@ from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.prefetch import Prefetcher
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.tokens.tokenization import decode_answer, load_tokenizer
+from tests.data_pipeline.shard_folders import FIRST_ID, PAD, make_folder
 
 NAMES = ("input_ids", "labels", "position_ids")
 PROCESSES = multiprocessing.get_context("fork")  # real processes that need not import torch again

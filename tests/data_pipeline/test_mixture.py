@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
-from shard_folders import FIRST_ID, flip_bit, make_folder
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import BatchStream, ValidationBatches
 from data_pipeline.loading.mixture import Mixture, open_data
 from data_pipeline.loading.reader import ShardFolder
+from tests.data_pipeline.shard_folders import FIRST_ID, flip_bit, make_folder
 
 
 @pytest.fixture

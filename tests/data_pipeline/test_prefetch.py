@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 import pytest
-from shard_folders import flip_bit, make_folder
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
 from data_pipeline.loading.reader import ShardFolder
+from tests.data_pipeline.shard_folders import flip_bit, make_folder
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import threading
 
 import numpy as np
 import pytest
-from shard_folders import FIRST_ID, PAD, flip_bit, make_folder
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import BatchStream, ValidationBatches
 from data_pipeline.loading.reader import NO_ROW, ShardFolder
+from tests.data_pipeline.shard_folders import FIRST_ID, PAD, flip_bit, make_folder
 
 NAMES = ("input_ids", "labels", "position_ids")
 

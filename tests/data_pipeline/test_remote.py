@@ -12,13 +12,13 @@ from itertools import chain
 import fsspec
 import numpy as np
 import pytest
-from shard_folders import flip_bit, make_folder
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import ShardCache
+from tests.data_pipeline.shard_folders import flip_bit, make_folder
 
 PROCESSES = multiprocessing.get_context("fork")
 

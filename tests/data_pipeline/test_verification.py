@@ -1,6 +1,5 @@
-"""Verification, against folders that the test writes itself, with tarfile and numpy alone."""
+"""Verification of what is in each file, against folders that the test writes itself."""
 
-import hashlib
 import io
 import json
 import os
@@ -15,122 +14,25 @@ from data_pipeline.checking import verification
 from data_pipeline.checking.columns import parse_shard
 from data_pipeline.checking.piece_ledger import PieceLedger, ShardPieces
 from data_pipeline.checking.verification import bytes_to_verify, verify
-from data_pipeline.errors import DataError
-
-SEQ_LEN, VOCAB_SIZE, ROWS_IN = 16, 50, 40
-BOS, PAD, EOS, SEP = 0, 1, 2, 49
-SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "sep_token": "<sep>"}
-
-Row = tuple[np.ndarray, np.ndarray]  # tokens and spans
-
-
-def document(input_row: int, question: int, answer: int, source: int = 0) -> list[tuple[list[int], int, list[int]]]:
-    """Lays a document out: the ids, the answer's start and [source, input row, offset] of each of its pieces."""
-    ids = [BOS, *range(10, 10 + question), SEP, *range(10, 10 + answer), EOS]
-    return [
-        (ids[first : first + SEQ_LEN], question + 2 - first, [source, input_row, first])
-        for first in range(0, len(ids), SEQ_LEN)
-    ]
-
-
-def row(*pieces: tuple[list[int], int, list[int]]) -> Row:
-    tokens, spans = [], []
-    for ids, answer_start, origin in pieces:
-        start, end = len(tokens), len(tokens) + len(ids)
-        spans.append([start, start + min(max(answer_start, 0), len(ids)), end, *origin])
-        tokens += ids
-    return np.array(tokens + [PAD] * (SEQ_LEN - len(tokens)), dtype=np.uint16), np.array(spans, dtype=np.int64)
-
-
-def sound_shards() -> list[list[Row]]:
-    """Three shards; a document of 25 tokens begins in the first and ends in the second."""
-    long = document(1, 12, 10, source=1)
-    return [
-        [row(*document(0, 3, 4)), row(long[0])],
-        [row(long[1], *document(2, 1, 2)), row(*document(3, 2, 2), *document(4, 2, 3))],
-        [row(*document(5, 4, 9, source=1)), row(*document(6, 1, 1)), row(*document(7, 3, 3))],
-    ]
-
-
-def npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def write_shard(folder: Path, stem: str, rows: list[Row]) -> dict:
-    offsets = []
-    with tarfile.open(folder / f"{stem}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for number, arrays in enumerate(rows):
-            for kind, array in zip(("tokens", "spans"), arrays, strict=True):
-                member = tarfile.TarInfo(f"{stem}-{number:06d}.{kind}.npy")
-                member.size = len(npy(array))
-                offsets.append(tar.offset + 512)
-                tar.addfile(member, io.BytesIO(npy(array)))
-    (folder / f"{stem}.offsets.npy").write_bytes(npy(np.array(offsets, dtype=np.uint64).reshape(-1, 2)))
-    offsets_entry = {"name": f"{stem}.offsets.npy"}
-    return {"name": f"{stem}.tar", "rows": len(rows), "offsets": offsets_entry}
-
-
-def write_folder(folder: Path, shards: list[list[Row]], **counts: int) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "tokenizer").mkdir()
-    ids = zip(SPECIAL_TOKENS.values(), (BOS, PAD, EOS, SEP), strict=True)
-    added = [{"content": content, "id": number} for content, number in ids]
-    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(SPECIAL_TOKENS))
-    rows = [row for shard in shards for row in shard]
-    documents = sum(int((spans[:, 5] == 0).sum()) for _, spans in rows)
-    counts = {
-        "rows_in": ROWS_IN,
-        "rows_dropped": {"empty": 3, "duplicate": ROWS_IN - documents - 3 - counts.get("validation_documents", 0)},
-        "documents": documents,
-        "tokens": sum(int(spans[-1, 2]) for _, spans in rows),
-        "packed_rows": len(rows),
-    } | counts
-    index = {
-        "format_version": 1,
-        "config": {},
-        "seq_len": SEQ_LEN,
-        "vocab_size": VOCAB_SIZE,
-        "sources": ["first", "second"],
-        "counts": counts,
-        "tokenizer": {
-            "fingerprint": "0" * 64,
-            "pad_token_id": PAD,
-            "files": [{"name": f"tokenizer/{name}"} for name in ("tokenizer.json", "tokenizer_config.json")],
-        },
-        "files": [write_shard(folder, f"shard-00000-{number:03d}", shard) for number, shard in enumerate(shards)],
-    }
-    return write_index(folder, index)
-
-
-def write_index(folder: Path, index: dict | None = None) -> Path:
-    """Writes the index with the sizes and hashes that the files have now: whatever they hold is then as meant."""
-    index = index or json.loads((folder / "index.json").read_text())
-    entries = [*index["files"], *(shard["offsets"] for shard in index["files"]), *index["tokenizer"]["files"]]
-    for entry in entries:
-        data = (folder / entry["name"]).read_bytes()
-        entry.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
-
-
-def flip_bit(path: Path, position: int = 700) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(bytes(data))
+from tests.data_pipeline.shard_folders import flip_bit
+from tests.data_pipeline.written_shards import (
+    ROWS_IN,
+    SEQ_LEN,
+    VOCAB_SIZE,
+    Row,
+    document,
+    message,
+    npy,
+    row,
+    sound_shards,
+    write_folder,
+    write_index,
+)
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return write_folder(tmp_path / "shards", sound_shards())
-
-
-def message(folder: Path | str, **options) -> str:
-    with pytest.raises(DataError) as error:
-        verify(folder, **options)
-    return str(error.value)
 
 
 def test_a_sound_folder_is_accepted_by_one_process_and_by_several(folder, prepared):
@@ -328,112 +230,6 @@ def test_a_wrong_number_of_rows_is_told(folder):
     index = json.loads((folder / "index.json").read_text())
     index["files"][1]["rows"] += 1
     assert "it has 2 rows and the index says 3" in message(write_index(folder, index))
-
-
-def rows_of(shards: list[list[Row]], input_row: int) -> list[np.ndarray]:
-    """Gives views of the spans of a document."""
-    return [span for shard in shards for _, spans in shard for span in spans if span[4] == input_row]
-
-
-def begin_an_answer_again(shards: list[list[Row]]) -> None:
-    tokens, spans = shards[1][0]
-    tokens[1] = SEP  # so that the piece alone is sound
-    spans[0, 1] = 2
-
-
-def go_on_after_the_end(shards: list[list[Row]]) -> None:
-    shards[2] += [row(piece) for piece in document(8, 5, 40)]
-    tokens, _ = shards[2][-2]
-    tokens[-1] = EOS
-
-
-@pytest.mark.parametrize(
-    ("edit", "shards_named", "what"),
-    [
-        (lambda shards: rows_of(shards, 1)[1].__setitem__(5, 15), (0, 1), "input row 1 doesn't make one whole"),
-        (lambda shards: rows_of(shards, 1)[1].__setitem__(3, 0), (0, 1), "input row 1 doesn't make one whole"),
-        (begin_an_answer_again, (0, 1), "input row 1 doesn't make one whole"),
-        (go_on_after_the_end, (2,), "input row 8 doesn't make one whole"),
-        (lambda shards: shards[0].pop(), (1,), "input row 1 doesn't make one whole"),
-        (lambda shards: rows_of(shards, 7)[0].__setitem__(4, 0), (0, 2), "input row 0 stands there more than once"),
-        (lambda shards: shards[1].append(shards[2][0]), (1, 2), "input row 5 stands there more than once"),
-    ],
-    ids=[
-        "a gap",
-        "another source",
-        "an answer that stops",
-        "an early end",
-        "a beginning lost",
-        "one number twice",
-        "a row twice",
-    ],
-)
-def test_documents_must_be_whole_and_stand_once(tmp_path, edit, shards_named, what):
-    shards = sound_shards()
-    edit(shards)
-    said = message(write_folder(tmp_path / "shards", shards))
-    assert what in said
-    for number in range(3):
-        assert (f"shard-00000-00{number}.tar" in said) == (number in shards_named)
-
-
-def test_a_lost_end_is_told(tmp_path):
-    shards = sound_shards()
-    shards[1][0] = row(*document(2, 1, 2))
-    said = message(write_folder(tmp_path / "shards", shards))
-    assert "shard-00000-000.tar: input row 1 doesn't make one whole" in said
-
-
-@pytest.mark.parametrize("wrong", [{"documents": 9}, {"tokens": 1}, {"packed_rows": 6}, {"rows_in": 41}])
-def test_counts_must_be_right(tmp_path, wrong):
-    said = message(write_folder(tmp_path / "shards", sound_shards(), **wrong))
-    assert "rows were read" in said if "rows_in" in wrong else f"{next(iter(wrong))} and its index says" in said
-
-
-def with_validation(path: Path, validation_row: int = 20, **counts: int) -> Path:
-    write_folder(path, sound_shards(), **({"validation_documents": 2} | counts))
-    held_out = [[row(*document(validation_row, 2, 2), *document(21, 2, 1))]]
-    write_folder(path / "validation", held_out)
-    return path
-
-
-def test_a_validation_folder_is_verified_too(tmp_path):
-    folder = with_validation(tmp_path / "shards")
-    seen = []
-    assert verify(folder, seen.append)["counts"]["validation_documents"] == 2
-    assert sum(seen) == bytes_to_verify(folder) > bytes_to_verify(folder / "validation") > 0
-    index = json.loads((folder / "validation" / "index.json").read_text())
-    for key in ("rows_in", "rows_dropped"):
-        del index["counts"][key]
-    index["tokenizer"]["files"] = []
-    verify(write_index(folder / "validation", index).parent)
-    assert verify(folder / "validation")["counts"] == index["counts"]
-    flip_bit(folder / "validation" / "shard-00000-000.tar")
-    assert f"{folder}/validation/shard-00000-000.tar has changed" in message(folder)
-
-
-def test_training_and_validation_share_no_input_row(tmp_path):
-    said = message(with_validation(tmp_path / "whole", validation_row=6))
-    assert "whole/shard-00000-002.tar and" in said
-    assert "validation/shard-00000-000.tar: input row 6 stands there more than once" in said
-    path = tmp_path / "parts"
-    shards = sound_shards()
-    write_folder(path, [shards[0], shards[2]], validation_documents=3)
-    write_folder(path / "validation", [shards[1]])
-    assert "validation/shard-00000-000.tar: input row 1 doesn't make one whole document" in message(path)
-
-
-def test_validation_documents_must_be_counted_right(tmp_path):
-    said = message(with_validation(tmp_path / "shards", validation_documents=3))
-    assert "says 3 validation documents and 2 are there" in said
-
-
-def test_a_validation_folder_with_another_tokenizer_is_told(tmp_path):
-    folder = with_validation(tmp_path / "shards")
-    index = json.loads((folder / "validation" / "index.json").read_text())
-    index["tokenizer"]["fingerprint"] = "1" * 64
-    write_index(folder / "validation", index)
-    assert "names another tokenizer" in message(folder)
 
 
 def test_a_folder_behind_a_url_is_refused():

@@ -1,5 +1,6 @@
 """Real training runs for tests: processes on gloo, small data, a small model."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,15 @@ def exported(sample_data, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, sample_data) -> Trainer:
     return Trainer(tmp_path_factory.mktemp("runs"), sample_data)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few pages, which `tests.launcher.disk.fill` fills."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)

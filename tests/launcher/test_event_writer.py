@@ -2,9 +2,9 @@
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_failures import fill, small_disk  # noqa: F401 - a fixture
 
 from launcher.watching.event_writer import EventWriter
+from tests.launcher.disk import fill
 
 # The writer's own thread ends with the error that is told here.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -20,7 +20,7 @@ def shown(folder) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("flushes", [True, False])
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_space(small_disk, flushes):  # noqa: F811
+def test_what_a_full_disk_does_not_take_is_written_when_there_is_space(small_disk, flushes):
     said = []
     writer = EventWriter(small_disk / "tensorboard", 1, said.append)
     for step in range(1, 3 * VALUES + 1):
@@ -37,7 +37,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_space(small_dis
         assert len(said) == 2 and "No space left on device" in said[0] and "are written again" in said[1]
 
 
-def test_where_there_is_no_space_to_the_end_it_is_said_and_nothing_raised(small_disk):  # noqa: F811
+def test_where_there_is_no_space_to_the_end_it_is_said_and_nothing_raised(small_disk):
     said = []
     writer = EventWriter(small_disk / "tensorboard", 1, said.append)
     writer.add_scalar("loss", 0.0, 1)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from export_worker import TOKENS
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -26,6 +25,7 @@ from launcher.export.export import load_run
 from launcher.export.model_card import describe_data
 from launcher.run_folder import RunFolder
 from model.moe import balancing_bias
+from tests.launcher.export_worker import TOKENS
 from tests.launcher.trainer import start
 from tests.small_model import SIZES
 

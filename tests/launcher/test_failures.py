@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from launcher.errors import ConfigurationError, HardwareError
 from launcher.guarding.failures import Failures, recognised_failures, what_failed
 from launcher.run_folder import RunFolder
+from tests.launcher.disk import fill
 from tests.launcher.trainer import start
 
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:37769."
@@ -164,26 +164,6 @@ def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", unsupported)  # as on Lustre without -o flock
     with pytest.raises(ConfigurationError, match="cannot lock .*lock .Function not implemented.*-o flock.*set output"):
         RunFolder(tmp_path / "run").claim()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("mounting a small disk takes root")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder) -> None:
-    with open(folder / "ballast", "ab", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1024))
-        except OSError:
-            return
 
 
 def test_a_status_is_written_to_a_full_disk_over_the_old_one(small_disk, capsys):

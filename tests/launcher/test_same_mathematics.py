@@ -12,7 +12,6 @@ from collections import defaultdict
 
 import pytest
 import torch
-from mathematics_worker import GLOBAL_ROWS, GRADIENTS_OF, MICRO_ROWS, STEPS, UNLABELLED_STEP, leave_labels_out
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
@@ -24,6 +23,14 @@ from launcher.settings.schedule import learning_rate
 from model.loss import total_loss
 from model.metrics import count_tokens, load_max_over_mean
 from model.moe import balancing_bias, set_balancing_bias, updated_balancing_bias
+from tests.launcher.mathematics_worker import (
+    GLOBAL_ROWS,
+    GRADIENTS_OF,
+    MICRO_ROWS,
+    STEPS,
+    UNLABELLED_STEP,
+    leave_labels_out,
+)
 from tests.launcher.trainer import start
 
 # Adam's: with its usual 1e-8 a step's length is that of the rounding error where a gradient is nearly zero.
