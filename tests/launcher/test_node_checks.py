@@ -58,6 +58,16 @@ def test_a_clock_that_is_off_is_named():
     assert judge_clocks({"n1": 0.0, "n2": 0.0, "n3": 3600.0}).level == RED
 
 
+# `lfm preflight`, but with less patience for files that another node wrote.
+IMPATIENT = """
+import sys
+from launcher.cli import main
+from launcher.preflight import nodes
+nodes.VISIBLE_WITHIN = 5
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def start_nodes(count: int, arguments: list[str], before_last: tuple[str, ...] = ()) -> list[subprocess.Popen]:
     """The command as one process a node, each with srun's variables; `before_last` stands before the last one's."""
     processes, port = [], free_port()
@@ -66,7 +76,7 @@ def start_nodes(count: int, arguments: list[str], before_last: tuple[str, ...] =
         variables |= {"SLURM_PROCID": str(rank), "SLURM_NTASKS": str(count), "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
                       "SLURM_STEP_TASKS_PER_NODE": f"1(x{count})", "SLURM_JOB_ID": "7",
                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-        command = [sys.executable, "-m", "launcher.cli", "preflight", *arguments]
+        command = [sys.executable, "-c", IMPATIENT, "preflight", *arguments]
         command = [*before_last, *command] if rank == count - 1 else command
         processes.append(
             subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
