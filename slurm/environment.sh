@@ -70,6 +70,8 @@ if [[ -n ${LFM_INTERFACE:-} ]]; then
     done
     export NCCL_SOCKET_IFNAME=$LFM_INTERFACE GLOO_SOCKET_IFNAME=$LFM_INTERFACE
 fi
+# Steps get all of that, also where sbatch was told to pass on nothing of the shell (--export=NONE) or a few names.
+export SLURM_EXPORT_ENV=ALL
 # Variables of another launcher, from the shell that called sbatch, would name a wrong rank.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
 

@@ -33,31 +33,70 @@ run_step() {
     if [[ -n $asked ]]; then
         code=0
         wait "$step" || code=$? # a trap cuts a wait short; this one lasts until srun has ended
+    elif ((code != 0)) && is_preempted; then
+        asked=TERM
+        say "SLURM takes this job's nodes for another: it has asked the ranks itself to stop"
     fi
     step=''
+}
+
+# is_preempted: whether this start of the job is. Where the site does not set preempt_send_user_signal, SLURM tells the
+# ranks and not this script, which would take their end for a failure.
+is_preempted() {
+    local facts
+    facts=$(of_slurm scontrol show job --oneliner "$job") || return 1
+    # A start before this one may have been; times as ISO 8601 compare as texts.
+    [[ $facts =~ \ StartTime=([0-9T:-]+) ]] || return 1
+    local started=${BASH_REMATCH[1]}
+    [[ $facts =~ \ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $started ]]
+}
+
+# of_slurm COMMAND...: a command of SLURM's, again for a minute where its controller does not answer.
+of_slurm() {
+    local try said
+    for try in 1 2 3 4 5 6; do
+        if said=$("$@" 2>&1); then
+            [[ -z $said ]] || printf '%s\n' "$said"
+            return 0
+        fi
+        [[ $said == *'timed out'* || $said == *'nable to contact'* || $said == *'onnection'* ]] || break
+        ((try == 6)) || sleep 10
+    done
+    printf '%s\n' "$said" >&2
+    return 1
+}
+
+# Returns where the job is its own; where SLURM is ending it, the script has to end, too.
+unless_slurm_ends_it() {
+    case $(of_slurm squeue --noheader --states=all --jobs="$job" --format=%T || true) in
+        CANCELLED | COMPLETING)
+            # Whoever cancels the job ends it: its ranks stop at a signal all the same, but it must not come back.
+            echo "SLURM ends this job itself (cancelled, preempted, or its time is over); squeue --job=$job tells whether it" \
+                "comes back, and where not, the same sbatch line goes on from what is saved"
+            exit "$code"
+            ;;
+    esac
 }
 
 # requeue: the same job again, on other hosts than the suspects; ends the script.
 requeue() {
     trap '' USR1 TERM
-    # Whoever cancels the job ends it: its ranks stop at a signal all the same, but it must not come back.
-    case $(squeue --noheader --states=all --jobs="$job" --format=%T || true) in
-        CANCELLED | COMPLETING)
-            echo "the job was cancelled; the same sbatch line goes on from what is saved"
-            exit "$code"
-            ;;
-    esac
+    unless_slurm_ends_it
     say "requeueing job $job to go on"
-    if ! scontrol requeue "$job"; then
+    if ! of_slurm scontrol requeue "$job"; then
         echo "error: SLURM does not requeue this job; call the same sbatch line again to go on" >&2
         exit 75
     fi
     ((${#suspects[@]} > 0)) || exit 0
     # Only now, for SLURM takes no such list from a job that runs; it has one list, which holds earlier hosts, too.
     local excluded
-    excluded=$(squeue --noheader --states=all --jobs="$job" --format=%x)
+    excluded=$(of_slurm squeue --noheader --states=all --jobs="$job" --format=%x) || excluded=''
     excluded=$(printf '%s\n' "${excluded/(null)/}" "${suspects[@]}" | paste --serial --delimiters=, | sed 's/^,//')
-    scontrol update JobId="$job" ExcNodeList="$excluded"
+    if ! of_slurm scontrol update JobId="$job" ExcNodeList="$excluded"; then
+        echo "error: the job comes back, but may get ${suspects[*]} again; to leave them out:" \
+            "scontrol update JobId=$job ExcNodeList=$excluded" >&2
+        exit 0
+    fi
     say "the job will not use ${suspects[*]} again; to let it: scontrol update JobId=$job ExcNodeList="
     say "in all it leaves out $excluded; where too few nodes are left, it waits (squeue --job=$job gives the reason)"
     exit 0
@@ -66,7 +105,11 @@ requeue() {
 # hold: back into the queue, where a person has to release the job; ends the script.
 hold() {
     trap '' USR1 TERM
+    unless_slurm_ends_it
     say "holding job $job; when the cause is mended: scontrol release $job"
-    scontrol requeuehold "$job"
+    if ! of_slurm scontrol requeuehold "$job"; then
+        echo "error: SLURM does not requeue this job; when the cause is mended, call the same sbatch line again" >&2
+        exit 75
+    fi
     exit 0
 }

@@ -22,8 +22,10 @@ def add_evaluate(commands) -> None:
     )  # fmt: skip
     parser.add_argument("model", help="an exported folder, or a run folder")
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--data", help="a shard folder: its validation/ where it has one (default: see --questions)")
-    source.add_argument("--questions", default="sample", help="'sample', or a JSON-lines file with question and answer")
+    source.add_argument(
+        "--data", help="a shard folder: its validation/ where it has one (default, with a run folder: the run's)"
+    )
+    source.add_argument("--questions", help="'sample', or a JSON-lines file with question and answer")
     parser.add_argument(
         "--limit", type=int, help="only so many rows of --data, or questions, spread over all (default: all)"
     )
@@ -49,15 +51,16 @@ def _evaluate(options) -> None:
     export_for_torch(environment)
 
     from launcher.evaluation.evaluation import Team, evaluate
-    from launcher.evaluation.held_out import open_held_out
+    from launcher.evaluation.held_out import data_of_run, open_held_out
     from launcher.evaluation.results import print_table, write_results
     from launcher.evaluation.text_metrics import NO_WORDNET
     from launcher.inference.generation import Decoding, load_model
 
+    data = options.data or (None if options.questions else data_of_run(Path(options.model)))
     decoding = Decoding(max_new_tokens=options.max_new_tokens)
     model, tokenizer = load_model(options.model, environment.device)
     longest = model.config.max_position_embeddings
-    held_out = open_held_out(options.data, options.questions, tokenizer, longest, options.limit)
+    held_out = open_held_out(data, options.questions, tokenizer, longest, options.limit)
     team = Team(environment)
     progress = _progress if environment.is_main else lambda what, total: lambda done: None
     result = evaluate(model, tokenizer, held_out, decoding, team, options.batch_size, options.answers, progress)

@@ -19,6 +19,7 @@ def add_generate(commands) -> None:
         'lfm generate runs/sample/export "What is 7 plus 5?"',
     )  # fmt: skip
     parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.usage = f"{parser.prog} [options] model [question ...]"
     # Not "*": that would take none as soon as an option stands between the model and the questions.
     parser.add_argument("question", nargs="+", default=[], help="questions, each in quotes").required = False
     parser.add_argument("--file", help="a text file with a question a line, or .jsonl with `question` in each object")

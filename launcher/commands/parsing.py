@@ -8,11 +8,18 @@ import re
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Says the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
     """Add a command that `run(options)` carries out, with one example below its options."""
     parser = commands.add_parser(
         name, help=help, description=help, epilog=f"example: {epilog}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Defaults,
     )  # fmt: skip
     parser.set_defaults(run=run)
     return parser

@@ -10,13 +10,22 @@ examples:
   lfm submit --site partition=gpu account=project modules=cuda/12.4    once: every job then has them
   lfm submit train                                                     the smoke run
   lfm submit --nodes 4 --gpus 8 --time 12:00:00 train --config run.yaml max_steps=1000
-  lfm submit --nodes 4 --gpus 8 --chain prepare data/hub/dataset --out data/mine then \\
-      train --config run.yaml data=data/mine output=runs/mine then evaluate runs/mine
+  lfm submit --nodes 4 --gpus 8 --chain prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/mine \\
+      then train --config run.yaml data=data/mine output=runs/mine then evaluate runs/mine
   lfm submit --sweep learning_rate=1e-4,3e-4 --sweep seed=1,2 train --config run.yaml output=runs/sweep
   lfm submit --table runs/sweep                                        how its runs stand
 
 Options stand before the script's name; what follows it are the script's own arguments (slurm/README.md).
 """
+
+INSTEAD = {
+    "--mem-per-gpu": "--mem, the memory of each node",
+    "--mem-per-cpu": "--mem, the memory of each node",
+    "--mem": "--mem itself, which is an option of lfm submit",
+    "--cpus-per-gpu": "--sbatch=--cpus-per-task, of which there is one for each GPU",
+    "--ntasks-per-gpu": "--gpus, the number on each node, with a task for each",
+    "--gpus": "--gpus, the number on each node, itself",
+}
 
 
 def add_submit(commands) -> None:
@@ -80,6 +89,12 @@ def _checked(found, options):
     for name, value, least in (("--nodes", options.nodes, 1), ("--gpus", options.gpus, 0)):
         if value is not None and value < least:
             raise ConfigurationError(f"{name} is {value}; it must be at least {least}")
+    for word in options.sbatch:
+        name = word.partition("=")[0]
+        if name in INSTEAD:  # sbatch refuses two ways to say one thing, and the scripts' #SBATCH lines have one
+            raise ConfigurationError(
+                f"the batch scripts say it in another way than --sbatch={name}; give {INSTEAD[name]}"
+            )
     if len(found) > 1 and not options.chain:
         raise ConfigurationError("`then` joins the scripts of a chain; give --chain")
     if options.sweep and [script for script, _ in found] != ["train"]:
@@ -88,6 +103,7 @@ def _checked(found, options):
 
 
 def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
+    from launcher.errors import ConfigurationError
     from launcher.submission.batch_job import run_folder
     from launcher.submission.sweep import sweep, table_job, write_runs
 
@@ -99,7 +115,12 @@ def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
     else:
         write_runs(runs, Path(job.variables["LFM_SWEEP"]))
     array = _send(job, options.dry_run, "train")
-    _send(table_job(output, site, array), options.dry_run)
+    try:
+        _send(table_job(output, site, array, options.sbatch), options.dry_run)
+    except ConfigurationError as error:
+        raise ConfigurationError(
+            f"job {array} trains the runs, but none will write their table ({error}); later: lfm submit --table {output}"
+        ) from error
     print(f"{len(runs)} runs below {output}; when all have ended, {output / 'table.md'} compares them")
 
 
@@ -119,8 +140,7 @@ def _resources(options, script: str = "train") -> list[str]:
         if options.gpus is not None:
             named += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={max(1, options.gpus)}"]
         memory = options.mem or ("0" if (options.gpus or 0) > 1 else None)
-        # Each of sbatch's ways to say it excludes the others.
-        named += [f"--mem={memory}"] if memory and not any(word.startswith("--mem") for word in options.sbatch) else []
+        named += [f"--mem={memory}"] if memory else []
         named += [f"--time={options.time}"] if options.time else []
     return named + options.sbatch
 

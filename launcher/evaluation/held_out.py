@@ -20,6 +20,7 @@ from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
 from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
+from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.inference.questions import read_objects
 
@@ -85,7 +86,7 @@ class PackedQuestions:
 
 
 def open_held_out(
-    data: str | None, questions: str, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None
+    data: str | None, questions: str | None, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None
 ) -> HeldOut:
     """Open the shard folder `data` (its `validation/` where it has one), or else read `questions`.
 
@@ -100,6 +101,24 @@ def open_held_out(
     asked = [Question(pair["question"], pair["answer"], encode_prompt(tokenizer, pair["question"])) for pair in pairs]
     rows = PackedQuestions(questions, pairs, tokenizer, longest)
     return HeldOut(rows, np.arange(rows.num_rows), asked)
+
+
+def data_of_run(model: Path) -> str:
+    """The folder whose held-out rows a run's model is asked where nothing else is said.
+
+    Raises `ConfigurationError` where `model` is no run folder, or the run mixes several.
+    """
+    file = model / "run.yaml"
+    if not file.is_file():
+        raise ConfigurationError(
+            f"{model} is no run folder, which would name its data; give --data FOLDER, --questions FILE.jsonl or "
+            "--questions sample"
+        )
+    config = load_run_config(file)
+    data = config.validation_data or config.data
+    if not isinstance(data, str):
+        raise ConfigurationError(f"{model} was trained on several folders; say which with --data, or give --questions")
+    return data
 
 
 def spread(count: int, limit: int | None) -> np.ndarray:

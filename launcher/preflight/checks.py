@@ -13,7 +13,7 @@ from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, refused
-from launcher.preflight.gpus import check_gpus
+from launcher.preflight.gpus import check_gpus, check_ranks
 from launcher.preflight.json_keys import refuse_json_keys, spreads_experts, zero_stage
 from launcher.preflight.machine import check_disk, check_memory, check_precision, check_versions
 from launcher.run_folder import RunFolder
@@ -67,6 +67,8 @@ def check_run(
         findings += found
         if content is not None and sizes is not None:
             findings += _check_settings(config, deepspeed_path, world, sizes, _seq_len(config, data), here)
+    if here and world.device.type == "cuda":
+        findings += check_ranks(world.local_world_size)
     return [*findings, check_versions(), *check_gpus()]
 
 

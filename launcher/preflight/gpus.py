@@ -50,6 +50,21 @@ def check_gpus(variables: Mapping[str, str] = os.environ) -> list[Finding]:
     ]
 
 
+def check_ranks(ranks: int, variables: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Whether SLURM gives this node a GPU for each of the run's `ranks` there, and a rank for each GPU; nothing where so."""
+    found = variables.get("SLURM_GPUS_ON_NODE", "")
+    if not found.isdigit() or "SLURM_GPUS_PER_TASK" in variables:  # preflight is then one task, with that one's GPUs
+        return []
+    gpus = int(found)
+    if ranks > gpus:
+        return [Finding("ranks", RED, f"{ranks} on this node, which gives the job {gpus} GPUs: NCCL has no two share one",
+                        f"give sbatch --gpus-per-node={ranks}, as many as --ntasks-per-node")]  # fmt: skip
+    if ranks < gpus:
+        return [Finding("ranks", YELLOW, f"{ranks} on this node, which gives the job {gpus} GPUs: the others stand idle",
+                        f"give sbatch --ntasks-per-node={gpus}, as many as --gpus-per-node")]  # fmt: skip
+    return []
+
+
 def own_gpus(variables: Mapping[str, str]) -> list[str] | None:
     """The indices or UUIDs that CUDA_VISIBLE_DEVICES leaves this job; None for all that the machine shows."""
     if (visible := variables.get("CUDA_VISIBLE_DEVICES")) is None:

@@ -103,6 +103,9 @@ def _device_memory(environment: Environment) -> tuple[int, str]:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             total = min(total, int(text))
+    # SLURM holds a job to what it asked for by another file; in megabytes, and 0 where that was all.
+    if (asked := os.environ.get("SLURM_MEM_PER_NODE", "0")).isdigit() and int(asked):
+        total = min(total, int(asked) * 2**20)
     return total // environment.local_world_size, "this machine for each rank"
 
 

@@ -87,6 +87,10 @@ def judge_clocks(offsets: dict[str, float]) -> Finding:
         spread = max(offsets.values()) - min(offsets.values())
         return Finding("clocks", GREEN, f"within {max(spread, 0.001):.3f} s of each other on {len(offsets)} nodes")
     level = RED if max(map(abs, off.values())) > CLOCK_LIMIT else YELLOW
+    if len(offsets) == 2:  # of which nobody knows which is right
+        (first, second), apart = offsets, max(offsets.values()) - min(offsets.values())
+        return Finding("clocks", level, f"those of {first} and {second} are {apart:.1f} s apart",
+                       "have the wrong one set (chrony, ntpd)")  # fmt: skip
     said = ", ".join(f"{name} is {seconds:+.1f} s off" for name, seconds in off.items())
     return Finding("clocks", level, said, "have these nodes' clocks set (chrony, ntpd), or exclude them", tuple(off))
 

@@ -117,7 +117,8 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
     elif code == COMMUNICATION or status.get("suspects"):
-        suspects = _among(hosts, status.get("suspects", ()))
+        # A signal that comes while ranks start kills those that do not listen yet: no fault of their machines.
+        suspects = [] if signal else _among(hosts, status.get("suspects", ()))
         _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
     elif code == HANG or _has_hung(attempts):

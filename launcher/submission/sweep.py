@@ -48,11 +48,19 @@ def write_runs(runs: list[list[str]], folder: Path) -> None:
         (folder / str(number)).write_text("".join(f"{override}\n" for override in overrides))
 
 
-def table_job(output: Path, site: dict[str, str], array: str) -> Submission:
-    """The job that writes `table.md` when all runs of an array have ended, well or not."""
+# What a job needs to be let in, unlike nodes, memory or time.
+ADMISSION = ("--account", "--partition", "--qos", "--reservation", "--clusters", "-A", "-p", "-q", "-M")
+
+
+def table_job(output: Path, site: dict[str, str], array: str, given: list[str]) -> Submission:
+    """The job that writes `table.md` when all runs of an array have ended, well or not.
+
+    given: the array's own options, of which those that let it in hold for this job, too.
+    """
     command = shlex.join([sys.executable, "-m", "launcher.cli", "submit", "--table", str(output)])
+    admitting = [word for word in given if word.startswith(ADMISSION)]
     options = [f"--dependency=afterany:{array}", "--job-name=lfm-table", "--ntasks=1", "--time=00:30:00"]
-    return Submission([f"--wrap={command}"], [*site_options(site), *options, "--output=%x-%j.out"])
+    return Submission([f"--wrap={command}"], [*site_options(site), *admitting, *options, "--output=%x-%j.out"])
 
 
 def table(output: Path) -> str:

@@ -19,9 +19,9 @@ NAMES = {
 def commands(tmp_path):
     """Runs a line of bash after `source slurm/lifecycle.sh`; gives its exit code and the calls of SLURM's commands."""
 
-    def run(line: str, state: str = "RUNNING", **variables: str) -> tuple[int, list[str]]:
-        for name, answer in (("squeue", state), ("scontrol", "")):
-            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/called\necho {answer}\n')
+    def run(line: str, state: str = "RUNNING", scontrol: str = "", **variables: str) -> tuple[int, list[str]]:
+        for name, answer in (("squeue", f"echo {state}"), ("scontrol", scontrol), ("sleep", "")):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/called\n{answer}\n')
             (tmp_path / name).chmod(0o755)
         environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
         command = ["bash", "-c", f"set -euo pipefail; source slurm/lifecycle.sh; {line}"]
@@ -40,10 +40,50 @@ def test_a_job_speaks_of_itself_alone(commands, line, variables, name):
     assert words == {name}, called
 
 
-def test_a_cancelled_job_does_not_come_back(commands):
-    code, called = commands("code=5; requeue", state="COMPLETING")
+@pytest.mark.parametrize("line", ["requeue", "hold"])
+def test_a_cancelled_job_does_not_come_back(commands, line):
+    code, called = commands(f"code=5; {line}", state="COMPLETING")
     assert code == 5
     assert not [call for call in called if call.startswith("scontrol")]
+
+
+@pytest.mark.parametrize(
+    ("facts", "asked"),
+    [
+        ("StartTime=2026-01-31T12:00:00 PreemptTime=2026-01-31T12:30:00", "TERM"),
+        ("StartTime=2026-01-31T12:00:00 PreemptTime=2026-01-31T11:30:00", ""),  # a start before this one was
+        ("StartTime=2026-01-31T12:00:00 PreemptTime=None", ""),
+        ("", ""),
+    ],
+)
+def test_a_preemption_that_the_ranks_alone_were_told_of_is_seen(commands, facts, asked):
+    line = f"run_step bash -c 'exit 143'; [[ $code == 143 && $asked == '{asked}' ]]"
+    code, called = commands(line, scontrol=f"echo 'JobId=7 {facts} EndTime=Unknown'")
+    assert code == 0
+    assert [call.split()[:3] for call in called if call.startswith("scontrol")] == [["scontrol", "show", "job"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "tries"),
+    [
+        ("slurm_requeue error: Socket timed out on send/recv operation", 0, 3),
+        ("Requested operation is disabled", 75, 1),
+    ],
+)
+def test_a_controller_that_does_not_answer_is_asked_again(commands, tmp_path, error, code, tries):
+    third = f"[ $(grep -c requeue {tmp_path}/called) = 3 ]"
+    ended, called = commands("requeue", scontrol=f"{third} || {{ echo '{error}' >&2; exit 1; }}")
+    assert ended == code
+    assert len([call for call in called if call.startswith("scontrol requeue")]) == tries
+
+
+def test_ranks_get_what_the_script_sets_where_the_job_got_nothing_of_the_shell(tmp_path):
+    environment = {"PATH": os.environ["PATH"], "LFM_VENV": sys.prefix, "SLURM_EXPORT_ENV": "NONE"}
+    command = ["bash", "-c", "set -euo pipefail; source slurm/environment.sh; env"]
+    shown = subprocess.run(
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=20, check=True
+    )
+    assert "SLURM_EXPORT_ENV=ALL" in shown.stdout.splitlines()
 
 
 SRUN = """#!/bin/bash

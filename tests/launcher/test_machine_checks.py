@@ -9,7 +9,7 @@ import pytest
 
 from launcher.environment import Environment
 from launcher.preflight.findings import GREEN, RED, YELLOW
-from launcher.preflight.gpus import check_gpus, judge_health
+from launcher.preflight.gpus import check_gpus, check_ranks, judge_health
 from launcher.preflight.gpus import judge_links as judge_nvlink
 from launcher.preflight.machine import CHECKPOINT_BYTES, _bytes_below, check_disk, check_memory
 from model import LiquidConfig
@@ -116,6 +116,15 @@ HEALTHY = "{}, GPU-a{}, H100, {}, [N/A], Not Active, Not Active, Not Active, 41\
 def test_a_gpu_that_does_not_answer_as_it_should_is_red(row):
     finding = judge_health("\n" + row + HEALTHY.format(1, 1, 0))
     assert finding.level == RED and any(word in finding.message for word in ("requires reset", "ERR!", "is lost"))
+
+
+def test_each_rank_has_a_gpu_and_each_gpu_a_rank():
+    (crowded,) = check_ranks(8, {"SLURM_GPUS_ON_NODE": "1"})
+    (idle,) = check_ranks(1, {"SLURM_GPUS_ON_NODE": "8"})
+    assert crowded.level == RED and "--gpus-per-node=8" in crowded.fix
+    assert idle.level == YELLOW and "--ntasks-per-node=8" in idle.fix
+    for variables in ({}, {"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_TASK": "1"}):
+        assert check_ranks(8, variables) == []
 
 
 def test_a_neighbours_gpu_is_not_this_jobs():

@@ -56,6 +56,9 @@ def test_a_clock_that_is_off_is_named():
     finding = judge_clocks({"n1": 0.0, "n2": 7.0, "n3": 7.0})
     assert finding.level == YELLOW and "n1 is -7.0 s off" in finding.message
     assert judge_clocks({"n1": 0.0, "n2": 0.0, "n3": 3600.0}).level == RED
+    of_two = judge_clocks({"n1": 40.0, "n2": 0.0})  # either may be wrong
+    assert of_two.level == RED and "n1 and n2 are 40.0 s apart" in of_two.message
+    assert suspects([of_two], ["n1", "n2"]) == []
 
 
 # `lfm preflight`, but with less patience for files that another node wrote.

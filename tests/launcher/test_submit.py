@@ -49,7 +49,7 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
             "4",
             "--gpus",
             "8",
-            "--sbatch=--mem=0",
+            "--sbatch=--exclude=node7",
             "train",
             "--config",
             "a b.yaml",
@@ -59,7 +59,7 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
     out = capsys.readouterr().out
     assert Path("slurm/train.sbatch").read_text() in out
     assert (
-        "sbatch --parsable --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --mem=0 slurm/train.sbatch "
+        "sbatch --parsable --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --mem=0 --exclude=node7 slurm/train.sbatch "
         "--config 'a b.yaml' seed=2\n"
     ) in out
 
@@ -70,7 +70,6 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
         (["--gpus", "1"], []),
         (["--gpus", "8"], ["--mem=0"]),
         (["--gpus", "8", "--mem", "200G"], ["--mem=200G"]),
-        (["--gpus", "8", "--sbatch=--mem-per-gpu=80G"], ["--mem-per-gpu=80G"]),
     ],
 )
 def test_a_job_of_many_gpus_gets_their_nodes_memory(capsys, words, named):
@@ -146,6 +145,7 @@ def test_a_chain_waits_for_what_came_before(capsys):
         (["--nodes", "-3", "train"], "--nodes is -3; it must be at least 1"),
         (["--gpus", "-1", "train"], "--gpus is -1; it must be at least 0"),
         (["--sweep", "seed=1", "evaluate", "x"], "--sweep is for train alone"),
+        (["--gpus", "8", "--sbatch=--mem-per-gpu=80G", "train"], "than --sbatch=--mem-per-gpu; give --mem"),
         (["--table", "/nowhere"], "/nowhere is no sweep's folder"),
     ],
 )
@@ -164,6 +164,13 @@ def test_a_wrong_call_is_one_sentence(capsys, words, sentence):
 )
 def test_a_swept_value_may_be_a_list(setting, values):
     assert check_setting(setting)[1] == values
+
+
+def test_the_table_of_a_sweep_is_let_in_as_its_runs_are(capsys, tmp_path):
+    given = ["--sbatch=--account=x", "--sbatch=--exclude=node7"]
+    array, table = shown(capsys, *given, "--sweep", "seed=1,2", "train", f"output={tmp_path}")
+    assert {"--account=x", "--exclude=node7"} <= set(array)
+    assert "--account=x" in table and "--exclude=node7" not in table
 
 
 def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
