@@ -17,6 +17,8 @@ from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
+from launcher.errors import ConfigurationError
+from launcher.evaluation.held_out import data_of_run
 from launcher.evaluation.likelihood import DocumentScore, bytes_of_tokens, likelihood_metrics
 from launcher.inference.generation import load_model
 from tests.launcher.trainer import start
@@ -148,6 +150,17 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_is_asked_its_own_held_out_rows(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data: there\n")
+    assert data_of_run(tmp_path) == "there"
+    file.write_text("data: there\nvalidation_data: elsewhere\n")
+    assert data_of_run(tmp_path) == "elsewhere"
+    file.write_text("data: [{path: a, weight: 1}, {path: b, weight: 2}]\n")
+    with pytest.raises(ConfigurationError, match="say which with --data"):
+        data_of_run(tmp_path)
+
+
 def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_path):
     other = tmp_path / "other"
     prepare("sample", other, Settings(seq_len=512), progress=False)
