@@ -1,4 +1,6 @@
-"""Options of the whole suite."""
+"""What holds for the whole suite: its options, and that no test changes the environment of another."""
+
+import os
 
 import pytest
 
@@ -19,3 +21,12 @@ def pytest_sessionfinish(session):
     if missing := [reason for reason in reasons if "install" in reason]:
         reporter.write_line("not installed: " + "; ".join(missing), red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was():
+    """Commands that a test calls in its own process export who they are, and what is started later would believe it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
