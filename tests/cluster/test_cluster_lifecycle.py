@@ -15,15 +15,23 @@ NAMES = {
 }
 
 
+def stand_in(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment in which commands of SLURM's are these shell scripts."""
+    for name, script in scripts.items():
+        (folder / name).write_text(script if script.startswith("#!") else f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("LFM_", "SLURM_"))}
+    return environment | {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "LFM_VENV": sys.prefix}
+
+
 @pytest.fixture
 def commands(tmp_path):
     """Runs a line of bash after `source slurm/lifecycle.sh`; gives its exit code and the calls of SLURM's commands."""
 
     def run(line: str, state: str = "RUNNING", scontrol: str = "", **variables: str) -> tuple[int, list[str]]:
-        for name, answer in (("squeue", f"echo {state}"), ("scontrol", scontrol), ("sleep", "")):
-            (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@" >>{tmp_path}/called\n{answer}\n')
-            (tmp_path / name).chmod(0o755)
-        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", **variables}
+        answers = {"squeue": f"echo {state}", "scontrol": scontrol, "sleep": ""}
+        scripts = {name: f'echo {name} "$@" >>{tmp_path}/called\n{answer}' for name, answer in answers.items()}
+        environment = stand_in(tmp_path, **scripts) | variables
         command = ["bash", "-c", f"set -euo pipefail; source slurm/lifecycle.sh; {line}"]
         result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=20)
         return result.returncode, (tmp_path / "called").read_text().splitlines()
@@ -78,7 +86,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(commands, tmp_path, er
 
 
 def test_ranks_get_what_the_script_sets_where_the_job_got_nothing_of_the_shell(tmp_path):
-    environment = {"PATH": os.environ["PATH"], "LFM_VENV": sys.prefix, "SLURM_EXPORT_ENV": "NONE"}
+    environment = stand_in(tmp_path) | {"SLURM_EXPORT_ENV": "NONE"}
     command = ["bash", "-c", "set -euo pipefail; source slurm/environment.sh; env"]
     shown = subprocess.run(
         command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=20, check=True
@@ -106,18 +114,11 @@ exit {code}
     ],
 )
 def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, begins, ends):
-    answers = {
-        "srun": SRUN.format(folder=tmp_path, report=report, code=code),
-        "squeue": "#!/bin/sh\necho RUNNING\n",
-        "scontrol": f'#!/bin/sh\necho scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" node1 node2\n',
-    }
-    for name, script in answers.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("LFM_")},
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LFM_VENV": sys.prefix, "SLURM_SUBMIT_DIR": str(PROJECT),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "2",
+    scontrol = f'echo scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" node1 node2'
+    srun = SRUN.format(folder=tmp_path, report=report, code=code)
+    environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol) | {
+        "SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
     }  # fmt: skip
     command = ["bash", "slurm/train.sbatch", f"output={tmp_path / 'run'}"]
     result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
@@ -134,19 +135,9 @@ def test_a_preparation_that_gets_no_further_is_held(tmp_path, out):
     """Each start is asked to stop; the third and fourth have something new to show, and then no other."""
     folder = tmp_path / "shards"
     (folder / ".work").mkdir(parents=True)
-    answers = {
-        "srun": "#!/bin/bash\nkill -USR1 $PPID\nexec sleep 5\n",
-        "squeue": "#!/bin/sh\necho RUNNING\n",
-        "scontrol": f'#!/bin/sh\necho "$1" >>{tmp_path}/called\n',
-    }
-    for name, script in answers.items():
-        (tmp_path / name).write_text(script)
-        (tmp_path / name).chmod(0o755)
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("LFM_")},
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "LFM_VENV": sys.prefix, "SLURM_SUBMIT_DIR": str(PROJECT),
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1",
-    }  # fmt: skip
+    srun, scontrol = "kill -USR1 $PPID\nexec sleep 5", f'echo "$1" >>{tmp_path}/called'
+    environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol)
+    environment |= {"SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_NODELIST": "node1"}
     for start in range(8):
         if start in (2, 3):
             (folder / ".work" / f"unit-{start}").touch()
