@@ -57,6 +57,29 @@ def test_a_run_goes_on_after_a_more_urgent_job(submit, project, configured, undi
     assert curves(project / "runs" / "preempted") == undisturbed
 
 
+@pytest.fixture
+def silent(cluster, submit):
+    """The cluster as a site has it that does not send a preempted job's signal to its script."""
+    content = cluster.configuration.read_text()
+    cluster.configuration.write_text(content.replace("SlurmctldParameters=preempt_send_user_signal", ""))
+    submit.slurm("scontrol", "reconfigure")
+    yield
+    cluster.configuration.write_text(content)
+    submit.slurm("scontrol", "reconfigure")
+
+
+def test_a_preemption_that_only_the_ranks_hear_of_is_none_of_their_failures(submit, project, configured, silent):
+    """It comes while they start, and ends them."""
+    job = submit("train", *configured, "output=runs/silent", "max_steps=1", "schedule.steps=24")
+    job.wait_for("run folder")
+    submit.slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=sleep 2")
+    job.wait_for("it has asked the ranks itself to stop")
+    job.wait_for("requeueing job")
+    job.finish()
+    assert "restart 1: 2 ranks" in job.log
+    assert read_status(project / "runs" / "silent")["state"] == "done"
+
+
 def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, undisturbed):
     """Of the node that only works, and then of the one that also runs the batch script."""
     job = submit("train", *configured, "output=runs/dark")
