@@ -1,5 +1,7 @@
 """The model as a Hugging Face model."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
@@ -140,11 +142,30 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128():
         ({"deformable_range": 1}, "deformable_range is 1; it must be at least 2"),
         ({"used_vocab_size": 60000}, "used_vocab_size"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings is 1; it must be at least 2"),
+        ({"moe_intermediate_size": 20}, "moe_intermediate_size .20. must be a multiple of 8"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 6, "deformable_groups": 6},
+            "hidden_size .36. must be a multiple of 8",
+        ),
+        ({"embedding_temperature": 0.0}, "embedding_temperature is 0.0; it must be a finite number above 0"),
+        ({"embedding_temperature": math.nan}, "embedding_temperature is nan"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+        ({"pad_token_id": 101, "used_vocab_size": 101}, r"pad_token_id .101. must lie between .* .100.; .* or None"),
+        ({"bos_token_id": -1}, "bos_token_id .-1."),
+        ({"eos_token_id": [2, 60000]}, "eos_token_id .60000."),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_fix(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         LiquidConfig(**fields)
+
+
+def test_special_ids_may_be_none_or_several():
+    config = LiquidConfig(used_vocab_size=101, pad_token_id=None, bos_token_id=None, eos_token_id=[2, 100])
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, [2, 100])
 
 
 def test_an_unknown_preset_or_field_is_named(tmp_path):
