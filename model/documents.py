@@ -61,11 +61,13 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
 
     `attention_mask` `[B, past + T]` is 1 on text and 0 on padding; `position_ids` `[B, T]` (or None) are the text's
     positions. Used for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
-    Raises `ValueError` for padding inside a text, and for `position_ids` that do not begin at 0 behind padding.
+    Raises `ValueError` for padding inside a text (as generating behind a prompt that is padded on the right makes it),
+    and for `position_ids` that do not begin at 0 behind padding.
     """
     text = attention_mask.bool()
     if bool((text[:, :-1] & ~text[:, 1:]).cumsum(1)[:, :-1].logical_and(text[:, 2:]).any()):
-        raise ValueError("attention_mask has padding inside a text; pack texts with position_ids that restart at 0")
+        fix = 'pad prompts with padding_side="left"' if past else "pack texts with position_ids that restart at 0"
+        raise ValueError(f"attention_mask has padding inside a text; {fix}")
     if position_ids is None:
         position_ids = (text.cumsum(1) - 1).clamp(min=0)[:, past:]
     behind_padding = (text & ~F.pad(text[:, :-1], (1, 0), value=True))[:, past:]
