@@ -210,7 +210,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
 
         `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
-        then this one's part of the mean over them. `running_means`: the state around which the usage and budget terms
+        then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state around which the usage and budget terms
         are expanded; without it they have no gradient.
         """
         output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
@@ -221,10 +221,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if labels is not None:
             text = self._text(input_ids, attention_mask, labels)
             sums, statistics = self._loss_sums(output, labels, text, running_means)
-            supervised = (labels[:, 1:] != -100).sum().clamp(min=1)
-            loss = total_loss(sums, self.loss_weights, supervised, text.sum().clamp(min=1))
+            supervised = (labels[:, 1:] != -100).sum()
+            loss = total_loss(sums, self.loss_weights, supervised.clamp(min=1), text.sum().clamp(min=1))
             if num_items_in_batch is not None:
-                loss = loss * (supervised / num_items_in_batch)
+                items = torch.as_tensor(num_items_in_batch, device=supervised.device)
+                loss = loss * (supervised / items.clamp(min=1))
         if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
             logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)

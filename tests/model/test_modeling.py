@@ -62,6 +62,16 @@ def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
     assert not torch.isclose(parts[0], parts[1])
 
 
+def test_a_micro_batch_without_labels_adds_nothing(model, ids):
+    """Not its regularisation either, which is weighed as its labels are."""
+    whole = model(ids, labels=ids).loss
+    parts = [model(row, labels=row, num_items_in_batch=ids[:, 1:].numel()).loss for row in ids.split(1)]
+    torch.testing.assert_close(sum(parts), whole)
+    nothing = torch.full_like(ids, -100)
+    for count in (ids[:, 1:].numel(), torch.tensor(0), 0):
+        assert model(ids, labels=nothing, num_items_in_batch=count).loss == 0
+
+
 def test_what_this_model_does_not_give_may_be_asked_for(model, ids):
     """Other tools ask every model for these, by name, of the backbone too (TRL, say)."""
     asked = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
