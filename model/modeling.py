@@ -16,7 +16,7 @@ from model.cache import check_cache
 from model.configuration import LiquidConfig
 from model.documents import Documents, positions_from_mask
 from model.embedding import LiquidEmbedding
-from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
+from model.loss import LossWeights, RunningMeans, check_labels, language_loss_sums, regularisation_sums, total_loss
 from model.metrics import routing_statistics
 from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
@@ -68,6 +68,20 @@ class LiquidPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """The experts can (model/moe.py); transformers would look for that in this file's text."""
         return True
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in every transformers model; `new_num_tokens`, before padding, is then what the tokenizer knows.
+
+        Raises `ValueError` for fewer tokens than the configuration's special ids need.
+        """
+        if new_num_tokens is not None:
+            self.config.sized_for(new_num_tokens)
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.used_vocab_size = new_num_tokens
+        return table
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -210,9 +224,12 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
 
         `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
-        then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state around which the usage and budget terms
-        are expanded; without it they have no gradient.
+        then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state
+        around which the usage and budget terms are expanded; without it they have no gradient. Raises `ValueError` for
+        labels that are no token's ids.
         """
+        if labels is not None:
+            check_labels(labels, self.config.used_vocab_size)
         output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
         loss = logits = sums = statistics = None
         if labels is None or not self.training:

@@ -152,7 +152,7 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
 
 @torch.no_grad()
 def test_the_implementation_is_chosen_as_in_any_transformers_model(config, ids):
-    model = LiquidForCausalLM(type(config)(**config.to_dict())).eval()  # other tests share the configuration
+    model = LiquidForCausalLM(config).eval()
     assert model.config._experts_implementation == "grouped_mm"
     expected = model(ids).logits
     for implementation in ("batched_mm", "eager"):
