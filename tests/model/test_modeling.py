@@ -64,13 +64,6 @@ def test_a_micro_batch_without_labels_adds_nothing(model, ids):
         assert model(ids, labels=nothing, num_items_in_batch=count).loss == 0
 
 
-def test_what_this_model_does_not_give_may_be_asked_for(model, ids):
-    """Other tools ask every model for these, by name, of the backbone too (TRL, say)."""
-    asked = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-    assert torch.equal(model.model(ids, **asked).last_hidden_state, model.model(ids).last_hidden_state)
-    assert torch.equal(model(ids, **asked).logits, model(ids).logits)
-
-
 @pytest.mark.slow
 def test_compiled_the_logits_and_gradients_are_the_same(model, ids):
     model.train()
