@@ -5,7 +5,7 @@ Legend: B rows, T tokens, N documents in the whole batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ class Documents:
     first_token: torch.Tensor
     lengths: torch.Tensor
     carried: torch.Tensor | None = None
+
+    def to(self, *arguments, **options) -> Documents:
+        """The same on another device; takes what `Tensor.to` takes. accelerate calls it for layers on several devices."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.to(*arguments, **options) for name, value in tensors.items()})
 
     @classmethod
     def from_positions(cls, positions: torch.Tensor, past: int | None = None) -> Documents:

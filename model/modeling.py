@@ -65,7 +65,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
     config_class = LiquidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LiquidBlock"]
+    _no_split_modules = ["LiquidBlock", "LiquidEmbedding"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
     _supports_sdpa = True
@@ -187,7 +187,7 @@ class LiquidModel(LiquidPreTrainedModel):
         return LiquidModelOutput(
             last_hidden_state=self.norm(hidden),
             past_key_values=past_key_values,
-            router_logits=torch.stack(router_logits),
+            router_logits=torch.stack([logits.to(hidden.device) for logits in router_logits]),
             reconstruction_error=reconstruction_error,
             retained_ratio=retained_ratio,
         )
