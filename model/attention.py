@@ -54,8 +54,11 @@ class LocalAttention(nn.Module):
         rotation: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | BlockMask | None,
         past_key_values: Cache | None = None,
-    ) -> torch.Tensor:
-        """`hidden` `[B, T, D]` → `[B, T, D]`; `rotation` is what `RotaryPositions` returns, the mask `local_mask`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`hidden` `[B, T, D]` → `[B, T, D]` and, where the implementation has them, the weights `[B, H, T, keys]`.
+
+        `rotation` is what `RotaryPositions` returns, the mask `local_mask`.
+        """
         heads = (*hidden.shape[:2], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotation).transpose(1, 2)
         key = rotate(self.k_norm(self.k_proj(hidden).view(heads)), rotation).transpose(1, 2)
@@ -63,10 +66,10 @@ class LocalAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_index)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attended, _ = attend(
+        attended, weights = attend(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, sliding_window=self.window
         )
-        return self.o_proj(attended.flatten(2))
+        return self.o_proj(attended.flatten(2)), weights
 
 
 class RotaryPositions(nn.Module):

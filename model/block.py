@@ -41,7 +41,7 @@ class LiquidBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cache = past_key_values
-        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention_mask, cache)
+        hidden = hidden + self.attention(self.attention_norm(hidden), rotation, attention_mask, cache)[0]
         hidden = hidden + self.convolution(self.convolution_norm(hidden), documents, cache)
         if self.has_memory:
             hidden = hidden + self.memory(self.memory_norm(hidden), documents, cache)

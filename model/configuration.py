@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import yaml
@@ -18,8 +19,12 @@ AT_LEAST_ONE = (
     "deformable_taps", "deformable_groups", "moe_intermediate_size", "shared_expert_intermediate_size",
     "memory_hidden_size", "memory_num_layers", "memory_stride", "memory_every", "embedding_components",
 )  # fmt: skip
-# With 1, a part would see the present token only, and its cache would be empty.
-AT_LEAST_TWO = ("sliding_window", "deformable_range", "embedding_kernel_size")
+# With 1, a part would see the present token only, and its cache would be empty; positions are measured by their log.
+AT_LEAST_TWO = ("sliding_window", "deformable_range", "embedding_kernel_size", "max_position_embeddings")
+POSITIVE = ("rms_norm_eps", "rope_theta", "embedding_temperature")
+EXPERT_SIZES = ("hidden_size", "moe_intermediate_size")
+EXPERT_MULTIPLE = 8  # 16 bytes of bf16
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 @strict
@@ -129,13 +134,32 @@ class LiquidConfig(PreTrainedConfig):
         return type(self)(**{**fields, "vocab_size": padded, "used_vocab_size": used_vocab_size, **overrides})
 
     def _validate(self) -> None:
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise ValueError(message)
+        self._validate_ranges()
+        self._validate_multiples()
+        self._validate_special_ids()
 
+    def _validate_ranges(self) -> None:
         for least, names in ((1, AT_LEAST_ONE), (2, AT_LEAST_TWO)):
             for name in names:
                 require(getattr(self, name) >= least, f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            require(0.0 < value < math.inf, f"{name} is {value}; it must be a finite number above 0")
+        require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})",
+        )
+        require(
+            0 < self.used_vocab_size <= self.vocab_size,
+            f"used_vocab_size ({self.used_vocab_size}) must lie between 1 and vocab_size ({self.vocab_size})",
+        )
+        require(
+            0.0 <= self.embedding_minimum_ratio < self.embedding_target_ratio < 1.0,
+            f"embedding_minimum_ratio ({self.embedding_minimum_ratio}) must be below embedding_target_ratio "
+            f"({self.embedding_target_ratio}), and both inside [0, 1)",
+        )
+
+    def _validate_multiples(self) -> None:
         for divided, divisor in (
             ("hidden_size", "num_attention_heads"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -150,19 +174,28 @@ class LiquidConfig(PreTrainedConfig):
             self.head_dim % 2 == 0,
             f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need an even number",
         )
-        require(
-            1 <= self.num_experts_per_tok <= self.num_experts,
-            f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})",
-        )
-        require(
-            0 < self.used_vocab_size <= self.vocab_size,
-            f"used_vocab_size ({self.used_vocab_size}) must lie between 1 and vocab_size ({self.vocab_size})",
-        )
-        require(
-            0.0 <= self.embedding_minimum_ratio < self.embedding_target_ratio < 1.0,
-            f"embedding_minimum_ratio ({self.embedding_minimum_ratio}) must be below embedding_target_ratio "
-            f"({self.embedding_target_ratio}), and both inside [0, 1)",
-        )
+        for name in EXPERT_SIZES:
+            require(
+                getattr(self, name) % EXPERT_MULTIPLE == 0,
+                f"{name} ({getattr(self, name)}) must be a multiple of {EXPERT_MULTIPLE}: the experts' grouped matrix "
+                "product takes rows of whole 16 bytes only",
+            )
+
+    def _validate_special_ids(self) -> None:
+        last = self.used_vocab_size - 1
+        for name in SPECIAL_IDS:
+            value = getattr(self, name)
+            for token in value if isinstance(value, list) else [value]:
+                require(
+                    token is None or 0 <= token <= last,
+                    f"{name} ({token}) must lie between 0 and used_vocab_size - 1 ({last}); give the tokenizer's, or None",
+                )
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ValueError` with the message unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 def own_fields() -> list[str]:

@@ -5,7 +5,7 @@ Legend: B rows, T tokens, N documents in the whole batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,11 @@ class Documents:
     first_token: torch.Tensor
     lengths: torch.Tensor
     carried: torch.Tensor | None = None
+
+    def to(self, *arguments, **options) -> Documents:
+        """The same on another device; takes what `Tensor.to` takes. accelerate calls it for layers on several devices."""
+        tensors = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(self, **{name: value.to(*arguments, **options) for name, value in tensors.items()})
 
     @classmethod
     def from_positions(cls, positions: torch.Tensor, past: int | None = None) -> Documents:
@@ -61,11 +66,13 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
 
     `attention_mask` `[B, past + T]` is 1 on text and 0 on padding; `position_ids` `[B, T]` (or None) are the text's
     positions. Used for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
-    Raises `ValueError` for padding inside a text, and for `position_ids` that do not begin at 0 behind padding.
+    Raises `ValueError` for padding inside a text (as generating behind a prompt that is padded on the right makes it),
+    and for `position_ids` that do not begin at 0 behind padding.
     """
     text = attention_mask.bool()
     if bool((text[:, :-1] & ~text[:, 1:]).cumsum(1)[:, :-1].logical_and(text[:, 2:]).any()):
-        raise ValueError("attention_mask has padding inside a text; pack texts with position_ids that restart at 0")
+        fix = 'pad prompts with padding_side="left"' if past else "pack texts with position_ids that restart at 0"
+        raise ValueError(f"attention_mask has padding inside a text; {fix}")
     if position_ids is None:
         position_ids = (text.cumsum(1) - 1).clamp(min=0)[:, past:]
     behind_padding = (text & ~F.pad(text[:, :-1], (1, 0), value=True))[:, past:]

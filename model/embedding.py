@@ -11,7 +11,7 @@ With table rows e_t at unit size (rms), convolved x_t, R ordered components and 
 
 Short or simple beginnings keep few components, long or complex texts keep more. The reconstruction error
 ‖rms(y_t) - e_t‖² / D = 2 - 2 cos(y_t, e_t) against the detached table row keeps the bottleneck faithful. Unit size is
-what keeps tokens apart while training begins: table rows begin at rms 0.02, and the layers' first steps write a common
+what keeps tokens apart while training begins: table rows begin at rms 1/√D, and the layers' first steps write a common
 direction of rms 1 and more, the unigram's, over them.
 """
 

@@ -69,6 +69,19 @@ class RunningMeans:
         )
 
 
+def check_labels(labels: torch.Tensor, used_vocab_size: int) -> None:
+    """Raise `ValueError` for labels that are neither -100 nor a token's id.
+
+    On a GPU the lookup of such a label ends the process. Asked before the model's first kernel, where finding the
+    documents waits for the GPU anyway, the answer costs nothing.
+    """
+    if ((labels != -100) & ((labels < 0) | (labels >= used_vocab_size))).any():
+        raise ValueError(
+            f"labels reach from {int(labels.min())} to {int(labels.max())}; each must be -100 or the id of a token that the "
+            f"model knows, 0 to {used_vocab_size - 1} (new ones take model.resize_token_embeddings(len(tokenizer)))"
+        )
+
+
 def language_loss_sums(
     hidden: torch.Tensor,
     labels: torch.Tensor,

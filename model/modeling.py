@@ -8,15 +8,16 @@ import torch
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
 
-from model.attention import RotaryPositions, local_mask
+from model.attention import LocalAttention, RotaryPositions, local_mask
 from model.block import LiquidBlock
 from model.cache import check_cache
 from model.configuration import LiquidConfig
 from model.documents import Documents, positions_from_mask
 from model.embedding import LiquidEmbedding
-from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
+from model.loss import LossWeights, RunningMeans, check_labels, language_loss_sums, regularisation_sums, total_loss
 from model.metrics import routing_statistics
 from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
@@ -26,10 +27,15 @@ CONVOLUTION_DEVIATION = 0.02  # of the embedding's taps: they begin all but sile
 
 @dataclass
 class LiquidModelOutput(ModelOutput):
-    """`last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's two figures `[B, T]`."""
+    """`last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's two figures `[B, T]`.
+
+    Where asked for, `hidden_states` (L + 1 of `[B, T, D]`) and `attentions` (L of `[B, H, T, keys]`).
+    """
 
     last_hidden_state: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: torch.Tensor | None = None
     reconstruction_error: torch.Tensor | None = None
     retained_ratio: torch.Tensor | None = None
@@ -40,12 +46,15 @@ class LiquidCausalLMOutput(ModelOutput):
     """`loss` is the weighted mean over this batch; `loss_sums` and `statistics` are what a trainer needs instead.
 
     `loss_sums`: one fp32 sum over tokens for each term of `model.loss`. `statistics`: `model.metrics.routing_statistics`.
-    `logits` `[B, T, V]` are left out while training with labels: nothing reads them there.
+    `logits` `[B, T, V]` are left out while training with labels: nothing reads them there. `hidden_states` and
+    `attentions` as in `LiquidModelOutput`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     loss_sums: dict[str, torch.Tensor] | None = None
     statistics: dict[str, torch.Tensor] | None = None
 
@@ -56,11 +65,12 @@ class LiquidPreTrainedModel(PreTrainedModel):
     config_class = LiquidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LiquidBlock"]
+    _no_split_modules = ["LiquidBlock", "LiquidEmbedding"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_attention_backend = True
     _supports_sdpa = True
     _supports_flex_attn = True
+    _can_record_outputs = {"hidden_states": LiquidBlock, "attentions": LocalAttention}
     # A recurrent state cannot be rolled back: transformers then refuses assisted decoding.
     _is_stateful = True
 
@@ -68,6 +78,20 @@ class LiquidPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         """The experts can (model/moe.py); transformers would look for that in this file's text."""
         return True
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in every transformers model; `new_num_tokens`, before padding, is then what the tokenizer knows.
+
+        Raises `ValueError` for fewer tokens than the configuration's special ids need.
+        """
+        if new_num_tokens is not None:
+            self.config.sized_for(new_num_tokens)
+        table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if new_num_tokens is not None:
+            self.config.used_vocab_size = new_num_tokens
+        return table
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -117,6 +141,7 @@ class LiquidModel(LiquidPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -131,13 +156,16 @@ class LiquidModel(LiquidPreTrainedModel):
 
         Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask`
         `[B, P + T]`, P the tokens in the cache. With `use_cache` (default: the configuration's, except in training) the
-        output's `past_key_values` go on from each row's last document. What other tools ask of every model (attention
-        weights, say) and this one does not have is passed over.
-        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for a
-        cache that was not made for this model, and for one under gradient checkpointing.
+        output's `past_key_values` go on from each row's last document. `output_hidden_states`, `output_attentions` and
+        `return_dict` are those of every transformers model; what else tools ask and this one does not have is passed over.
+        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for a cache
+        that was not made for this model, for one under gradient checkpointing, and for attention weights where
+        `attn_implementation` is not `eager`.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
+        if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs the weights themselves: model.set_attn_implementation("eager")')
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -157,7 +185,11 @@ class LiquidModel(LiquidPreTrainedModel):
             hidden, logits = layer(hidden, rotation, documents, mask, past_key_values=past_key_values)
             router_logits.append(logits)
         return LiquidModelOutput(
-            self.norm(hidden), past_key_values, torch.stack(router_logits), reconstruction_error, retained_ratio
+            last_hidden_state=self.norm(hidden),
+            past_key_values=past_key_values,
+            router_logits=torch.stack([logits.to(hidden.device) for logits in router_logits]),
+            reconstruction_error=reconstruction_error,
+            retained_ratio=retained_ratio,
         )
 
     @staticmethod
@@ -193,6 +225,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         self.loss_weights = LossWeights()
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -210,10 +243,15 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
 
         `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
-        then this one's part of the mean over them. `running_means`: the state around which the usage and budget terms
-        are expanded; without it they have no gradient.
+        then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state
+        around which the usage and budget terms are expanded; without it they have no gradient. Raises `ValueError` for
+        labels that are no token's ids.
         """
-        output = self.model(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache)
+        if labels is not None:
+            check_labels(labels, self.config.used_vocab_size)
+        output = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
+        )
         loss = logits = sums = statistics = None
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -221,14 +259,17 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if labels is not None:
             text = self._text(input_ids, attention_mask, labels)
             sums, statistics = self._loss_sums(output, labels, text, running_means)
-            supervised = (labels[:, 1:] != -100).sum().clamp(min=1)
-            loss = total_loss(sums, self.loss_weights, supervised, text.sum().clamp(min=1))
+            supervised = (labels[:, 1:] != -100).sum()
+            loss = total_loss(sums, self.loss_weights, supervised.clamp(min=1), text.sum().clamp(min=1))
             if num_items_in_batch is not None:
-                loss = loss * (supervised / num_items_in_batch)
+                items = torch.as_tensor(num_items_in_batch, device=supervised.device)
+                loss = loss * (supervised / items.clamp(min=1))
         if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
             logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)
-        return LiquidCausalLMOutput(loss, logits, output.past_key_values, sums, statistics)
+        return LiquidCausalLMOutput(
+            loss, logits, output.past_key_values, output.hidden_states, output.attentions, sums, statistics
+        )
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:

@@ -47,6 +47,14 @@ class Router(nn.Module):
         # The bias can choose experts whose probabilities are all 0 in fp32; AutoEP adds the same.
         return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
+    def _apply(self, *arguments, **options) -> Router:
+        """Leave the bias in fp32 where the module is cast: rounded, near biases are equal and other experts win."""
+        exact = self.e_score_correction_bias
+        super()._apply(*arguments, **options)
+        if self.e_score_correction_bias.dtype != exact.dtype:
+            self.e_score_correction_bias = exact.to(self.e_score_correction_bias.device)
+        return self
+
 
 @use_experts_implementation
 class GroupedExperts(nn.Module):

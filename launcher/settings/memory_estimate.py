@@ -95,7 +95,7 @@ class Activations:
         fields = config.to_dict()
         fields.update(
             num_hidden_layers=config.memory_every, num_experts=config.num_experts_per_tok, vocab_size=128,
-            used_vocab_size=128,
+            used_vocab_size=128, pad_token_id=None, bos_token_id=None, eos_token_id=None,
         )  # fmt: skip
         model = LiquidForCausalLM(LiquidConfig(**fields)).bfloat16().train()
         kept = saved_bytes(model, COUNTED_TOKENS)

@@ -163,3 +163,10 @@ def test_the_estimate_of_activations_is_what_a_larger_model_saves():
     for recompute in (False, True):
         model._set_gradient_checkpointing(recompute)
         assert saved_bytes(model, tokens) == pytest.approx(estimate.saved(config, tokens, recompute), rel=0.1)
+
+
+def test_activations_are_counted_whatever_the_tokenizers_special_ids_are():
+    """The model that is counted has few words."""
+    config = preset("tiny")
+    special = config.sized_for(config.used_vocab_size, pad_token_id=50_000, eos_token_id=[2, 50_001])
+    assert Activations.of(special) == Activations.of(config)

@@ -18,7 +18,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def config() -> LiquidConfig:
     return LiquidConfig(**SIZES)
 

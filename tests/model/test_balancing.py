@@ -104,6 +104,27 @@ def test_the_bias_is_saved_and_loaded_with_the_model_in_fp32_always(model, tmp_p
         assert torch.equal(balancing_bias(loaded), bias)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_leaves_the_bias_in_fp32(model, ids, dtype, tmp_path):
+    """As loading in that dtype does, so that both choose the same experts."""
+    bias = torch.tensor([[0.1000, 0.1001, 0.1002, 0.1003]]).repeat(2, 1)
+    set_balancing_bias(model, bias)
+    model.save_pretrained(tmp_path)
+    model.to(dtype)
+    assert model.model.layers[0].moe.router.gate.weight.dtype == dtype
+    assert torch.equal(balancing_bias(model), bias)
+    loaded = LiquidForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(model(ids).logits, loaded(ids).logits)
+
+
+def test_the_bias_moves_with_the_model(router):
+    before = router.e_score_correction_bias
+    assert router.to("meta", torch.bfloat16).e_score_correction_bias.device.type == "meta"
+    emptied = router.to_empty(device="cpu").e_score_correction_bias
+    assert (emptied.device.type, emptied.dtype, emptied.shape) == ("cpu", torch.float32, before.shape)
+    assert list(router._buffers) == ["e_score_correction_bias"]
+
+
 def test_a_new_model_begins_without_a_bias(config):
     assert torch.equal(balancing_bias(LiquidForCausalLM(config)), torch.zeros(2, 4))
 
@@ -131,7 +152,7 @@ def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients
 
 @torch.no_grad()
 def test_the_implementation_is_chosen_as_in_any_transformers_model(config, ids):
-    model = LiquidForCausalLM(type(config)(**config.to_dict())).eval()  # other tests share the configuration
+    model = LiquidForCausalLM(config).eval()
     assert model.config._experts_implementation == "grouped_mm"
     expected = model(ids).logits
     for implementation in ("batched_mm", "eager"):

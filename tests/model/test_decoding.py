@@ -173,6 +173,13 @@ def test_a_mask_that_leaves_the_cached_tokens_out_is_refused(model, ids):
         model(ids[:, :1], attention_mask=torch.ones(3, 1), past_key_values=cache)
 
 
+def test_going_on_behind_padding_on_the_right_is_refused(model, ids):
+    mask = torch.ones_like(ids)
+    mask[0, -5:] = 0
+    with pytest.raises(ValueError, match='padding_side="left"'):
+        model.generate(ids, attention_mask=mask, **GREEDY)
+
+
 def test_training_keeps_no_cache_and_recomputed_layers_take_none(model, ids):
     model.train()
     assert model(ids, labels=ids).past_key_values is None

@@ -1,5 +1,7 @@
 """The model as a Hugging Face model."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
@@ -17,14 +19,6 @@ def test_saved_and_loaded_the_logits_are_the_same(model, ids, tmp_path):
     assert type(loaded) is LiquidForCausalLM
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-def test_unused_ids_are_never_predicted(model, ids):
-    logits = model(ids).logits
-    assert logits.shape[-1] == 128
-    assert (logits[..., 101:] == torch.finfo(logits.dtype).min).all()
-    sampled = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0)
-    assert sampled.max() < 101
 
 
 def test_generation_is_repeated_argmax(model, ids):
@@ -60,11 +54,14 @@ def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
     assert not torch.isclose(parts[0], parts[1])
 
 
-def test_what_this_model_does_not_give_may_be_asked_for(model, ids):
-    """Other tools ask every model for these, by name, of the backbone too (TRL, say)."""
-    asked = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
-    assert torch.equal(model.model(ids, **asked).last_hidden_state, model.model(ids).last_hidden_state)
-    assert torch.equal(model(ids, **asked).logits, model(ids).logits)
+def test_a_micro_batch_without_labels_adds_nothing(model, ids):
+    """Not its regularisation either, which is weighed as its labels are."""
+    whole = model(ids, labels=ids).loss
+    parts = [model(row, labels=row, num_items_in_batch=ids[:, 1:].numel()).loss for row in ids.split(1)]
+    torch.testing.assert_close(sum(parts), whole)
+    nothing = torch.full_like(ids, -100)
+    for count in (ids[:, 1:].numel(), torch.tensor(0), 0):
+        assert model(ids, labels=nothing, num_items_in_batch=count).loss == 0
 
 
 @pytest.mark.slow
@@ -124,11 +121,6 @@ def test_presets_are_the_description():
     assert 180e6 < parameters < 230e6
 
 
-def test_the_vocabulary_is_padded_to_a_multiple_of_128():
-    config = LiquidConfig.from_preset("tiny").sized_for(50266)
-    assert (config.vocab_size, config.used_vocab_size) == (50304, 50266)
-
-
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -140,11 +132,30 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128():
         ({"deformable_range": 1}, "deformable_range is 1; it must be at least 2"),
         ({"used_vocab_size": 60000}, "used_vocab_size"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be at least 1"),
+        ({"max_position_embeddings": 1}, "max_position_embeddings is 1; it must be at least 2"),
+        ({"moe_intermediate_size": 20}, "moe_intermediate_size .20. must be a multiple of 8"),
+        (
+            {"hidden_size": 36, "num_attention_heads": 6, "deformable_groups": 6},
+            "hidden_size .36. must be a multiple of 8",
+        ),
+        ({"embedding_temperature": 0.0}, "embedding_temperature is 0.0; it must be a finite number above 0"),
+        ({"embedding_temperature": math.nan}, "embedding_temperature is nan"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
+        ({"rms_norm_eps": math.inf}, "rms_norm_eps is inf"),
+        ({"pad_token_id": 101, "used_vocab_size": 101}, r"pad_token_id .101. must lie between .* .100.; .* or None"),
+        ({"bos_token_id": -1}, "bos_token_id .-1."),
+        ({"eos_token_id": [2, 60000]}, "eos_token_id .60000."),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_the_fix(fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         LiquidConfig(**fields)
+
+
+def test_special_ids_may_be_none_or_several():
+    config = LiquidConfig(used_vocab_size=101, pad_token_id=None, bos_token_id=None, eos_token_id=[2, 100])
+    assert (config.pad_token_id, config.bos_token_id, config.eos_token_id) == (None, None, [2, 100])
 
 
 def test_an_unknown_preset_or_field_is_named(tmp_path):
