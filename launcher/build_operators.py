@@ -6,6 +6,8 @@ lock of an interrupted build, of an old one.
 
 from __future__ import annotations
 
+import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
 import torch
 
 from launcher.environment import detect_environment, export_for_torch

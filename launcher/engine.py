@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
 import ctypes
 import functools
 import gc
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed reads it on import, and warns where it is not set
-
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam

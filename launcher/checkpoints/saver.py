@@ -7,6 +7,8 @@ are older checkpoints deleted. Whatever fails on any rank fails that one save, o
 
 from __future__ import annotations
 
+import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
 import os
 import shutil
 import time

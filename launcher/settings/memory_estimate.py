@@ -6,6 +6,8 @@ stages' buckets, as the JSON limits them; activations as the model saves them, c
 
 from __future__ import annotations
 
+import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
 from dataclasses import dataclass
 from pathlib import Path
 

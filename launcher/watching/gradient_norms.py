@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad

@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.cluster.virtual_cluster import NODES, VirtualCluster
 
 STEPS = 24  # of the small run that the tests share
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")  # there are many states before
 COMMAND_SECONDS = 30  # a SLURM command that waits for ever must not take the suite with it
 
 
@@ -42,7 +43,7 @@ class Submitter:
     def clear(self) -> None:
         """Cancel what is left, and bring every node back."""
         for job in self.jobs:
-            if job.state() not in ("COMPLETED", "FAILED", "CANCELLED"):
+            if job.state() not in ENDED:
                 self.slurm("scancel", job.number)
         for node in NODES:
             self.cluster.power_on_if_off(node)
@@ -71,7 +72,7 @@ class Job:
         deadline = time.monotonic() + seconds
         while text not in self.log:
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s in:\n{self.log}"
-            assert self.state() in ("PENDING", "RUNNING", "COMPLETING"), f"no {text!r} in:\n{self.log}"
+            assert self.state() not in ENDED, f"no {text!r} in:\n{self.log}"
             time.sleep(0.2)
 
     def wait_until(self, *states: str, seconds: float = 180) -> str:
@@ -84,7 +85,7 @@ class Job:
 
     def finish(self) -> None:
         """Return when the job has ended well."""
-        assert self.wait_until("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT") == "COMPLETED", self.log
+        assert self.wait_until(*ENDED) == "COMPLETED", self.log
 
     def scontrol(self, *changes: str) -> None:
         """Change the job, as an administrator does."""

@@ -196,7 +196,7 @@ def test_a_size_that_is_none_is_refused(size, capsys):
     ("world_size", "experts", "json_changes", "overrides"),
     [
         (4, 2, {}, []),
-        (4, 2, {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, ["precision.force=true"]),
+        (2, 2, {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, ["precision.force=true"]),
         (2, 2, {"zero_optimization": {"stage": 2}}, []),
         (2, 1, {"zero_optimization": {"stage": 3, "sub_group_size": 20_000}}, []),
         (2, 1, {"expert_parallel": {"enabled": False}}, []),

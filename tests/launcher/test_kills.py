@@ -15,7 +15,7 @@ from launcher.errors import COMMUNICATION_OR_HARDWARE
 from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import start
 
-STEPS, KILLS, SEED = 40, int(os.environ.get("LFM_KILLS", 6)), 5
+STEPS, KILLS, SEED = 40, int(os.environ.get("LFM_KILLS", 4)), 5
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "micro_batch_rows=1"]
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 * (KILLS + 2))]
