@@ -25,7 +25,7 @@ def run(*command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_default_run_learns_the_sample(tmp_path):
-    """After the command of the README, at least half of the held-out answers are exactly right."""
+    """After the command of the README, two thirds of the held-out answers are exactly right, of about four fifths."""
     folder = tmp_path / "run"
     training = ["deepspeed", "--master_port", "29641", "train.py", "--deepspeed_config", "ds_configs/zero3.json"]
     printed = run(*training, f"data={tmp_path / 'data'}", "prepare.source=sample", f"output={folder}")
@@ -34,7 +34,7 @@ def test_the_default_run_learns_the_sample(tmp_path):
     printed = run("lfm", "evaluate", str(folder / "export"), "--questions", "sample", "--show", "3")
     right, total = map(int, re.search(r"(\d+) of (\d+) held-out answers", printed).groups())
     assert total > 150
-    assert right >= total / 2, printed
+    assert right >= total * 2 / 3, printed
 
 
 @pytest.mark.slow
