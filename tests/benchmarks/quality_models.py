@@ -96,7 +96,7 @@ def remove_shared_experts(model: LiquidForCausalLM) -> None:
 class LiquidVariant:
     """`tiny` with other sizes, with parts replaced, or with another loss."""
 
-    sizes: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, float] = field(default_factory=dict)
     surgery: Callable[[LiquidForCausalLM], None] | None = None
     loss_weights: LossWeights = field(default_factory=LossWeights)
 
@@ -143,6 +143,8 @@ ABLATIONS = {
     "memory-stride-32": LiquidVariant({"memory_stride": 32}),
     "memory-every-2nd-layer": LiquidVariant({"memory_every": 2}),
     "no-compression": LiquidVariant(surgery=remove_compression),
+    # The rotations stay: the mask alone.
+    "all-components": LiquidVariant({"embedding_minimum_ratio": 0.98, "embedding_target_ratio": 0.99}),
     "no-shared-expert": LiquidVariant(surgery=remove_shared_experts),
     "no-focal-no-reconstruction": LiquidVariant(loss_weights=LossWeights(focal=0.0, reconstruction=0.0)),
 }
