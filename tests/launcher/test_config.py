@@ -44,7 +44,7 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("model=[1", "the value of model is not valid YAML"),
         ("output=", "output is empty; name one"),
         ("data=", "data is empty; name one"),
-        ("profile.steps=[598, 601]", r"profile.steps is \[598, 601\], but the run ends at max_steps 600"),
+        ("profile.steps=[298, 301]", r"profile.steps is \[298, 301\], but the run ends at max_steps 300"),
     ],
 )
 def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
