@@ -89,12 +89,13 @@ def train(plan, run, environment, failures) -> bool:
     checkpoints = CheckpointSaver(engine, run, data.fingerprint, config.keep_checkpoints, monitor.say)
     # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
     stop = StopRequest(report)
-    dist.barrier()  # a signal that kills a rank before it listens has to find the run still `starting`
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
     first_step = state.step + 1
     try:
+        watchdog.begins("waiting for the other ranks", first=True)
+        dist.barrier()  # a signal that kills a rank before it listens has to find the run still `starting`
         if environment.is_main and state.step < config.max_steps:
             run.write_status("running", state.step)
         while state.step < config.max_steps and not stop.agreed:

@@ -23,8 +23,9 @@ trap 'ask_to_stop TERM' TERM
 
 # run_step COMMAND...: runs it, and returns when it has ended, at a signal too; not at all where one came before.
 run_step() {
-    code=0
+    code=138 # that of a step which USR1 ended
     [[ -z $asked ]] || return 0
+    code=0
     "$@" & # bash runs a trap only when its foreground command has ended
     step=$!
     # A signal between the test above and this line found no step to tell.
@@ -44,7 +45,7 @@ run_step() {
 # ranks and not this script, which would take their end for a failure.
 is_preempted() {
     local facts
-    facts=$(of_slurm scontrol show job --oneliner "$job") || return 1
+    facts=$(SLURM_TIME_FORMAT=standard of_slurm scontrol show job --oneliner "$job") || return 1
     # A start before this one may have been; times as ISO 8601 compare as texts.
     [[ $facts =~ \ StartTime=([0-9T:-]+) ]] || return 1
     local started=${BASH_REMATCH[1]}
@@ -53,17 +54,18 @@ is_preempted() {
 
 # of_slurm COMMAND...: a command of SLURM's, again for a minute where its controller does not answer.
 of_slurm() {
-    local try said
+    local try errors said failed
+    errors=$(mktemp)
     for try in 1 2 3 4 5 6; do
-        if said=$("$@" 2>&1); then
-            [[ -z $said ]] || printf '%s\n' "$said"
-            return 0
-        fi
-        [[ $said == *'timed out'* || $said == *'nable to contact'* || $said == *'onnection'* ]] || break
+        failed=''
+        "$@" 2>"$errors" || failed=1 # apart from the answer: a command may warn, and mean what it answers
+        said=$(<"$errors")
+        [[ -n $failed && $said =~ 'timed out'|'nable to contact'|'onnection' ]] || break
         ((try == 6)) || sleep 10
     done
-    printf '%s\n' "$said" >&2
-    return 1
+    rm "$errors"
+    [[ -z $said ]] || printf '%s\n' "$said" >&2
+    [[ -z $failed ]]
 }
 
 # Returns where the job is its own; where SLURM is ending it, the script has to end, too.

@@ -21,7 +21,6 @@ Options stand before the script's name; what follows it are the script's own arg
 INSTEAD = {
     "--mem-per-gpu": "--mem, the memory of each node",
     "--mem-per-cpu": "--mem, the memory of each node",
-    "--mem": "--mem itself, which is an option of lfm submit",
     "--cpus-per-gpu": "--sbatch=--cpus-per-task, of which there is one for each GPU",
     "--ntasks-per-gpu": "--gpus, the number on each node, with a task for each",
     "--gpus": "--gpus, the number on each node, itself",
@@ -139,7 +138,8 @@ def _resources(options, script: str = "train") -> list[str]:
         # Together, since a task is started for each GPU.
         if options.gpus is not None:
             named += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={max(1, options.gpus)}"]
-        memory = options.mem or ("0" if (options.gpus or 0) > 1 else None)
+        said = any(word.startswith("--mem=") for word in options.sbatch)
+        memory = options.mem or ("0" if (options.gpus or 0) > 1 and not said else None)
         named += [f"--mem={memory}"] if memory else []
         named += [f"--time={options.time}"] if options.time else []
     return named + options.sbatch

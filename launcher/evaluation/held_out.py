@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.loading.collate import END, START
 from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
 from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
@@ -104,9 +105,9 @@ def open_held_out(
 
 
 def data_of_run(model: Path) -> str:
-    """The folder whose held-out rows a run's model is asked where nothing else is said.
+    """The folder of a run's own held-out rows, as its validations take it.
 
-    Raises `ConfigurationError` where `model` is no run folder, or the run mixes several.
+    Raises `ConfigurationError` where `model` is no run folder, or its run has no such rows on this machine.
     """
     file = model / "run.yaml"
     if not file.is_file():
@@ -115,9 +116,11 @@ def data_of_run(model: Path) -> str:
             "--questions sample"
         )
     config = load_run_config(file)
-    data = config.validation_data or config.data
-    if not isinstance(data, str):
-        raise ConfigurationError(f"{model} was trained on several folders; say which with --data, or give --questions")
+    data = config.validation_data
+    if data is None and isinstance(config.data, str) and Path(config.data, VALIDATION_FOLDER, INDEX_NAME).is_file():
+        data = config.data
+    if data is None or is_remote(data):
+        raise ConfigurationError(f"the run {model} has no held-out rows on this machine; give --data or --questions")
     return data
 
 

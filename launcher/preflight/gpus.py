@@ -53,7 +53,8 @@ def check_gpus(variables: Mapping[str, str] = os.environ) -> list[Finding]:
 def check_ranks(ranks: int, variables: Mapping[str, str] = os.environ) -> list[Finding]:
     """Whether SLURM gives this node a GPU for each of the run's `ranks` there, and a rank for each GPU; nothing where so."""
     found = variables.get("SLURM_GPUS_ON_NODE", "")
-    if not found.isdigit() or "SLURM_GPUS_PER_TASK" in variables:  # preflight is then one task, with that one's GPUs
+    of_a_task = "SLURM_GPUS_PER_TASK" in variables or "gpu" in variables.get("SLURM_TRES_PER_TASK", "")
+    if not found.isdigit() or of_a_task:  # preflight is one task, and would see that one's GPUs
         return []
     gpus = int(found)
     if ranks > gpus:

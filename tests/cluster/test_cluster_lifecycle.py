@@ -28,8 +28,8 @@ def stand_in(folder: Path, **scripts: str) -> dict[str, str]:
 def commands(tmp_path):
     """Runs a line of bash after `source slurm/lifecycle.sh`; gives its exit code and the calls of SLURM's commands."""
 
-    def run(line: str, state: str = "RUNNING", scontrol: str = "", **variables: str) -> tuple[int, list[str]]:
-        answers = {"squeue": f"echo {state}", "scontrol": scontrol, "sleep": ""}
+    def run(line: str, squeue: str = "echo RUNNING", scontrol: str = "", **variables: str) -> tuple[int, list[str]]:
+        answers = {"squeue": squeue, "scontrol": scontrol, "sleep": ""}
         scripts = {name: f'echo {name} "$@" >>{tmp_path}/called\n{answer}' for name, answer in answers.items()}
         environment = stand_in(tmp_path, **scripts) | variables
         command = ["bash", "-c", f"set -euo pipefail; source slurm/lifecycle.sh; {line}"]
@@ -50,7 +50,7 @@ def test_a_job_speaks_of_itself_alone(commands, line, variables, name):
 
 @pytest.mark.parametrize("line", ["requeue", "hold"])
 def test_a_cancelled_job_does_not_come_back(commands, line):
-    code, called = commands(f"code=5; {line}", state="COMPLETING")
+    code, called = commands(f"code=5; {line}", squeue="echo COMPLETING")
     assert code == 5
     assert not [call for call in called if call.startswith("scontrol")]
 
@@ -83,6 +83,16 @@ def test_a_controller_that_does_not_answer_is_asked_again(commands, tmp_path, er
     ended, called = commands("requeue", scontrol=f"{third} || {{ echo '{error}' >&2; exit 1; }}")
     assert ended == code
     assert len([call for call in called if call.startswith("scontrol requeue")]) == tries
+
+
+def test_what_a_command_warns_of_is_no_part_of_its_answer(commands):
+    _, called = commands("requeue", squeue="echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo CANCELLED")
+    assert not [call for call in called if call.startswith("scontrol")]
+
+
+def test_a_step_that_was_asked_to_stop_before_it_began_has_not_ended_well(commands):
+    code, _ = commands("ask_to_stop USR1; run_step true; squeue; [[ $code == 138 ]]")
+    assert code == 0
 
 
 def test_ranks_get_what_the_script_sets_where_the_job_got_nothing_of_the_shell(tmp_path):

@@ -149,18 +149,25 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
     assert json.loads((out / "metrics.json").read_text())["counts"]["answers"] == 6
 
 
-@pytest.mark.slow
 def test_a_run_is_asked_its_own_held_out_rows(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("data: there\n")
-    assert data_of_run(tmp_path) == "there"
-    file.write_text("data: there\nvalidation_data: elsewhere\n")
-    assert data_of_run(tmp_path) == "elsewhere"
-    file.write_text("data: [{path: a, weight: 1}, {path: b, weight: 2}]\n")
-    with pytest.raises(ConfigurationError, match="say which with --data"):
-        data_of_run(tmp_path)
+    run, data = tmp_path / "run", tmp_path / "data"
+    (data / "validation").mkdir(parents=True)
+    run.mkdir()
+
+    def asked(**keys) -> str:
+        (run / "run.yaml").write_text(json.dumps(keys))
+        return data_of_run(run)
+
+    assert asked(data="there", validation_data="elsewhere") == "elsewhere"
+    for keys in ({"data": str(data)}, {"data": [{"path": str(data), "weight": 1}]},
+                 {"data": "there", "validation_data": "https://elsewhere"}):  # fmt: skip
+        with pytest.raises(ConfigurationError, match="no held-out rows on this machine; give --data"):
+            asked(**keys)  # nothing is held out in `data`, whose own rows it was trained on
+    (data / "validation" / "index.json").touch()
+    assert asked(data=str(data)) == str(data)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_path):
     other = tmp_path / "other"
     prepare("sample", other, Settings(seq_len=512), progress=False)

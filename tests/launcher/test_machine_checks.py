@@ -123,8 +123,9 @@ def test_each_rank_has_a_gpu_and_each_gpu_a_rank():
     (idle,) = check_ranks(1, {"SLURM_GPUS_ON_NODE": "8"})
     assert crowded.level == RED and "--gpus-per-node=8" in crowded.fix
     assert idle.level == YELLOW and "--ntasks-per-node=8" in idle.fix
-    for variables in ({}, {"SLURM_GPUS_ON_NODE": "8"}, {"SLURM_GPUS_ON_NODE": "1", "SLURM_GPUS_PER_TASK": "1"}):
-        assert check_ranks(8, variables) == []
+    for of_a_task in ({"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"}):
+        assert check_ranks(8, {"SLURM_GPUS_ON_NODE": "1", **of_a_task}) == []
+    assert check_ranks(8, {}) == check_ranks(8, {"SLURM_GPUS_ON_NODE": "8"}) == []
 
 
 def test_a_neighbours_gpu_is_not_this_jobs():

@@ -70,6 +70,7 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
         (["--gpus", "1"], []),
         (["--gpus", "8"], ["--mem=0"]),
         (["--gpus", "8", "--mem", "200G"], ["--mem=200G"]),
+        (["--gpus", "8", "--sbatch=--mem=100G"], ["--mem=100G"]),
     ],
 )
 def test_a_job_of_many_gpus_gets_their_nodes_memory(capsys, words, named):
