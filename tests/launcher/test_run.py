@@ -303,6 +303,7 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(copied, runs):
         find_checkpoint(copied, str(runs.folder / "whole" / "checkpoints" / "step-00000020"))
 
 
+@pytest.mark.slow
 def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer):
     """Also: another job may not train in the folder meanwhile."""
     arguments = trainer.arguments("stopped", "max_steps=100000", "schedule.steps=20", "checkpoint_every=100000")
