@@ -22,6 +22,7 @@ from launcher.run_folder import RunFolder
 
 if TYPE_CHECKING:  # reading this module must not wait for DeepSpeed
     import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     from launcher.checkpoints.saver import CheckpointSaver
     from launcher.watching.monitor import Monitor
@@ -77,12 +78,7 @@ class Guard:
         self.checkpoints = checkpoints
         self._rollbacks, self._went_back_to = 0, None  # how many in a row, and to which checkpoint
         self._spike = self._hopeless = False
-        self._scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
-        if getattr(self._scaler, "dynamic", False):
-            self._scaler.raise_error_at_min_scale = False  # the sentence in `_end_where_hopeless` says what to change
-        else:
-            self._scaler = None
-        self._scale = self._scaler and self._scaler.cur_scale
+        self._take_scaler()
 
     def observe(self, state: TrainState, loss: float) -> dict[str, float]:
         """Look at the step that `state` is behind, with the global batch's loss; returns values for TensorBoard."""
@@ -141,11 +137,22 @@ class Guard:
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
         self._rollbacks += 1
-        self._scale = self._scaler and self._scaler.cur_scale
+        self._take_scaler()
         first, end = earlier.skipped_ranges[-1]
         self.monitor.say(f"back to {chosen[0].name}, and past the rows at positions {first} to {end - 1}")
         self.monitor.goes_back_to(earlier.step)
         return earlier
+
+    @property
+    def _scaler(self) -> DynamicLossScaler | None:
+        """fp16's dynamic loss scaler; loading a checkpoint puts another in its place."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None) if self.engine.fp16_enabled() else None
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    def _take_scaler(self) -> None:
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # the sentence in `_end_where_hopeless` says what to change
+        self._scale = self._scaler and self._scaler.cur_scale
 
     def _spikes(self, state: TrainState, loss: float) -> bool:
         recent, settings = state.recent_losses, self.config.spike
