@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.going_back import make_newest
 from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError, TrainingError
@@ -136,7 +137,7 @@ class Guard:
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
-        self._rollbacks += 1
+        self._rollbacks, self._went_back_to = self._rollbacks + 1, self._newest()  # another one where that was damaged
         self._take_scaler()
         first, end = earlier.skipped_ranges[-1]
         self.monitor.say(f"back to {chosen[0].name}, and past the rows at positions {first} to {end - 1}")
@@ -184,8 +185,14 @@ class Guard:
         return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
 
     def _loadable(self) -> Path:
-        """The newest whole checkpoint, in its universal form where this run went on from other ranks' and has none yet."""
-        checkpoint, _ = find_checkpoint(self.run, "auto")
+        """The newest whole checkpoint, in its universal form where this run went on from other ranks' and has none yet.
+
+        Damaged ones after it are set aside: under their names their steps would not be saved again.
+        """
+        checkpoint, passed_over = find_checkpoint(self.run, "auto")
+        checkpoint, renamed = make_newest(self.run, checkpoint)
+        for note in (*passed_over, *renamed):
+            self.monitor.say(note)
         experts_over = self.engine.config.get("expert_parallel", {}).get("autoep_size", 1)
         return for_ranks(checkpoint, dist.get_world_size(), experts_over)[0]
 

@@ -216,6 +216,15 @@ def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
     assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
 
 
+def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4):
+        make_checkpoint(run, step, best_step=None)
+    (run.checkpoints / "step-00000004" / "manifest.json").write_text("{")
+    assert start_with(run, "auto") == "step-00000002"
+    assert steps_of(run) == ["02", "left-04"] and run.latest.read_text() == "step-00000002\n"
+
+
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
