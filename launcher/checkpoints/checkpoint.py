@@ -105,16 +105,19 @@ def step_in_name(name: str) -> int | None:
 def best_checkpoint(complete: list[Path]) -> Path | None:
     """The best by validation of checkpoints given newest first, or None where there was no validation.
 
-    It is the first that was saved since the best metric was measured, which the newest one's train state knows.
+    It is the first that was saved since the best metric was measured, which the newest one's train state knows. Going
+    back may leave earlier ones of another course: what was best there at the same step was another model's.
     """
-    best_step = _best_step(complete[0]) if complete else None
-    since_best = [folder for folder in complete if best_step is not None and _best_step(folder) == best_step]
+    best = _best(complete[0]) if complete else None
+    since_best = [folder for folder in complete if best is not None and _best(folder) == best]
     return since_best[-1] if since_best else None
 
 
-def _best_step(checkpoint: Path) -> int | None:
+def _best(checkpoint: Path) -> tuple[int, float] | None:
+    """The step of the best validation before a checkpoint, and its metric."""
     try:
-        return read_manifest(checkpoint)["train_state"].get("best_step")
+        state = read_manifest(checkpoint)["train_state"]
+        return (state["best_step"], state["best_metric"]) if state.get("best_step") is not None else None
     except (ValueError, KeyError):  # a damaged one is no one's best
         return None
 

@@ -22,10 +22,17 @@ def still_to_do(run: RunFolder, resume: str) -> tuple[str, list[str]]:
 
 
 def go_back(run: RunFolder, checkpoint: Path, resume: str) -> tuple[Path, list[str]]:
-    """Make `checkpoint` the newest of its run, under its own name, and remember that `resume` was obeyed.
+    """Make `checkpoint` the newest of its run, and remember that `resume` was obeyed; returns as `make_newest`."""
+    own, notes = make_newest(run, checkpoint)
+    if resume in ("auto", "never"):
+        _record(run).unlink(missing_ok=True)
+    else:
+        replace_text(_record(run), f"{resume}\n")
+    return own, notes
 
-    Returns where it is now, and what was renamed.
-    """
+
+def make_newest(run: RunFolder, checkpoint: Path) -> tuple[Path, list[str]]:
+    """Make `checkpoint` the newest of its run, under its own name; returns where it is now, and what was renamed."""
     step = step_in_name(checkpoint.name)
     own = run.checkpoints / f"step-{step:08d}"
     notes = []
@@ -39,10 +46,6 @@ def go_back(run: RunFolder, checkpoint: Path, resume: str) -> tuple[Path, list[s
         notes.append(f"checkpoint {checkpoint.name} is {own.name} again")
     if not run.latest.exists() or run.latest.read_text().strip() != own.name:
         replace_text(run.latest, f"{own.name}\n")
-    if resume in ("auto", "never"):
-        _record(run).unlink(missing_ok=True)
-    else:
-        replace_text(_record(run), f"{resume}\n")
     return own, notes
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.going_back import make_newest
 from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError, TrainingError
@@ -22,6 +23,7 @@ from launcher.run_folder import RunFolder
 
 if TYPE_CHECKING:  # reading this module must not wait for DeepSpeed
     import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
     from launcher.checkpoints.saver import CheckpointSaver
     from launcher.watching.monitor import Monitor
@@ -77,12 +79,7 @@ class Guard:
         self.checkpoints = checkpoints
         self._rollbacks, self._went_back_to = 0, None  # how many in a row, and to which checkpoint
         self._spike = self._hopeless = False
-        self._scaler = getattr(engine.optimizer, "loss_scaler", None) if engine.fp16_enabled() else None
-        if getattr(self._scaler, "dynamic", False):
-            self._scaler.raise_error_at_min_scale = False  # the sentence in `_end_where_hopeless` says what to change
-        else:
-            self._scaler = None
-        self._scale = self._scaler and self._scaler.cur_scale
+        self._take_scaler()
 
     def observe(self, state: TrainState, loss: float) -> dict[str, float]:
         """Look at the step that `state` is behind, with the global batch's loss; returns values for TensorBoard."""
@@ -140,12 +137,23 @@ class Guard:
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
-        self._rollbacks += 1
-        self._scale = self._scaler and self._scaler.cur_scale
+        self._rollbacks, self._went_back_to = self._rollbacks + 1, self._newest()  # another one where that was damaged
+        self._take_scaler()
         first, end = earlier.skipped_ranges[-1]
         self.monitor.say(f"back to {chosen[0].name}, and past the rows at positions {first} to {end - 1}")
         self.monitor.goes_back_to(earlier.step)
         return earlier
+
+    @property
+    def _scaler(self) -> DynamicLossScaler | None:
+        """fp16's dynamic loss scaler; loading a checkpoint puts another in its place."""
+        scaler = getattr(self.engine.optimizer, "loss_scaler", None) if self.engine.fp16_enabled() else None
+        return scaler if getattr(scaler, "dynamic", False) else None
+
+    def _take_scaler(self) -> None:
+        if self._scaler is not None:
+            self._scaler.raise_error_at_min_scale = False  # the sentence in `_end_where_hopeless` says what to change
+        self._scale = self._scaler and self._scaler.cur_scale
 
     def _spikes(self, state: TrainState, loss: float) -> bool:
         recent, settings = state.recent_losses, self.config.spike
@@ -177,8 +185,14 @@ class Guard:
         return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
 
     def _loadable(self) -> Path:
-        """The newest whole checkpoint, in its universal form where this run went on from other ranks' and has none yet."""
-        checkpoint, _ = find_checkpoint(self.run, "auto")
+        """The newest whole checkpoint, in its universal form where this run went on from other ranks' and has none yet.
+
+        Damaged ones after it are set aside: under their names their steps would not be saved again.
+        """
+        checkpoint, passed_over = find_checkpoint(self.run, "auto")
+        checkpoint, renamed = make_newest(self.run, checkpoint)
+        for note in (*passed_over, *renamed):
+            self.monitor.say(note)
         experts_over = self.engine.config.get("expert_parallel", {}).get("autoep_size", 1)
         return for_ranks(checkpoint, dist.get_world_size(), experts_over)[0]
 

@@ -45,9 +45,8 @@ class Monitor:
         # purge_step hides the points that a run wrote after the checkpoint it resumes from: one point a step.
         self.console = RunConsole(first_step, config.max_steps)
         self.writer = EventWriter(folder, first_step, self.say)
-        self.writer.add_text("run/run.yaml", _as_code((folder.parent / RUN_FILE).read_text()), first_step)
-        self.writer.add_text("moe/load/legend", LEGEND, first_step)
-        write_hyperparameters(self.writer, config, first_step)
+        self.run_file = _as_code((folder.parent / RUN_FILE).read_text())
+        self._describe(first_step)
         if config.profile.steps is not None:
             self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
 
@@ -157,6 +156,8 @@ class Monitor:
         if self.active:
             self.writer.forget_after(step)
             self.console.goes_on_from(step)
+            if step < self.described_at:
+                self._describe(step + 1)
 
     def saved(self, step: int, seconds: float | None) -> None:
         """Show how long training waited for a save, None where there was none to make, and flush all points so far."""
@@ -172,6 +173,13 @@ class Monitor:
     def close(self) -> None:
         if self.active:
             self.writer.close()
+
+    def _describe(self, step: int) -> None:
+        """Write what does not change from step to step, at one step that TensorBoard must not forget."""
+        self.described_at = step
+        self.writer.add_text("run/run.yaml", self.run_file, step)
+        self.writer.add_text("moe/load/legend", LEGEND, step)
+        write_hyperparameters(self.writer, self.config, step)
 
     def _losses(self, totals: dict[str, torch.Tensor], supervised: float, tokens: float) -> dict[str, float]:
         """Each loss term as the mean that training minimises, and their weighted sum."""

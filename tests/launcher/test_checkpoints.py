@@ -95,10 +95,10 @@ def test_a_run_killed_at_every_stage_of_publishing_has_the_curve_of_an_undisturb
     assert run.latest.read_text() == "step-00000012\n"
 
 
-def make_checkpoint(run: RunFolder, step: int, best_step: int | None) -> None:
+def make_checkpoint(run: RunFolder, step: int, best_step: int | None, best_metric: float = 1.0) -> None:
     folder = run.checkpoints / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    state = TrainState(step, 4 * step, 100 * step, [], 0.0, [], best_metric=1.0, best_step=best_step)
+    state = TrainState(step, 4 * step, 100 * step, [], 0.0, [], best_metric=best_metric, best_step=best_step)
     write_manifest(folder, {"train_state": vars(state), "files": {}})
 
 
@@ -122,6 +122,20 @@ def test_the_best_by_validation_can_be_asked_for(tmp_path):
     make_checkpoint(other, 2, best_step=None)
     with pytest.raises(ConfigurationError, match="has no best checkpoint.*set validate_every"):
         find_checkpoint(other, "best")
+
+
+def test_the_best_of_another_course_at_the_same_step_is_not_this_ones(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 4, best_step=4, best_metric=3.0)
+    for step in (8, 12):
+        make_checkpoint(run, step, best_step=8, best_metric=2.0)
+    start_with(run, "step-00000004")
+    make_checkpoint(run, 8, best_step=8, best_metric=2.9)
+    start_with(run, "left-step-00000012")
+    assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000012", [])
+    make_checkpoint(run, 16, best_step=8, best_metric=2.0)
+    delete_old(run, keep=1)
+    assert steps_of(run) == ["12", "16", "left-08"]
 
 
 def test_a_validation_that_is_not_finite_is_no_ones_best():
@@ -200,6 +214,15 @@ def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
     assert (run.checkpoints / "step-00000004" / "manifest.json").stat().st_ino == before
     assert start_with(run, "left-step-00000004") == "step-00000004"
     assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
+
+
+def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4):
+        make_checkpoint(run, step, best_step=None)
+    (run.checkpoints / "step-00000004" / "manifest.json").write_text("{")
+    assert start_with(run, "auto") == "step-00000002"
+    assert steps_of(run) == ["02", "left-04"] and run.latest.read_text() == "step-00000002\n"
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])

@@ -1,14 +1,21 @@
 """Steps that are not finite and losses that spike, with real faults in one rank of two."""
 
+import copy
 import json
 import shutil
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
-from launcher.checkpoints.checkpoint import read_train_state
-from launcher.errors import ConfigurationError
+from launcher.checkpoints.checkpoint import TrainState, complete_checkpoints, read_train_state
+from launcher.checkpoints.manifest import describe_durably, find_fault, write_manifest
+from launcher.config import RunConfig
+from launcher.errors import ConfigurationError, TrainingError
 from launcher.guarding.guard import Guard, is_spike
+from launcher.run_folder import RunFolder, replace_text
 from tests.launcher.saved_state import differing
 
 ROWS = 4  # in a step
@@ -173,3 +180,86 @@ def test_rollbacks_that_do_not_help_end_the_run(trainer):
     assert ended.stdout.count("back to step-00000006") == 3
     (sentence,) = [line for line in ended.stdout.splitlines() if line.startswith("error: ")]
     assert "spiked again after 3 rollbacks to" in sentence and "step-00000006" in sentence
+
+
+@pytest.mark.slow
+def test_a_rollback_past_a_damaged_checkpoint_saves_its_step_again(trainer):
+    at = {"positions": [7 * ROWS]}
+    arguments = trainer.arguments("damaged", "on_spike=rollback", "keep_checkpoints=9", *VAIN_OVERRIDES)
+    (result,) = trainer.run_with_faults(1, arguments, [{"kind": "spike", **at}, {"kind": "damage", **at}])
+    assert result.returncode == 0, result.stdout
+    assert "back to step-00000003, and past the rows at positions 12 to 31" in result.stdout
+    run = RunFolder(trainer.folder / "damaged")
+    faults = {path.name: find_fault(path) for path in sorted(run.checkpoints.iterdir())}
+    assert "sha256" in faults.pop("left-step-00000006")
+    assert faults == {f"step-{step:08d}": None for step in (3, 6, 9, 12)}
+    assert read_train_state(run.checkpoints / "step-00000006").skipped_ranges == [[12, 32]]
+
+
+@pytest.fixture
+def guard(tmp_path, monkeypatch):
+    """Of one process, with checkpoints of steps 5 and 10; loading one replaces the loss scaler, as DeepSpeed's does."""
+    run = RunFolder(tmp_path)
+    for step in (5, 10):
+        folder = run.checkpoints / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("whole")
+        facts = {"train_state": asdict(TrainState(step, ROWS * step, 0, [], 0.0, [])), "world_size": 1}
+        files = describe_durably(folder, ["weights"])
+        write_manifest(folder, {**facts, "expert_parallel_size": 1, "files": files})
+        replace_text(run.latest, f"{folder.name}\n")
+    scaler = DynamicLossScaler(4.0, 1000, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    saved = copy.deepcopy(scaler)
+    optimizer = SimpleNamespace(overflow=False, loss_scaler=scaler)
+    engine = SimpleNamespace(optimizer=optimizer, config={}, fp16_enabled=lambda: True, bfloat16_enabled=lambda: False)
+
+    def load(engine, folder):
+        optimizer.loss_scaler = copy.deepcopy(saved)
+        return read_train_state(folder)
+
+    monkeypatch.setattr("launcher.guarding.guard.load_checkpoint", load)
+    said = []
+    monitor = SimpleNamespace(said=said, say=said.append, goes_back_to=lambda step: None)
+    checkpoints = SimpleNamespace(settle=lambda: None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Guard(engine, RunConfig(on_spike="rollback"), run, monitor, checkpoints)
+    dist.destroy_process_group()
+
+
+def test_a_rollback_sets_damaged_newer_checkpoints_aside(guard):
+    run = guard.run
+    (run.checkpoints / "step-00000010" / "weights").write_text("worse")
+    state = guard.roll_back(TrainState(12, 12 * ROWS, 0, [], 0.0, []))
+    assert (state.step, state.skipped_ranges) == (5, [[5 * ROWS, 12 * ROWS]])
+    assert [path.name for path in complete_checkpoints(run)] == ["step-00000005"]
+    assert (run.checkpoints / "left-step-00000010" / "weights").read_text() == "worse"
+    assert run.latest.read_text() == "step-00000005\n" and not (run.path / "gone_back").exists()
+    assert "step-00000010 is passed over: the sha256 of weights" in guard.monitor.said[0]
+    assert "now left-step-00000010" in guard.monitor.said[1]
+
+
+def test_fp16_at_its_smallest_scale_ends_the_run_after_a_rollback_too(guard):
+    state = guard.roll_back(TrainState(12, 12 * ROWS, 0, [], 0.0, []))
+    optimizer = guard.engine.optimizer
+    assert not optimizer.loss_scaler.raise_error_at_min_scale
+    optimizer.overflow = True
+    for scale in (2.0, 1.0, 1.0):
+        assert not guard.wants_rollback(state)
+        optimizer.loss_scaler.cur_scale = scale
+        guard.observe(state, 3.0)
+    with pytest.raises(TrainingError, match="loss scale is at its minimum.*step-00000010"):
+        guard.wants_rollback(state)
+
+
+def test_rollbacks_past_a_damaged_checkpoint_count_with_those_after_them(guard):
+    (guard.run.checkpoints / "step-00000010" / "weights").write_text("worse")
+    state = TrainState(12, 12 * ROWS, 0, [], 0.0, [])
+    for _ in range(3):
+        state.recent_losses = [3.0] * guard.config.spike.window
+        guard.observe(state, 300.0)
+        assert guard.wants_rollback(state)
+        state = guard.roll_back(state)
+    state.recent_losses = [3.0] * guard.config.spike.window
+    guard.observe(state, 300.0)
+    with pytest.raises(TrainingError, match="again after 3 rollbacks to .*step-00000005"):
+        guard.wants_rollback(state)

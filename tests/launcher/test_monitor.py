@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.cli import main as lfm
@@ -245,3 +246,18 @@ def test_a_rank_that_shows_nothing_keeps_no_times(tmp_path):
     with monitor.timed("forward"):
         torch.ones(10).sum()
     assert monitor.timer.take() == {}
+
+
+@pytest.mark.parametrize("back_to", [3, 5])
+def test_going_back_to_where_a_start_began_keeps_what_it_wrote_at_first(tmp_path, back_to):
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    monitor = Monitor(tmp_path / "tensorboard", 6, RunConfig(), active=True)
+    monitor.writer.add_scalar("loss", 1.0, 7)
+    monitor.goes_back_to(back_to)
+    monitor.writer.add_scalar("loss", 2.0, back_to + 1)
+    monitor.goes_back_to(back_to + 1)
+    monitor.close()
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))  # the one that TensorBoard's server has
+    reader.Reload()
+    for tag in ("loss", "run/run.yaml/text_summary", "moe/load/legend/text_summary"):
+        assert [event.step for event in reader.Tensors(tag)] == [back_to + 1]
