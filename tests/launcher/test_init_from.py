@@ -122,7 +122,7 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(trainer, folder, c
     assert "of the run" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.bench
 def test_a_rank_of_two_takes_less_than_60_percent_of_the_memory_of_one(tmp_path):
     """Preset `1b` in fp32 up to an engine without an optimizer, whose states would be halved exactly; experts over all
     ranks. The bf16 folder is read by rank 0."""
