@@ -21,9 +21,9 @@ from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
 from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
-from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.inference.questions import read_objects
+from launcher.run_folder import RunFolder
 
 ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
 SHORTEST_ROW = 256  # tokens of the rows that questions are packed into here
@@ -109,16 +109,15 @@ def data_of_run(model: Path) -> str:
 
     Raises `ConfigurationError` where `model` is no run folder, or its run has no such rows on this machine.
     """
-    file = model / "run.yaml"
-    if not file.is_file():
+    if not (model / "run.yaml").is_file():
         raise ConfigurationError(
             f"{model} is no run folder, which would name its data; give --data FOLDER, --questions FILE.jsonl or "
             "--questions sample"
         )
-    config = load_run_config(file)
-    data = config.validation_data
-    if data is None and isinstance(config.data, str) and Path(config.data, VALIDATION_FOLDER, INDEX_NAME).is_file():
-        data = config.data
+    config = RunFolder(model).read_description()["config"]
+    data, trained_on = config.get("validation_data"), config["data"]
+    if data is None and isinstance(trained_on, str) and Path(trained_on, VALIDATION_FOLDER, INDEX_NAME).is_file():
+        data = trained_on
     if data is None or is_remote(data):
         raise ConfigurationError(f"the run {model} has no held-out rows on this machine; give --data or --questions")
     return data

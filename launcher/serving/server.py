@@ -22,6 +22,7 @@ from launcher.serving.worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 BODY_SECONDS = 15  # for a request's body to arrive
+OUR_MISTAKE = RequestError(500, "the server failed; its log says why")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 # Nothing but what the page itself holds, and no other site may frame it.
 PAGE_POLICY = (
@@ -133,6 +134,9 @@ async def _events(job: Job, head: dict, chat_request: ChatRequest) -> AsyncItera
     except RequestError as error:
         yield f"data: {json.dumps(error.content())}\n\n"
         return
+    except Exception:  # uvicorn logs it and breaks off, which says nothing to the client
+        yield f"data: {json.dumps(OUR_MISTAKE.content())}\n\n"
+        raise
     yield event({}, job.text.finish_reason)
     if chat_request.include_usage:
         yield event(None, usage=_usage(job))
@@ -158,4 +162,4 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)  # uvicorn logs its traceback
     async def our_mistake(_, error: Exception) -> JSONResponse:
-        return JSONResponse(RequestError(500, "the server failed; its log says why").content(), 500)
+        return JSONResponse(OUR_MISTAKE.content(), OUR_MISTAKE.status)

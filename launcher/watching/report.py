@@ -110,7 +110,13 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
         axes = figure.subplots()
         for tag in chosen:
             steps, values = zip(*scalars[tag], strict=True)
-            axes.plot(steps, values, label=_short(tag), marker="o" if len(steps) < 30 else None, markersize=3)
+            axes.plot(
+                steps,
+                values,
+                label=_short(tag).replace("$", r"\$"),
+                marker="o" if len(steps) < 30 else None,
+                markersize=3,
+            )
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if title in LOGARITHMIC:

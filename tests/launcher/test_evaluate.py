@@ -155,7 +155,7 @@ def test_a_run_is_asked_its_own_held_out_rows(tmp_path):
     run.mkdir()
 
     def asked(**keys) -> str:
-        (run / "run.yaml").write_text(json.dumps(keys))
+        (run / "run.yaml").write_text(json.dumps({"config": keys}))
         return data_of_run(run)
 
     assert asked(data="there", validation_data="elsewhere") == "elsewhere"

@@ -16,10 +16,11 @@ from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.cli import main as lfm
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.evaluation.held_out import data_of_run
 from launcher.export.export import load_run
 from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
-from launcher.watching.report import write_report
+from launcher.watching.report import _plots, write_report
 from model.moe import balancing_bias
 
 STEPS = 20
@@ -134,6 +135,8 @@ def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, ca
     questions.write_text(json.dumps({"question": "What is 1 plus 1?", "answer": from_folder}) + "\n")
     lfm(["evaluate", str(tmp_path / "model"), "--questions", str(questions), "--max-new-tokens", "5"])
     assert "1 of 1 held-out answers are exactly right" in capsys.readouterr().out
+    with pytest.raises(ConfigurationError, match="has no held-out rows on this machine"):
+        data_of_run(runs.folder / "whole")  # whose run.yaml is a real one
 
 
 def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
@@ -335,3 +338,10 @@ def test_another_corpus_or_global_batch_than_the_checkpoints_is_refused(runs, sa
         assert result.returncode == 2, result.stderr
         assert all(part in result.stderr for part in expected)
         assert "Traceback" not in result.stderr
+
+
+def test_a_source_may_be_called_as_it_likes():
+    (drawn,) = _plots(
+        {r"validation/by_source/a <b> $\frac$": [(1, 2.0), (2, 1.0)], "validation/by_source/b": [(1, 2.0), (2, 1.0)]}
+    )
+    assert r"a &lt;b&gt; $\frac$" in drawn

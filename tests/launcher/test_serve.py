@@ -1,5 +1,6 @@
 """`lfm serve`: a real server process, asked by OpenAI's own client, by hand-made requests and by a browser."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -12,15 +13,17 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from data_pipeline.tokens.tokenization import decode_answer
 from launcher.inference.generation import Decoding, answer, load_model
 from launcher.serving.connections import HEAD_SECONDS
-from launcher.serving.requests import Limits, RequestError, read_request
-from launcher.serving.server import BODY_SECONDS
-from launcher.serving.worker import TextPieces
+from launcher.serving.requests import ChatRequest, Limits, RequestError, read_request
+from launcher.serving.server import BODY_SECONDS, _events
+from launcher.serving.worker import TextPieces, Worker
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
 QUESTION = "What is 7 plus 5?"
@@ -174,6 +177,28 @@ def test_messages_become_what_the_chat_template_makes_of_them(small):
     assert tokenizer.eos_token_id not in literal.prompt
     with pytest.raises(RequestError, match="at most 64 are read"):
         read_request(json.dumps({"messages": messages * 22}).encode(), tokenizer, "small", 256, Limits())
+
+
+def test_an_answer_that_fails_on_the_way_ends_with_an_error_event(small):
+    """And with the exception, which the log is to have."""
+    _, tokenizer = small
+
+    def generate(ids, streamer, **options):
+        streamer.put(ids)
+        streamer.put(torch.tensor([tokenizer.sep_token_id]))
+        raise RuntimeError("CUDA out of memory")
+
+    async def ask() -> list[str]:
+        worker = Worker(SimpleNamespace(device="cpu", generate=generate), tokenizer, Limits())
+        request = ChatRequest([1, 2], Decoding(), None, (), True, False)
+        events = []
+        with pytest.raises(RuntimeError, match="out of memory"):
+            async for event in _events(worker.submit(request), {}, request):
+                events.append(event)
+        worker.stop()
+        return events
+
+    assert json.loads(asyncio.run(ask())[-1].removeprefix("data: "))["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize(
