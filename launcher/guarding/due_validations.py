@@ -51,7 +51,7 @@ class DueValidations:
         dist.broadcast_object_list(missed, src=0)  # a shared file system may show another rank an older manifest
         if not missed[0]:
             return
-        self._monitor.say(f"step {state.step} was saved before its validation ended, which is made up now")
+        self._monitor.say(f"step {state.step} was saved without its validation, which is made up now")
         self._validate(state, first=True)
         if state.validated_step == state.step:
             self._monitor.flush()  # a start that finds the note will not make these points again

@@ -181,7 +181,7 @@ def test_a_last_validation_that_was_missed_is_made_up_once_at_the_next_start(run
     newest, _ = find_checkpoint(RunFolder(runs.folder / "not_validated"), "best")
     state = read_train_state(newest)
     assert (state.best_step, state.best_metric) == (STEPS, pytest.approx(whole["validation/cross_entropy"][STEPS]))
-    assert runs.outputs[0].stdout.count(f"step {STEPS} was saved before its validation ended") == 1
+    assert runs.outputs[0].stdout.count(f"step {STEPS} was saved without its validation") == 1
     assert json.loads((runs.folder / "not_validated" / "status.json").read_text())["state"] == "done"
 
 

@@ -74,7 +74,7 @@ def test_lost_held_out_rows_end_the_run_on_all_ranks_behind_the_save_of_the_step
     attempts = [json.loads(line) for line in (runs.folder / "often" / "attempts.jsonl").read_text().splitlines()]
     ended = [(line["state"], line["step"]) for line in attempts if line["event"] == "ended"]
     assert ended == [("stopped", 2), ("failed", 4), ("stopped", 4), ("done", 4)]
-    assert "step 4 was saved before its validation ended" in runs.results[3]["printed"][0]
+    assert "step 4 was saved without its validation" in runs.results[3]["printed"][0]
 
 
 @pytest.mark.parametrize("on_bad_shard", ["refuse", "skip"])
