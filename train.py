@@ -22,6 +22,7 @@ from launcher.engine import build_engine, engine_values, limit_collectives, set_
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
 from launcher.guarding.data_loss import AgreedBatches
+from launcher.guarding.due_validations import DueValidations
 from launcher.guarding.failures import Failures, recognised_failures
 from launcher.guarding.guard import Guard, poison
 from launcher.guarding.stopping import STOPPED_AT_A_SIGNAL, StopRequest
@@ -92,12 +93,14 @@ def train(plan, run, environment, failures) -> bool:
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
+    validations = DueValidations(engine, config, validation, monitor, checkpoints, stop, watchdog)
     first_step = state.step + 1
     try:
         watchdog.begins("waiting for the other ranks", first=True)
         dist.barrier()  # a signal that kills a rank before it listens has to find the run still `starting`
-        if environment.is_main and state.step < config.max_steps:
+        if environment.is_main and (state.step < config.max_steps or validations.is_missed(state)):
             run.write_status("running", state.step)
+        validations.make_up(state)
         while state.step < config.max_steps and not stop.agreed:
             watchdog.begins(f"step {state.step + 1}", first=state.step + 1 == first_step)
             train_step(engine, batches, state, config, monitor, stop, guard)
@@ -107,14 +110,14 @@ def train(plan, run, environment, failures) -> bool:
                 watchdog.begins(f"going back from step {state.step}", first=True)  # verifies it all, may convert it
                 state = guard.roll_back(state)
                 continue
-            if validation.is_due(state.step) and not stop.agreed:
-                validate(engine, validation, state, monitor, stop, watchdog)
+            validations.validate_if_due(state)
             if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
                 watchdog.begins(f"saving step {state.step}")
                 monitor.saved(state.step, checkpoints.save(state))
         watchdog.begins("finishing the last save")
         checkpoints.finish()
         batches.raise_lost()
+        validations.raise_lost()
     except BaseException as error:
         failures.end(state.step, error)
         raise
@@ -182,22 +185,6 @@ def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
     values |= {"data/bad_shard_rows": counts["bad_rows"].item(), "perf/data_seconds": batches.seconds_waited}
     values |= guard.observe(state, total_loss(totals, config.loss, supervised, tokens).item())
     monitor.step_ended(state.step, totals, supervised, tokens, values)
-
-
-def validate(engine, validation, state, monitor, stop, watchdog) -> None:
-    """Look at every held-out row once, and note in `state` where it is the best so far; nothing else changes.
-
-    A signal interrupts it, and then it counts for nothing.
-    """
-    what = f"validating at step {state.step}"
-    with monitor.timed_apart("validation", state.step), watchdog.at_each_forward(engine.module, what):
-        found = validation.run(engine, interrupted=lambda: stop.agree(engine.device))
-    if found is None:
-        monitor.say(f"{what} is broken off: the run was asked to stop")
-        return
-    result, answers = found
-    is_best = state.note_validation(result.cross_entropy)
-    monitor.validated(state.step, result, is_best, answers)
 
 
 def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:

@@ -38,7 +38,8 @@ class TrainState:
     that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale, and with those whose
     text had no supervised token; `recent_losses`:
     those that a spike is measured against.
-    `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at.
+    `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at;
+    `validated_step`: the last step that was validated, 0 where none was.
     fp32 values as Python floats and back are exact, in JSON too.
     """
 
@@ -54,6 +55,7 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     best_metric: float | None = None
     best_step: int | None = None
+    validated_step: int = 0
 
     @classmethod
     def initial(cls, model: LiquidForCausalLM) -> TrainState:
@@ -70,6 +72,7 @@ class TrainState:
 
         One that is not finite is no one's best, and nothing could be better than it afterwards.
         """
+        self.validated_step = self.step
         is_best = math.isfinite(cross_entropy) and (self.best_metric is None or cross_entropy < self.best_metric)
         if is_best:
             self.best_metric, self.best_step = cross_entropy, self.step
@@ -181,8 +184,9 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
 
 
 def read_train_state(folder: Path) -> TrainState:
-    """The train state of a checkpoint."""
-    return TrainState(**read_manifest(folder)["train_state"])
+    """The train state of a checkpoint; one from before `validated_step` was noted counts as validated."""
+    saved = read_manifest(folder)["train_state"]
+    return TrainState(**{"validated_step": saved["step"], **saved})
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:

@@ -13,8 +13,8 @@ from data_pipeline.shards.format import sync_folder
 from launcher.run_folder import replace_text
 
 MANIFEST = "manifest.json"
-FORMAT = 3  # 2 added the balancing bias; 3 the best metric and the skipped ranges
-READABLE_FORMATS = (2, 3)
+FORMAT = 4  # 2 added the balancing bias; 3 the best metric and the skipped ranges; 4 the step last validated
+READABLE_FORMATS = (2, 3, 4)
 HASHING_THREADS = 8  # hashing releases the interpreter; more than this many at once only wait for the disk
 
 

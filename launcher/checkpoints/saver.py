@@ -25,6 +25,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from data_pipeline.shards.format import sync_folder
 from launcher.checkpoints.checkpoint import TrainState, best_checkpoint, complete_checkpoints
 from launcher.checkpoints.manifest import MANIFEST, describe_durably, write_manifest
+from launcher.checkpoints.universal import note_train_state
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder, replace_text
 
@@ -133,6 +134,17 @@ class CheckpointSaver:
         self._pending = PendingSave(tag, manifest, described)
         self.seconds_blocked = time.perf_counter() - started
         return time.perf_counter() - begun
+
+    def note(self, state: TrainState) -> None:
+        """Write into the checkpoint of `state.step` what was found out of it since: its validation, and so which is best."""
+        if dist.get_rank() != 0:
+            return
+        folder = self._run.checkpoints / f"step-{state.step:08d}"
+        try:
+            note_train_state(folder, asdict(state))
+            delete_old(self._run, self._keep)
+        except (OSError, ValueError) as error:  # the other ranks do not wait to hear of it
+            self._say(f"the validation could not be noted in {folder}: {error}; the next checkpoint will have it")
 
     def _is_saved(self, tag: str, step: int) -> bool:
         """Whether nothing is to be saved, as rank 0 sees it: replacing a checkpoint would leave none for a moment."""

@@ -46,7 +46,7 @@ def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
     Raises `ConfigurationError` where the checkpoint holds no optimizer state yet or the disk does not take it.
     """
     folder = universal_folder(checkpoint)
-    source = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    source = _source_of(checkpoint)
     if find_fault(folder) is None and read_manifest(folder).get("source") == source:
         return folder, False
     partial = folder.with_name(f"{folder.name}.partial")
@@ -66,6 +66,23 @@ def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
             "as much space as the checkpoint itself"
         ) from error
     return folder, True
+
+
+def note_train_state(checkpoint: Path, train_state: dict) -> None:
+    """Replace the train state that a whole checkpoint holds, and its universal form, which stays that of this one.
+
+    Raises `OSError`, and `ValueError` where a manifest cannot be read.
+    """
+    universal, source = universal_folder(checkpoint), _source_of(checkpoint)
+    write_manifest(checkpoint, {**read_manifest(checkpoint), "train_state": train_state})
+    if (universal / MANIFEST).is_file() and read_manifest(universal).get("source") == source:
+        noted = {"train_state": train_state, "source": _source_of(checkpoint)}
+        write_manifest(universal, {**read_manifest(universal), **noted})
+
+
+def _source_of(checkpoint: Path) -> str:
+    """What a universal form remembers of the checkpoint that it was made of."""
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
 def convert(checkpoint: Path, target: Path) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.prefetch import Prefetcher
+from launcher.watching.reading import first_error
 
 
 class AgreedBatches:
@@ -43,12 +43,9 @@ class AgreedBatches:
 
     def raise_lost(self) -> None:
         """Raise `DataError` on all ranks where one could not read the last step, with what it says; all ranks call it."""
-        errors = [None] * dist.get_world_size()
-        dist.all_gather_object(errors, self._error)
-        told = [f"rank {rank}: {error}" for rank, error in enumerate(errors) if error]
-        if told:
+        if told := first_error(self._error):
             raise DataError(
-                f"{told[0]}; training has stopped before the step that needs it, and goes on there when it is started again"
+                f"{told}; training has stopped before the step that needs it, and goes on there when it is started again"
             )
 
     def close(self) -> None:

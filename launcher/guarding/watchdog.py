@@ -48,10 +48,10 @@ class Watchdog:
         faulthandler.dump_traceback_later(seconds + 3 * GRACE, exit=True, file=self._file)
 
     @contextmanager
-    def at_each_forward(self, module: torch.nn.Module, what: str) -> Iterator[None]:
+    def at_each_forward(self, module: torch.nn.Module, what: str, first: bool = False) -> Iterator[None]:
         """Within it each forward of `module` has the limit for itself: together they may take as long as they like."""
-        self.begins(what)
-        hook = module.register_forward_pre_hook(lambda *_: self.begins(what))
+        self.begins(what, first)
+        hook = module.register_forward_pre_hook(lambda *_: self.begins(what, first))
         try:
             yield
         finally:

@@ -77,14 +77,6 @@ class Monitor:
         with self.timer.timed(part) if self.active else nullcontext():
             yield
 
-    @contextmanager
-    def timed_apart(self, part: str, step: int) -> Iterator[None]:
-        """Show the seconds of something between two steps, a validation say, as `perf/PART_seconds`."""
-        begin = time.perf_counter()
-        yield
-        if self.active:
-            self.writer.add_scalar(f"perf/{part}_seconds", time.perf_counter() - begin, step)
-
     def backward_ended(self) -> None:
         """Look at the gradients, where this is a step to look at; called by all ranks after each backward."""
         self.layers.backward_ended()
@@ -120,10 +112,13 @@ class Monitor:
         if self.profiler is not None and (trace := self.profiler.step_ended(step)):
             self.say(f"the profile is in {trace}")
 
-    def validated(self, step: int, result: ValidationResult, is_best: bool, answers: list[SampledAnswer]) -> None:
-        """Show what a validation found, and a few held-out questions with the model's answers."""
+    def validated(
+        self, step: int, result: ValidationResult, is_best: bool, answers: list[SampledAnswer], seconds: float
+    ) -> None:
+        """Show what a validation of `seconds` found, and a few held-out questions with the model's answers."""
         if not self.active:
             return
+        self.writer.add_scalar("perf/validation_seconds", seconds, step)
         shares = {
             "token_accuracy": result.token_accuracy,
             "top5_accuracy": result.top5_accuracy,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
+from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.reader import RowReader
@@ -22,6 +23,7 @@ from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
 from launcher.settings.data_source import shard_cache
 from launcher.watching.answers import SampledAnswer, choose_questions, sample_answers
+from launcher.watching.reading import read_together
 from launcher.watching.reduction import add_up
 
 FOLDER = "validation"  # where `lfm prepare --validation-share` puts the held-out rows
@@ -100,11 +102,13 @@ class Validation:
         """Look at every held-out row once and answer a few questions; called by all ranks, with as many forwards each.
 
         `interrupted` is asked before each batch and says the same on all ranks; where it is True there is no result.
+        Raises `DataError` on all ranks where one cannot read its rows, or they have no supervised token.
         """
         config = engine.module.config
         sums: dict[str, torch.Tensor] = {}
+        batches = zip(self._batches, self._answers, strict=True)
         with evaluating(engine):
-            for (inputs, sources), (answers, _) in zip(self._batches, self._answers, strict=True):
+            for (inputs, sources), (answers, _) in read_together(batches, engine.device):
                 if interrupted():
                     return None
                 ids, labels, positions, answers, sources = (
@@ -125,7 +129,7 @@ class Validation:
     def _result(self, totals: dict[str, torch.Tensor]) -> ValidationResult:
         tokens, sequences = int(totals["tokens"]), int(totals["sequences"])
         if tokens == 0:
-            raise ConfigurationError(f"{self.data.location} has no supervised token; set validate_every=0")
+            raise DataError(f"{self.data.location} has no supervised token that could be read; set validate_every=0")
         of_sources = zip(
             self.data.sources, totals["source_loss"].tolist(), totals["source_tokens"].tolist(), strict=True
         )
@@ -150,9 +154,10 @@ def evaluating(engine) -> Iterator[None]:
         # Not inference mode: weights that ZeRO-3 gathers here may stay, and training could not use such tensors.
         with torch.no_grad():
             yield
+    finally:
+        with torch.no_grad():
             for buffer, before in buffers:  # AutoEP counts the tokens of each expert in one
                 buffer.copy_(before)
-    finally:
         engine.train()
 
 

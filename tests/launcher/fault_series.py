@@ -42,7 +42,7 @@ class Moment:
 
     def build(self, model, resolved):
         layer = model.model.layers[-1]
-        layer.register_forward_pre_hook(lambda *_: self.reached("forward"))
+        layer.register_forward_pre_hook(lambda *_: self.reached("forward" if layer.training else "validation"))
         layer.convolution_norm.register_forward_hook(self.watch_backward)
         engine = build_engine(model, resolved)
         engine.optimizer.optimizer.register_step_pre_hook(lambda *_: self.reached("optimizer"))

@@ -1,5 +1,6 @@
 """Saves that the disk does not take, processes that die while saving, and which checkpoints are kept."""
 
+import hashlib
 import json
 import subprocess
 
@@ -7,8 +8,9 @@ import pytest
 
 from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, read_train_state
 from launcher.checkpoints.going_back import go_back, still_to_do
-from launcher.checkpoints.manifest import write_manifest
+from launcher.checkpoints.manifest import read_manifest, write_manifest
 from launcher.checkpoints.saver import delete_old
+from launcher.checkpoints.universal import keep_universal, note_train_state
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 
@@ -158,16 +160,33 @@ def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000006", "universal-step-00000006"]
 
 
+def test_a_validation_is_noted_in_a_checkpoint_and_in_its_universal_form(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step in (2, 4):
+        make_checkpoint(run, step, best_step=2)
+    checkpoint, universal = (run.checkpoints / name for name in ("step-00000004", "universal-step-00000004"))
+    universal.mkdir()
+    source = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+    write_manifest(universal, {**read_manifest(checkpoint), "source": source})
+    state = read_train_state(universal)
+    assert state.note_validation(0.5)
+    note_train_state(checkpoint, vars(state))
+    assert find_checkpoint(run, "best") == (checkpoint, [])
+    assert read_train_state(checkpoint) == read_train_state(universal) == state and state.validated_step == 4
+    assert keep_universal(checkpoint) == (universal, False)
+
+
 def test_a_checkpoint_without_best_metric_and_skipped_ranges_is_still_read(tmp_path):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 2, best_step=None)
     manifest = run.checkpoints / "step-00000002" / "manifest.json"
     content = json.loads(manifest.read_text())
-    for name in ("best_metric", "best_step", "skipped_ranges"):
+    for name in ("best_metric", "best_step", "skipped_ranges", "validated_step"):
         del content["train_state"][name]
     manifest.write_text(json.dumps({**content, "format": 2}))
     state = read_train_state(find_checkpoint(run, "auto")[0])
     assert (state.step, state.best_metric, state.best_step, state.skipped_ranges) == (2, None, None, [])
+    assert state.validated_step == 2  # or each old run would be validated again at its next start
 
 
 def steps_of(run: RunFolder) -> list[str]:

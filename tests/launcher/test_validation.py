@@ -16,10 +16,11 @@ from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.checkpoints.checkpoint import read_train_state
+from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
+from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.model_source import build_model
 from launcher.watching.validation import Validation, _sequence_sums, open_validation_data, score_tokens
@@ -89,7 +90,10 @@ def standing_still(trainer, held_out):
 
 @pytest.fixture(scope="module")
 def runs(trainer, held_out, standing_still):
-    """The same figures from one and two ranks, and the same training with and without validation."""
+    """The same figures from one and two ranks, and the same training with and without validation.
+
+    The one without is started again at its end, with validation: its last step has missed its own.
+    """
     still = [
         *standing_still,
         "max_steps=1",
@@ -105,6 +109,8 @@ def runs(trainer, held_out, standing_still):
         trainer.arguments("two_ranks", *still, "expert_parallel_size=2"),
         trainer.arguments("validated", *training, "validate_every=1", "validation_samples=1"),
         trainer.arguments("not_validated", *training, "validate_every=0"),
+        trainer.arguments("not_validated", *training, "validation_samples=1"),
+        trainer.arguments("not_validated", *training, "validation_samples=1"),
     )
     return trainer
 
@@ -160,12 +166,23 @@ def test_the_figures_are_those_of_every_row_taken_once_by_plain_pytorch(runs, st
 def test_training_does_not_notice(runs):
     validated, other = (runs.scalars(name) for name in ("validated", "not_validated"))
     for tag, values in other.items():
-        if not tag.startswith("perf/"):
+        if not tag.startswith(("perf/", "validation/")):
             assert validated[tag] == values, tag
     # Not the optimizers' own files: padding in them is memory as it was found.
     weights, expected = (load_run(runs.folder / name).state_dict() for name in ("validated", "not_validated"))
     assert len(expected) > 0 and all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert not any(tag.startswith("validation/") for tag in other)
+
+
+def test_a_last_validation_that_was_missed_is_made_up_once_at_the_next_start(runs):
+    whole, made_up = (runs.scalars(name) for name in ("validated", "not_validated"))
+    tags = [tag for tag in whole if tag.startswith("validation/")]
+    assert len(tags) > 5 and all(made_up[tag] == {STEPS: whole[tag][STEPS]} for tag in tags)
+    assert list(made_up["perf/validation_seconds"]) == [STEPS]
+    newest, _ = find_checkpoint(RunFolder(runs.folder / "not_validated"), "best")
+    state = read_train_state(newest)
+    assert (state.best_step, state.best_metric) == (STEPS, pytest.approx(whole["validation/cross_entropy"][STEPS]))
+    assert runs.outputs[0].stdout.count(f"step {STEPS} was saved without its validation") == 1
+    assert json.loads((runs.folder / "not_validated" / "status.json").read_text())["state"] == "done"
 
 
 def test_the_best_so_far_is_in_the_train_state(runs):
