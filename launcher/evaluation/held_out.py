@@ -24,6 +24,7 @@ from data_pipeline.tokens.tokenization import decode_answer, encode_answer, enco
 from launcher.errors import ConfigurationError
 from launcher.inference.questions import read_objects
 from launcher.run_folder import RunFolder
+from launcher.settings.data_source import held_out_location
 
 ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
 SHORTEST_ROW = 256  # tokens of the rows that questions are packed into here
@@ -105,7 +106,7 @@ def open_held_out(
 
 
 def data_of_run(model: Path) -> str:
-    """The folder of a run's own held-out rows, as its validations take it.
+    """The folder of the held-out rows that a run's validations look at.
 
     Raises `ConfigurationError` where `model` is no run folder, or its run has no such rows on this machine.
     """
@@ -115,9 +116,7 @@ def data_of_run(model: Path) -> str:
             "--questions sample"
         )
     config = RunFolder(model).read_description()["config"]
-    data, trained_on = config.get("validation_data"), config["data"]
-    if data is None and isinstance(trained_on, str) and Path(trained_on, VALIDATION_FOLDER, INDEX_NAME).is_file():
-        data = trained_on
+    data = held_out_location(config["data"], config.get("validation_data"))
     if data is None or is_remote(data):
         raise ConfigurationError(f"the run {model} has no held-out rows on this machine; give --data or --questions")
     return data

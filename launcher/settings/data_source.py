@@ -8,7 +8,8 @@ from pathlib import Path
 
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.reader import RowReader
-from data_pipeline.loading.remote import ShardCache, default_cache_folder
+from data_pipeline.loading.remote import ShardCache, default_cache_folder, is_remote
+from data_pipeline.shards.format import VALIDATION_FOLDER
 from launcher.config import RunConfig
 
 
@@ -19,6 +20,16 @@ def open_run_data(config: RunConfig) -> RowReader:
     """
     data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
     return open_data(data, config.on_bad_shard, shard_cache(config))
+
+
+def held_out_location(data: str | list, validation_data: str | None) -> str | None:
+    """Where a run's held-out rows lie: `validation_data`, or what `lfm prepare` held out of `data`; None for nowhere."""
+    if validation_data is not None:
+        return validation_data
+    # Behind a URL nobody can tell cheaply whether there is one: name it.
+    if not isinstance(data, str) or is_remote(data) or not Path(data, VALIDATION_FOLDER).is_dir():
+        return None
+    return str(Path(data, VALIDATION_FOLDER))
 
 
 def shard_cache(config: RunConfig) -> ShardCache:

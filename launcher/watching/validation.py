@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer
@@ -18,15 +17,13 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.reader import RowReader
-from data_pipeline.loading.remote import is_remote
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
-from launcher.settings.data_source import shard_cache
+from launcher.settings.data_source import held_out_location, shard_cache
 from launcher.watching.answers import SampledAnswer, choose_questions, sample_answers
 from launcher.watching.reading import read_together
 from launcher.watching.reduction import add_up
 
-FOLDER = "validation"  # where `lfm prepare --validation-share` puts the held-out rows
 TOP = 5
 LOGITS_AT_ONCE = 2**28  # of one forward: the model gives them whole, about half a gigabyte in 16 bits
 CHUNK_TOKENS = 512  # whose logits are widened to fp32 at a time
@@ -62,12 +59,9 @@ def open_validation_data(config: RunConfig, data: RowReader) -> RowReader | None
     """
     if config.validate_every == 0:
         return None
-    location = config.validation_data
+    location = held_out_location(config.data, config.validation_data)
     if location is None:
-        # Behind a URL nobody can tell cheaply whether there is one: name it.
-        if not isinstance(config.data, str) or is_remote(config.data) or not Path(config.data, FOLDER).is_dir():
-            return None
-        location = str(Path(config.data, FOLDER))
+        return None
     held_out = open_data(location, config.on_bad_shard, shard_cache(config))
     if held_out.tokenizer_fingerprint != data.tokenizer_fingerprint or held_out.seq_len > data.seq_len:
         raise ConfigurationError(

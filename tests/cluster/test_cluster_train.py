@@ -94,7 +94,9 @@ def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, un
     assert "restart 2: 2 ranks" in job.log
     assert curves(project / "runs" / "dark") == undisturbed
     attempts = [json.loads(line) for line in (project / "runs" / "dark" / "jobs.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in attempts] == ["begins"] * 3 + ["ended"]
+    # A script whose own node stays on may have the time to write how its start ended.
+    assert [line["restart"] for line in attempts if line["event"] == "begins"] == [0, 1, 2]
+    assert (attempts[-1]["event"], attempts[-1]["verdict"]) == ("ended", "done")
 
 
 def test_a_run_that_hangs_starts_again(submit, project, configured, undisturbed):
