@@ -37,6 +37,7 @@ def build_with_faults(faults: list[dict]):
 
     def before(module, arguments):
         for fault in due("hang", "hang_in_c", "kill", "sleep", "terminate"):
+            print(f"{fault['kind']} begins", flush=True)
             if fault["kind"] in ("kill", "terminate"):
                 os.kill(os.getpid(), signal.SIGKILL if fault["kind"] == "kill" else signal.SIGTERM)
             elif fault["kind"] == "hang_in_c":

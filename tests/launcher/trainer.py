@@ -66,7 +66,7 @@ class Trainer:
         """Train one run in which `faults` (tests/launcher/fault_worker.py) happen; processes may fail."""
         options = {"faults": faults, **options}
         return start(
-            world_size, [sys.executable, "-m", "fault_worker", json.dumps(arguments), json.dumps(options)], patience=20
+            world_size, [sys.executable, "-m", "fault_worker", json.dumps(arguments), json.dumps(options)], patience=60
         )
 
     def run_with_save_faults(
