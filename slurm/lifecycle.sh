@@ -32,13 +32,22 @@ run_step() {
     [[ -z $asked ]] || kill -USR1 "$step" 2>/dev/null || true
     wait "$step" || code=$?
     if [[ -n $asked ]]; then
+        ask_until_it_ends
         code=0
-        wait "$step" || code=$? # a trap cuts a wait short; this one lasts until srun has ended
+        wait "$step" || code=$? # the trap has cut the first one short
     elif ((code != 0)) && is_preempted; then
         asked=TERM
         say "SLURM takes this job's nodes for another: it has asked the ranks itself to stop"
     fi
     step=''
+}
+
+# srun drops a signal that comes while it launches its tasks. Who has heard the first one takes the next for the same.
+ask_until_it_ends() {
+    local seconds=0
+    while sleep 1 && kill -0 "$step" 2>/dev/null; do
+        ((++seconds % 5)) || kill -USR1 "$step" 2>/dev/null || true
+    done
 }
 
 # is_preempted: whether this start of the job is. Where the site does not set preempt_send_user_signal, SLURM tells the
@@ -52,7 +61,8 @@ is_preempted() {
     [[ $facts =~ \ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $started ]]
 }
 
-# of_slurm COMMAND...: a command of SLURM's, again for a minute where its controller does not answer.
+# of_slurm COMMAND...: a command of SLURM's, again for a minute where its controller does not answer. One that was carried
+# out although its answer was lost has been successful: a job that is back in the queue is not requeued twice.
 of_slurm() {
     local try errors said failed
     errors=$(mktemp)
@@ -60,6 +70,7 @@ of_slurm() {
         failed=''
         "$@" 2>"$errors" || failed=1 # apart from the answer: a command may warn, and mean what it answers
         said=$(<"$errors")
+        ((try == 1)) || [[ ! $said =~ 'pending execution' ]] || failed=''
         [[ -n $failed && $said =~ 'timed out'|'nable to contact'|'onnection' ]] || break
         ((try == 6)) || sleep 10
     done

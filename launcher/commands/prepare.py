@@ -88,6 +88,8 @@ def prepare(options: argparse.Namespace) -> None:
 
 def _end(number: int, frame) -> None:
     """End at a signal as at an error, so that the processes of this job end, too."""
+    for again in (signal.SIGTERM, signal.SIGUSR1):  # a second one must not cut short what this one does
+        signal.signal(again, signal.SIG_IGN)
     print("stopped; the same command goes on from here", file=sys.stderr)
     sys.exit(128 + number)
 

@@ -32,21 +32,30 @@ class Submitter:
         return self.jobs[-1]
 
     def slurm(self, *command: str, **environment: str) -> str:
-        """What a SLURM command prints; fails the test where it fails."""
-        result = subprocess.run(
-            command, env={**self.environment, **environment}, cwd=self.project, capture_output=True, text=True,
-            timeout=COMMAND_SECONDS, check=False,
-        )  # fmt: skip
+        """What a SLURM command prints; fails the test where it fails, not where a busy controller is late to answer."""
+        for _ in range(3):
+            result = subprocess.run(
+                command, env={**self.environment, **environment}, cwd=self.project, capture_output=True, text=True,
+                timeout=COMMAND_SECONDS, check=False,
+            )  # fmt: skip
+            if command[0] != "squeue" or "timed out" not in result.stderr:
+                break
         assert result.returncode == 0, f"{' '.join(command)}: {result.stderr}"
         return result.stdout
 
+    def urgent(self) -> Job:
+        """Submit a short job that takes both nodes from whoever has them."""
+        options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=sleep 2"]
+        self.jobs.append(Job(self, self.slurm("sbatch", "--parsable", *options).strip(), "urgent"))
+        return self.jobs[-1]
+
     def clear(self) -> None:
-        """Cancel what is left, and bring every node back."""
+        """Bring every node back, and cancel what is left."""
+        for node in NODES:
+            self.cluster.power_on_if_off(node)
         for job in self.jobs:
             if job.state() not in ENDED:
                 self.slurm("scancel", job.number)
-        for node in NODES:
-            self.cluster.power_on_if_off(node)
         self.cluster.wait_for_nodes()
 
 
@@ -62,17 +71,20 @@ class Job:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def state(self) -> str:
-        """SLURM's word for it, as PENDING or RUNNING; of an array the least finished task's."""
+        """SLURM's word for it, as PENDING or RUNNING; of an array that of a task which has not ended, or has failed."""
         command = ("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%T")
         states = set(self._submitter.slurm(*command).split())
-        return next((state for state in ("PENDING", "RUNNING", "COMPLETING") if state in states), min(states))
+        return min(states, key=lambda state: (state in ENDED, state == "COMPLETED"))
 
-    def wait_for(self, text: str, seconds: float = 120) -> None:
-        """Return when the log has `text`; fails the test where the job ends before, or takes too long."""
+    def wait_for(self, text: str, seconds: float = 120, since: int = 0) -> None:
+        """Return when the log has `text` behind `since`; fails the test where the job ends before, or takes too long."""
         deadline = time.monotonic() + seconds
-        while text not in self.log:
-            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s in:\n{self.log}"
-            assert self.state() not in ENDED, f"no {text!r} in:\n{self.log}"
+        while True:
+            state, log = self.state(), self.log  # in this order: what an ended job's log has not now it never has
+            if text in log[since:]:
+                return
+            assert time.monotonic() < deadline, f"no {text!r} in {seconds} s in:\n{log}"
+            assert state not in ENDED, f"no {text!r} in:\n{log}"
             time.sleep(0.2)
 
     def wait_until(self, *states: str, seconds: float = 180) -> str:
@@ -82,6 +94,13 @@ class Job:
             assert time.monotonic() < deadline, f"{state} after {seconds} s:\n{self.log}"
             time.sleep(0.2)
         return state
+
+    def minutes(self) -> int:
+        """For how many whole minutes it has run."""
+        *hours, minutes, _ = self._submitter.slurm(
+            "squeue", "--noheader", f"--jobs={self.number}", "--format=%M"
+        ).split(":")
+        return 60 * int(hours[0] if hours else 0) + int(minutes)
 
     def finish(self) -> None:
         """Return when the job has ended well."""
@@ -110,12 +129,15 @@ def curves(run: Path) -> dict[str, dict[int, float]]:
     return shown
 
 
-def ranks_of(run: str) -> list[int]:
-    """The processes of this machine, its virtual nodes included, that train in a run folder, by rank."""
-    ranks = {}
+def ranks_of(run: str, *program: str) -> list[int]:
+    """The processes of this machine, its virtual nodes included, that train in a run folder, by rank.
+
+    program: other words behind `python` than those of the training.
+    """
+    program, ranks = [*(program or ("-u", "train.py"))], {}
     for process in Path("/proc").glob("[0-9]*"):
         arguments = _read(process / "cmdline")
-        if arguments[1:3] == ["-u", "train.py"] and f"output={run}" in arguments:
+        if arguments[1 : 1 + len(program)] == program and f"output={run}" in arguments:
             variables = dict(line.split("=", 1) for line in _read(process / "environ") if "=" in line)
             if "SLURM_PROCID" in variables:
                 ranks[int(variables["SLURM_PROCID"])] = int(process.name)

@@ -85,6 +85,22 @@ def test_a_controller_that_does_not_answer_is_asked_again(commands, tmp_path, er
     assert len([call for call in called if call.startswith("scontrol requeue")]) == tries
 
 
+@pytest.mark.parametrize("line", ["requeue", "hold"])
+def test_a_requeue_whose_answer_was_lost_is_not_refused(commands, tmp_path, line):
+    first = f"[ $(grep -c 'scontrol requeue' {tmp_path}/called) = 1 ]"
+    errors = f"if {first}; then echo 'Socket timed out'; else echo 'Job is pending execution for job 7'; fi >&2; exit 1"
+    code, called = commands(line, scontrol=errors)
+    assert code == 0
+    assert len([call for call in called if call.startswith("scontrol requeue")]) == 2
+
+
+def test_a_signal_that_srun_has_dropped_comes_again(commands):
+    """The step asks for it, does not take the first one, and would go on for ever."""
+    hears = "trap '[[ -n ${heard:-} ]] && exit 9; heard=1' USR1; kill -USR1 $PPID; while :; do /bin/sleep 0.1; done"
+    code, _ = commands('run_step bash -c "$HEARS"; squeue; [[ $code == 9 && $asked == USR1 ]]', HEARS=hears)
+    assert code == 0
+
+
 def test_what_a_command_warns_of_is_no_part_of_its_answer(commands):
     _, called = commands("requeue", squeue="echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo CANCELLED")
     assert not [call for call in called if call.startswith("scontrol")]
@@ -124,7 +140,7 @@ exit {code}
     ],
 )
 def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, begins, ends):
-    scontrol = f'echo scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" node1 node2'
+    scontrol = f'echo scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" localhost node2'
     srun = SRUN.format(folder=tmp_path, report=report, code=code)
     environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol) | {
         "SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
@@ -145,8 +161,8 @@ def test_a_preparation_that_gets_no_further_is_held(tmp_path, out):
     """Each start is asked to stop; the third and fourth have something new to show, and then no other."""
     folder = tmp_path / "shards"
     (folder / ".work").mkdir(parents=True)
-    srun, scontrol = "kill -USR1 $PPID\nexec sleep 5", f'echo "$1" >>{tmp_path}/called'
-    environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol)
+    srun, scontrol = "kill -USR1 $PPID\nexec /bin/sleep 5", f'echo "$1" >>{tmp_path}/called'
+    environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol, sleep="")
     environment |= {"SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_NODELIST": "node1"}
     for start in range(8):
         if start in (2, 3):

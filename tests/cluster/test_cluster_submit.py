@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -47,18 +46,14 @@ def test_a_chain_prepares_trains_and_evaluates(lfm_submit, project, configured):
 
 def test_a_broken_chain_ends(lfm_submit):
     jobs = lfm_submit("--chain", "prepare", "/nowhere", "--out", "data/none", "then", "train")
-    assert jobs[0].wait_until("COMPLETED", "FAILED", seconds=60) == "FAILED"
-    assert jobs[1].wait_until("COMPLETED", "FAILED", "CANCELLED", seconds=30) == "CANCELLED"
+    assert jobs[0].wait_until("COMPLETED", "FAILED") == "FAILED"
+    assert jobs[1].wait_until("COMPLETED", "FAILED", "CANCELLED") == "CANCELLED"
 
 
 def test_a_sweep_trains_every_value_and_shows_a_table(lfm_submit, project, configured):
     training = [*configured, "output=runs/sweep", "max_steps=1"]
-    lfm_submit("--nodes", "1", "--gpus", "1", "--sweep", "learning_rate=1e-3,1e-2", "train", *training)
-    table = project / "runs" / "sweep" / "table.md"
-    deadline = time.monotonic() + 150
-    while not table.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    lines = table.read_text().splitlines()
+    jobs = lfm_submit("--nodes", "1", "--gpus", "1", "--sweep", "learning_rate=1e-3,1e-2", "train", *training)
+    jobs[-1].finish()
+    lines = (project / "runs" / "sweep" / "table.md").read_text().splitlines()
     assert lines[0].startswith("| learning_rate | state | step | train loss |")
     assert [line.split(" | ")[1:3] for line in lines[2:]] == [["done", "1"], ["done", "1"]]
