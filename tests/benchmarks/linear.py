@@ -109,11 +109,22 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def time_growth(short: int, long: int, repeats: int) -> float:
-    """How many times the CPU time of a short text a long one takes in the liquid layer."""
+    """How many times the CPU time of a short text a long one takes in the liquid layer.
+
+    Each long text is measured next to as many short ones as last about as long, so that a machine that slows down for a
+    while slows down both; the least of several ratios.
+    """
     layer = liquid_layer()
     forward_and_backward(layer, long)  # leaves memory, gradients and libraries' buffers behind
-    seconds = [cpu_seconds(partial(forward_and_backward, layer, tokens), repeats) for tokens in (short, long)]
-    return seconds[1] / seconds[0]
+    many, ratios = long // short, []
+    for _ in range(repeats):
+        begin = time.process_time()
+        for _ in range(many):
+            forward_and_backward(layer, short)
+        middle = time.process_time()
+        forward_and_backward(layer, long)
+        ratios.append(many * (time.process_time() - middle) / (middle - begin))
+    return min(ratios)
 
 
 def layer_table() -> str:

@@ -1,3 +1,4 @@
+import statistics
 import subprocess
 import sys
 import threading
@@ -25,10 +26,10 @@ def stream(folder, **options):
 
 
 class CountingStream(BatchStream):
-    """Says which positions were asked for, and takes its time."""
+    """Says which positions were asked for, and takes its time, most of it for the first."""
 
     def step_at(self, position):
-        time.sleep(0.02)
+        time.sleep(0.3 if position == 0 else 0.02)
         self.__dict__.setdefault("asked", []).append(position)
         return super().step_at(position)
 
@@ -37,14 +38,23 @@ def counting(folder):
     return CountingStream(ShardFolder(folder), seed=1, global_batch_rows=8, micro_batch_rows=8, rank=0, world_size=1)
 
 
+def wait_for_steps(slow, number):
+    """Returns once so many were asked for, and a while after in which one more would have been."""
+    deadline = time.monotonic() + 10
+    while len(slow.__dict__.get("asked", [])) < number:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.1)
+
+
 def test_no_more_is_made_ahead_than_was_asked_for_and_the_position_is_what_was_handed_out(folder):
     slow = counting(folder)
     with Prefetcher(slow, steps=3) as batches:
-        time.sleep(0.3)
+        wait_for_steps(slow, 3)
         assert slow.asked == [0, 8, 16]
         assert batches.position == 0
         batches.next_step()
-        time.sleep(0.1)
+        wait_for_steps(slow, 4)
         assert slow.asked == [0, 8, 16, 24]
         assert batches.position == 8
 
@@ -53,12 +63,12 @@ def test_a_caller_that_is_slower_than_the_data_does_not_wait(folder):
     with Prefetcher(counting(folder), steps=2) as batches:
         batches.next_step()
         assert batches.seconds_waited > 0.01  # the first has to be made
-        waited = 0.0
+        waits = []
         for _ in range(5):
             time.sleep(0.1)  # the step of training
             batches.next_step()
-            waited += batches.seconds_waited
-        assert waited < 0.01 * 5 * 0.1
+            waits.append(batches.seconds_waited)
+        assert statistics.median(waits) < 0.01  # a busy machine may hold up one of them
 
 
 def test_what_goes_wrong_in_the_background_is_raised_in_the_caller_and_can_be_tried_again(folder):

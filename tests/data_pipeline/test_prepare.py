@@ -213,23 +213,31 @@ def test_two_processes_at_once_make_one_folder_once(prepared, corpus, settings, 
     slow = """
 import time
 calls, fsync = [], os.fsync
-def slow_sync(descriptor):
+def sync_when_told(descriptor):
     calls.append(descriptor)
-    time.sleep(0.2)
+    deadline = time.monotonic() + 60
+    while os.path.exists(sys.argv[2] + "/tokenizer/tokenizer.json") and not os.path.exists(sys.argv[4]):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     fsync(descriptor)
-os.fsync = slow_sync
+os.fsync = sync_when_told
 """
-    arguments = (slow + RUN + "print(len(calls))", corpus, tmp_path / "out", as_json(settings))
+    go = tmp_path / "go"
+    arguments = (slow + RUN + "print(len(calls))", corpus, tmp_path / "out", as_json(settings), go)
     processes = [in_process(*arguments)]
+    deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "tokenizer" / "tokenizer.json").exists():
-        assert processes[0].poll() is None
+        assert processes[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     processes.append(in_process(*arguments))
-    (first, _), (second, said) = [process.communicate(timeout=60) for process in processes]
+    waits = f"waiting for another process that prepares {tmp_path / 'out'}"
+    waited = any(waits in line for line in processes[1].stderr)  # ends where the process does
+    go.touch()
+    (first, _), (second, _) = [process.communicate(timeout=60) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
+    assert waited
     assert int(first) > 5
     assert int(second) == 0
-    assert f"waiting for another process that prepares {tmp_path / 'out'}" in said
     assert contents(tmp_path / "out") == contents(prepared)
 
 
@@ -307,7 +315,11 @@ def test_a_signal_ends_the_command_with_a_line_and_all_its_processes(corpus, tmp
         "64",
     ]
     command += ["--workers", "2", "--out", tmp_path / "out"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # A shell's background job ignores SIGINT, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not (tmp_path / "out" / ".work" / "config.json").exists():
         assert process.poll() is None
         time.sleep(0.01)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from launcher.cli import main as lfm
+from launcher.environment import free_port
 
 
 def lfm_refuses(capsys, *arguments: str) -> str:
@@ -80,7 +81,7 @@ def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
 
 def test_two_ranks_under_the_real_launcher_give_one_sentence_and_end(trainer):
     """A batch that does not divide, under `deepspeed --num_gpus 2`: rank 0 says it, nobody hangs."""
-    command = ["deepspeed", "--num_gpus", "2", "--master_port", "29631", "train.py"]
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
     command += trainer.arguments("refused", "global_batch_rows=5")
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

@@ -1,5 +1,7 @@
 """What a run trains on, through the real training program: mixtures, bad shards, and waiting for neither."""
 
+import statistics
+
 import pytest
 
 from data_pipeline.loading.loader import BatchStream
@@ -45,8 +47,9 @@ def test_a_mixture_trains_and_goes_on_with_its_bad_shard_skipped_on_all_ranks(tr
         assert whole["data/bad_shard_rows"][step] == bad_rows
     assert sum(whole["data/bad_shard_rows"].values()) > 0
     # The first step of a start waits for its batch; then they are there before they are asked for.
-    waited, took = (sum(list(whole[tag].values())[1:]) for tag in ("perf/data_seconds", "perf/step_seconds"))
-    assert waited < 0.01 * took
+    waited, took = (list(whole[tag].values())[1:] for tag in ("perf/data_seconds", "perf/step_seconds"))
+    # The median, since a busy machine may hold up one of the steps.
+    assert statistics.median(wait / step for wait, step in zip(waited, took, strict=True)) < 0.01
 
 
 def test_data_is_a_path_or_a_list_of_weighted_paths(trainer):

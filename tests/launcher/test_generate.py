@@ -58,7 +58,8 @@ def test_one_question_on_a_terminal_is_answered_piece_by_piece(exported, small):
     os.close(terminal)
     assert process.returncode == 0
     assert b"".join(pieces).decode().replace("\r\n", "\n").strip() == expected.strip()
-    assert len(pieces) > 3
+    # One read may hold several writes, but the first has not waited for the last.
+    assert pieces[0].decode(errors="replace").strip() != expected.strip()
 
 
 def test_each_way_of_decoding_does_its_part(small):

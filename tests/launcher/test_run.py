@@ -309,14 +309,17 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer
     arguments = trainer.arguments("stopped", "max_steps=100000", "schedule.steps=20", "checkpoint_every=100000")
     command = [sys.executable, "train.py", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step 1/"):
-            break
-    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert second.returncode == 2
-    assert "another job is training in" in second.stderr
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    try:
+        for line in process.stdout:
+            if line.startswith("step 1/"):
+                break
+        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert second.returncode == 2
+        assert "another job is training in" in second.stderr
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()  # it would train on for hours otherwise
     assert process.returncode == 75
     run = RunFolder(trainer.folder / "stopped")
     status = json.loads((run.path / "status.json").read_text())
