@@ -30,7 +30,7 @@ run_step() {
     step=$!
     # A signal between the test above and this line found no step to tell.
     [[ -z $asked ]] || kill -USR1 "$step" 2>/dev/null || true
-    wait "$step" || code=$?
+    [[ -n $asked ]] || wait "$step" || code=$?
     if [[ -n $asked ]]; then
         ask_until_it_ends
         code=0

@@ -45,7 +45,7 @@ class Submitter:
 
     def urgent(self) -> Job:
         """Submit a short job that takes both nodes from whoever has them."""
-        options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent.out", "--wrap=sleep 2"]
+        options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent-%j.out", "--wrap=sleep 2"]
         self.jobs.append(Job(self, self.slurm("sbatch", "--parsable", *options).strip(), "urgent"))
         return self.jobs[-1]
 

@@ -101,6 +101,15 @@ def test_a_signal_that_srun_has_dropped_comes_again(commands):
     assert code == 0
 
 
+def test_a_signal_before_the_step_is_known_is_not_forgotten(commands):
+    """It comes just before srun, which does not hear the first that it is told."""
+    asks = "trap '[[ $BASH_COMMAND != code=0 || -n $asked ]] || ask_to_stop USR1' DEBUG"
+    hears = "import signal, sys, time; signal.signal(signal.SIGUSR1, lambda *_: sys.exit(9)); time.sleep(10)"
+    line = f'set -T; {asks}; run_step {sys.executable} -c "$HEARS"; trap - DEBUG; squeue; [[ $code == 9 ]]'
+    code, _ = commands(line, HEARS=hears)
+    assert code == 0
+
+
 def test_what_a_command_warns_of_is_no_part_of_its_answer(commands):
     _, called = commands("requeue", squeue="echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo CANCELLED")
     assert not [call for call in called if call.startswith("scontrol")]

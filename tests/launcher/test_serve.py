@@ -18,12 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from data_pipeline.tokens.tokenization import decode_answer
 from launcher.inference.generation import Decoding, answer, load_model
 from launcher.serving.connections import HEAD_SECONDS
 from launcher.serving.requests import ChatRequest, Limits, RequestError, read_request
 from launcher.serving.server import BODY_SECONDS, _events
-from launcher.serving.worker import TextPieces, Worker
+from launcher.serving.worker import Worker
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
 QUESTION = "What is 7 plus 5?"
@@ -198,76 +197,6 @@ def test_an_answer_that_fails_on_the_way_ends_with_an_error_event(small):
     with pytest.raises(RuntimeError, match="out of memory"):
         asyncio.run(ask())
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
-
-
-@pytest.mark.parametrize(
-    ("stop", "shown", "reason"),
-    [
-        ((), "zwölf 😀 ok", "stop"),
-        (("ö",), "zw", "stop"),
-        (("😀 o", "k"), "zwölf ", "stop"),
-        (("okay",), "zwölf 😀 ok", "stop"),
-    ],
-)
-def test_pieces_hold_no_half_character_and_nothing_of_a_stop_text(small, stop, shown, reason):
-    _, tokenizer = small
-    pieces = TextPieces(tokenizer, stop)
-    ids = [*tokenizer("zwölf 😀 ok", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    parts = [pieces.add(token) for token in ids]
-    assert "".join(parts) == shown
-    assert "\N{REPLACEMENT CHARACTER}" not in "".join(parts)
-    assert pieces.finish_reason == reason and pieces.end() == ""
-    if not stop:
-        assert shown == decode_answer(tokenizer, ids)
-
-
-async def read(job) -> str:
-    return "".join([piece async for piece in job.pieces()])
-
-
-def test_one_is_answered_one_waits_and_the_third_is_told_to_come_back(small):
-    _, tokenizer = small
-    may_end = threading.Event()
-
-    def generate(ids, streamer, **options):
-        assert may_end.wait(60)
-        streamer.end()
-
-    async def ask() -> None:
-        worker = Worker(SimpleNamespace(device="cpu", generate=generate), tokenizer, Limits(waiting=1))
-        request = ChatRequest([1, 2], Decoding(), None, (), False, False)
-        try:
-            jobs = [worker.submit(request), worker.submit(request)]
-            with pytest.raises(RequestError, match="too many requests are waiting") as refused:
-                worker.submit(request)
-        finally:
-            may_end.set()
-        assert refused.value.status == 429
-        assert [await read(job) for job in jobs] == ["", ""]
-        assert await read(worker.submit(request)) == ""
-
-    asyncio.run(ask())
-
-
-def test_an_answer_that_takes_too_long_is_ended_and_said_to_be_late(small):
-    _, tokenizer = small
-    ended = []
-
-    def generate(ids, streamer, stopping_criteria, **options):
-        deadline = time.monotonic() + 60
-        while not stopping_criteria(ids, None).all() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        ended.append(time.monotonic() < deadline)
-        streamer.end()
-
-    async def ask(seconds: float) -> None:
-        worker = Worker(SimpleNamespace(device="cpu", generate=generate), tokenizer, Limits(seconds=seconds))
-        await read(worker.submit(ChatRequest([1, 2], Decoding(), None, (), False, False)))
-
-    for seconds, ends in ((-1.0, []), (1.0, [True])):  # late before its turn comes, and in the middle
-        with pytest.raises(RequestError, match="longer than this server allows") as refused:
-            asyncio.run(ask(seconds))
-        assert refused.value.status == 503 and ended == ends
 
 
 @pytest.mark.slow

@@ -63,15 +63,14 @@ def members(group: int) -> list[psutil.Process]:
     return found
 
 
-def wait_for_the_end(group: int, seconds: float) -> float:
-    """How long the last process of a group lived on; fails where one is left."""
+def wait_for_the_end(group: int, seconds: float) -> None:
+    """Return when the last process of a group has ended; fails where one is left."""
     started = time.monotonic()
     while left := [process.info["cmdline"] for process in members(group)]:
         if time.monotonic() - started > seconds:
             os.killpg(group, signal.SIGKILL)
             raise AssertionError(f"left after {seconds} s: {left}")
         time.sleep(0.2)
-    return time.monotonic() - started
 
 
 def check_that_it_stopped_whole(folder) -> int:
