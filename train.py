@@ -8,7 +8,6 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 from __future__ import annotations
 
 import argparse
-import sys
 
 import torch
 import torch.distributed as dist
@@ -25,6 +24,7 @@ from launcher.guarding.data_loss import AgreedBatches
 from launcher.guarding.due_validations import DueValidations
 from launcher.guarding.failures import Failures, recognised_failures
 from launcher.guarding.guard import Guard, poison
+from launcher.guarding.leaving import end_process, leave_together
 from launcher.guarding.stopping import STOPPED_AT_A_SIGNAL, StopRequest
 from launcher.guarding.watchdog import Watchdog
 from launcher.plan import make_plan, share_plan
@@ -56,7 +56,6 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         failures.end(plan.step, error)  # where it has not got to its first step; the loop tells its own
         raise
-    dist.barrier()
     return STOPPED_AT_A_SIGNAL if stopped else 0
 
 
@@ -207,5 +206,5 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     with one_sentence_errors(), recognised_failures():
         code = main()
-    dist.destroy_process_group()
-    sys.exit(code)
+        leave_together()
+    end_process(code)

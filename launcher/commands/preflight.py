@@ -51,7 +51,7 @@ def _preflight(options) -> int:
         here = environment.world_size > 1 or "SLURM_JOB_ID" in os.environ or world == environment
         findings, nodes = check_run(*arguments, world, here), [socket.gethostname()]
         if environment.world_size > 1:
-            import torch.distributed as dist
+            from launcher.guarding.leaving import leave_together
 
             start_process_group(environment)
             findings, nodes = check_nodes(environment, *_shared_paths(options), findings)
@@ -62,8 +62,7 @@ def _preflight(options) -> int:
         print(report) if options.json else print_table(findings)
         sys.stdout.flush()
     if environment.world_size > 1:
-        dist.barrier()  # the first rank to leave with an error makes srun kill those that have not told theirs
-        dist.destroy_process_group()
+        leave_together()  # the first rank to leave with an error makes srun kill those that have not told theirs
     return int(worst(findings) == RED)
 
 

@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-import torch.distributed as dist
-
 import train
 from launcher.checkpoints.saver import CheckpointSaver, FileWriter
 from launcher.errors import one_sentence_errors
+from launcher.guarding.leaving import end_process, leave_together
 
 LEFT_FREE = 30_000  # bytes: enough for some of a checkpoint's files
 
@@ -98,9 +97,10 @@ def main() -> None:
 
         CheckpointSaver.save = save_with_fault
         train.main(arguments)
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
     with one_sentence_errors():
         main()
+    end_process(0)

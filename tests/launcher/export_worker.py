@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 import train
+from launcher.guarding.leaving import end_process, leave_together
 
 TOKENS = torch.randint(4, 1900, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -28,9 +29,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         overrides = dict(override.split("=", 1) for override in train.parse_arguments(arguments).overrides)
         torch.save(logits, Path(overrides["output"]) / "logits.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -19,6 +19,7 @@ import train
 from launcher.checkpoints.checkpoint import complete_checkpoints, find_checkpoint
 from launcher.errors import one_sentence_errors
 from launcher.guarding.failures import recognised_failures
+from launcher.guarding.leaving import end_process, leave_together
 
 build_engine, train_step = train.build_engine, train.train_step
 
@@ -89,10 +90,10 @@ def main() -> int:
     launcher.run_folder.STATUS_EVERY = options.get("status_every", launcher.run_folder.STATUS_EVERY)
     build_with_faults(options.get("faults", []))
     with one_sentence_errors(), recognised_failures():
-        return train.main(arguments)
+        code = train.main(arguments)
+        leave_together()
+    return code
 
 
 if __name__ == "__main__":
-    code = main()
-    dist.destroy_process_group()
-    sys.exit(code)
+    end_process(main())

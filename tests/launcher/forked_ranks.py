@@ -5,15 +5,16 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
-import torch.distributed as dist
 
 import launcher.guarding.failures
 import train
 from launcher.environment import free_port
 from launcher.errors import one_sentence_errors
 from launcher.guarding.failures import recognised_failures
+from launcher.guarding.leaving import end_process, leave_together
 
 RANKS = 2
 PR_SET_CHILD_SUBREAPER = 36  # what the ranks leave behind becomes this process's child, and is seen
@@ -21,10 +22,6 @@ LONGEST_END = 60.0  # seconds in which the last rank must have ended by itself a
 LAST_ENDS = 10.0  # seconds in which what the ranks started must have ended after them
 LAUNCHER_WAITS = 10.0
 LONGEST_RUN = 200.0
-
-
-class ForkedRank(SystemExit):
-    """Ends a forked process as `sys.exit` does, so that what hangs at a process's end does so here."""
 
 
 def train_forked(
@@ -42,12 +39,13 @@ def train_forked(
     for rank in range(RANKS):
         pid = os.fork()
         if pid == 0:
-            raise ForkedRank(_train_as(rank, port, arguments, outputs[rank], before))
+            _train_as(rank, port, arguments, outputs[rank], before)
         processes[pid] = rank
     return _wait_for_all(processes, launched)
 
 
-def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: Callable[[int], None]) -> int:
+def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: Callable[[int], None]) -> NoReturn:
+    """Train and end as train.py does, so that what hangs at a process's end does so here."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -59,8 +57,8 @@ def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: 
     before(rank)
     with one_sentence_errors(), recognised_failures():
         code = train.main(arguments)
-    dist.destroy_process_group()
-    return code
+        leave_together()
+    end_process(code)
 
 
 def _wait_for_all(processes: dict[int, int], launched: bool) -> tuple[list[int], float]:

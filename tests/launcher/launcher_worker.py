@@ -3,11 +3,11 @@
 import json
 import sys
 
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import model.loss
 import train
+from launcher.guarding.leaving import end_process, leave_together
 
 
 def main() -> None:
@@ -20,8 +20,9 @@ def main() -> None:
     for arguments in runs:
         code = train.main(arguments)
         assert code == 0, f"{arguments} ended with {code}"
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -15,6 +15,7 @@ from deepspeed.utils import groups, safe_get_full_grad
 import model.loss
 import train
 from data_pipeline.loading.loader import BatchStream
+from launcher.guarding.leaving import end_process, leave_together
 
 STEPS = 10
 GRADIENTS_OF = (1, 2)
@@ -115,8 +116,9 @@ def main() -> None:
         train.build_engine = recording(build_engine, f"{overrides['output']}/mathematics.pt")
         code = train.main(arguments)
         assert code == 0, f"{arguments} ended with {code}"
-    dist.destroy_process_group()
+    leave_together()
 
 
 if __name__ == "__main__":
     main()
+    end_process(0)

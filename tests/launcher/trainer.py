@@ -55,9 +55,11 @@ class Trainer:
 
     def run(self, world_size: int, *runs: list[str], **options) -> list[subprocess.CompletedProcess]:
         """Train `runs` one after another in one set of processes; fails the test where a process fails."""
-        results = start(world_size, [sys.executable, "-m", "launcher_worker", json.dumps([*runs]), json.dumps(options)])
-        for result in results:
-            assert result.returncode == 0, result.stdout
+        command = [sys.executable, "-m", "launcher_worker", json.dumps([*runs]), json.dumps(options)]
+        results = start(world_size, command, patience=10)
+        # All ranks' words: the first that fails may only be the one that noticed.
+        told = "\n".join(f"rank {rank} ended with {r.returncode}:\n{r.stdout}" for rank, r in enumerate(results))
+        assert [result.returncode for result in results] == [0] * world_size, told
         return results
 
     def run_with_faults(
@@ -95,6 +97,7 @@ def start(
     environment = {
         **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),
+        "PYTHONFAULTHANDLER": "1",  # a crash in native code says where
     }  # fmt: skip
     outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 - closed with the test
     processes = [
