@@ -25,7 +25,6 @@ $(STAMP):
 	@sh launcher/check_machine.sh "$(PYTHON)"
 	"$(PYTHON)" -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
-	$(VENV)/bin/python -m launcher.build_operators
 	@touch $@
 	@echo "set-up is complete in $(VENV)"
 

@@ -8,6 +8,7 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,7 @@ from model.moe import set_balancing_bias, updated_balancing_bias
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    gc.freeze()  # DeepSpeed collects garbage at each layer; what was imported need not be looked through each time
     environment = detect_environment()
     export_for_torch(environment)
     plan = run = None

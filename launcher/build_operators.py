@@ -1,14 +1,14 @@
-"""Compile DeepSpeed's operators for this machine, so that the first training step need not wait for a compiler.
+"""Compile DeepSpeed's CPU Adam, so that the first start with `zero3_offload.json` need not wait for a compiler.
 
-They lie in the environment's own folder (`launcher.environment`), so a new environment never meets the leftovers, or the
-lock of an interrupted build, of an old one.
+    python -m launcher.build_operators
+
+No other configuration of `ds_configs/` compiles anything. The operator lies in the environment's own folder
+(`launcher.environment`), so a new environment never meets the leftovers, or the lock of an interrupted build, of an old one.
 """
 
 from __future__ import annotations
 
 import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
-
-import torch
 
 from launcher.environment import detect_environment, export_for_torch
 
@@ -17,12 +17,8 @@ def main() -> None:
     export_for_torch(detect_environment())
     from deepspeed.accelerator import get_accelerator
 
-    names = ["FusedAdamBuilder", "CPUAdamBuilder"]  # the latter for zero3_offload.json, on GPUs too
-    if not torch.cuda.is_available():
-        names.append("ShareMemCommBuilder")
-    for name in names:
-        print(f"compiling {name.removesuffix('Builder')}", flush=True)
-        get_accelerator().get_op_builder(name)().load()
+    print("compiling CPUAdam", flush=True)
+    get_accelerator().get_op_builder("CPUAdamBuilder")().load()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from pathlib import Path
 import yaml
 
 from launcher.errors import ConfigurationError
-from model.loss import LossWeights
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
@@ -43,6 +42,22 @@ class DataCache:
 
     folder: str | None = None
     gigabytes: float = 50.0
+
+
+@dataclass
+class LossTerms:
+    """Weights of the loss terms beside the cross entropy, and the focal term's exponent (`model/loss.py`).
+
+    The defaults are the model's own. They are written out here since importing the model imports torch, for which no
+    command that only reads a configuration should wait.
+    """
+
+    focal: float = 0.1
+    focal_gamma: float = 2.0
+    reconstruction: float = 0.1
+    budget: float = 0.1
+    expert_usage: float = 0.01
+    z_loss: float = 0.001
 
 
 @dataclass
@@ -116,7 +131,7 @@ class RunConfig:
     expert_parallel_size: int = 1
     balancing_rate: float = 1e-3
     activation_checkpointing: bool = True
-    loss: LossWeights = field(default_factory=LossWeights)
+    loss: LossTerms = field(default_factory=LossTerms)
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = field(default_factory=Precision)
     max_skipped_in_a_row: int = 10

@@ -10,14 +10,16 @@ import gc
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from unittest.mock import patch
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -37,6 +39,8 @@ def start_process_group(environment: Environment) -> None:
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     if not torch.distributed.is_initialized():
+        # DeepSpeed would compile its shared-memory collectives now, at every user's first start; gloo's do the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=START_TIMEOUT)
 
@@ -124,15 +128,14 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     # DeepSpeed collects garbage after each layer whose experts it has spread. (A list of the parameters, handed over
     # here, would keep them all.)
     gc.callbacks.append(_return_freed_memory)
-    engine, *_ = deepspeed.initialize(model=model, config=resolved)
+    with _muon_not_compiled():
+        engine, *_ = deepspeed.initialize(model=model, config=resolved)
     gc.callbacks.remove(_return_freed_memory)
     limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
     engine.train()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
-    if isinstance(optimizer, FusedAdam) and next(model.parameters()).device.type == "cpu":
+    if isinstance(optimizer, DeepSpeedCPUAdam):
         optimizer.register_step_pre_hook(_forget_earlier_steps)
-    elif isinstance(optimizer, DeepSpeedCPUAdam):
-        optimizer.register_step_pre_hook(_forget_earlier_steps_offloaded)
     if resolved.get("expert_parallel", {}).get("enabled"):
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:
@@ -143,28 +146,29 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     return engine
 
 
+@contextmanager
+def _muon_not_compiled() -> Iterator[None]:
+    """Keep DeepSpeed from loading torch's compiler, which takes a second of each start.
+
+    It asks whether the optimizer is its own Muon, and on importing that decorates three functions with `torch.compile`.
+    """
+    with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
+        yield
+
+
 def _return_freed_memory(phase: str = "stop", _: dict | None = None) -> None:
     """Have the C library hand back what was freed, of which it would keep as much again as a partitioned model takes."""
     if phase == "stop" and sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _forget_earlier_steps(optimizer: FusedAdam, *_) -> None:
+def _forget_earlier_steps(optimizer: DeepSpeedCPUAdam, *_) -> None:
     """Make a step's bias correction a function of the step alone, so that a resumed run is exact.
 
-    The CPU kernel keeps running products of the betas over consecutive steps, but takes a power when the step number
-    jumps, as it does in a new process: the same step then differs in the last bit. A step far away on a tensor of one
-    zero makes every real step a jump.
+    The kernel keeps running products of the betas over consecutive steps, but takes a power when the step number jumps,
+    as it does in a new process: the same step then differs in the last bit. A step far away on a tensor of one zero
+    makes every real step a jump.
     """
-    group = optimizer.param_groups[0]
-    one_zero = [[torch.zeros(1)] for _ in range(4)]  # gradient, parameter and both moments
-    optimizer.multi_tensor_adam(
-        1, optimizer._dummy_overflow_buf, one_zero, 0.0, *group["betas"], group["eps"], 1 << 30, optimizer.adam_w_mode, 1, 0.0
-    )  # fmt: skip
-
-
-def _forget_earlier_steps_offloaded(optimizer: DeepSpeedCPUAdam, *_) -> None:
-    """The same for the optimizer of offloading, whose kernel has the same products."""
     group = optimizer.param_groups[0]
     one_zero = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
     optimizer.ds_opt_adam.adam_update(

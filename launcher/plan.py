@@ -12,8 +12,6 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.loading.remote import is_remote
-from data_pipeline.preparation.prepare import prepare
-from data_pipeline.preparation.settings import Settings
 from launcher.checkpoints.checkpoint import find_checkpoint, has_checkpoints, read_train_state
 from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
@@ -147,6 +145,10 @@ def _check_resumable(
 def _prepare_if_missing(config: RunConfig) -> None:
     """Make the data folder where the configuration says how and it is not there yet."""
     if config.prepare is not None and not (Path(config.data) / "index.json").exists():
+        # Here, since most starts find their data: polars and the tokenizers take their time to import.
+        from data_pipeline.preparation.prepare import prepare
+        from data_pipeline.preparation.settings import Settings
+
         print(f"preparing {config.prepare.source} into {config.data}", flush=True)
         wanted = config.prepare
         settings = Settings(

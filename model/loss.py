@@ -41,8 +41,10 @@ class LossWeights:
     expert_usage: float = 0.01
     z_loss: float = 0.001
 
-    def of(self, term: str) -> float:
-        return 1.0 if term == "cross_entropy" else getattr(self, term)
+
+def weight_of(term: str, weights: LossWeights) -> float:
+    """Give the weight of a term; `weights` may be any object with the fields of `LossWeights`."""
+    return 1.0 if term == "cross_entropy" else getattr(weights, term)
 
 
 @dataclass
@@ -177,6 +179,6 @@ def total_loss(
     sums: dict[str, torch.Tensor], weights: LossWeights, supervised: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
     """Σ weight · sum / count, with N `supervised` and M non-padding `tokens` of the batch that the mean is over."""
-    language = sum(weights.of(term) * sums[term] for term in PER_SUPERVISED_TOKEN)
-    regularisation = sum(weights.of(term) * sums[term] for term in PER_TOKEN)
+    language = sum(weight_of(term, weights) * sums[term] for term in PER_SUPERVISED_TOKEN)
+    regularisation = sum(weight_of(term, weights) * sums[term] for term in PER_TOKEN)
     return language / supervised + regularisation / tokens

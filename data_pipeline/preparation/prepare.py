@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -46,9 +44,7 @@ from data_pipeline.sources.jsonl import BYTES_PER_CHUNK
 from data_pipeline.sources.parquet import ROWS_PER_CHUNK
 from data_pipeline.sources.source import Source, open_source
 from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from data_pipeline.tokens.tokenizer import CorpusTokenizer, load_tokenizer, train_tokenizer
 
 DEFAULT_SETTINGS = Settings()
 
@@ -80,7 +76,7 @@ def prepare(
     workers = min(workers or available_cores(), len(opened.chunks))
     try:
         with Team(member, workers, out / INDEX_NAME, claims_folder(out)).at_work() as team:
-            tokenizer = None if settings.tokenizer == "train" else _load(settings.tokenizer)
+            tokenizer = None if settings.tokenizer == "train" else load_tokenizer(settings.tokenizer)
             config = _config(opened, tokenizer, settings)
             index = finished_index(out, config)
             if index and not missing_file(out, index):
@@ -116,7 +112,7 @@ class _Preparation:
         self.source, self.job, self.config, self.team = source, job, config, team
         self.progress, self.seconds, self.out = progress, seconds, job.out
 
-    def run(self, tokenizer: PreTrainedTokenizerFast | None) -> dict:
+    def run(self, tokenizer: CorpusTokenizer | None) -> dict:
         self.team.do_once(self._make_tokenizer, (tokenizer,), self._tokenizer_entry_file)
         self._encode_chunks()
         with self.seconds.of("select"):
@@ -145,7 +141,7 @@ class _Preparation:
     def _tokenizer_entry_file(self) -> Path:
         return work_folder(self.out) / "tokenizer.json"
 
-    def _make_tokenizer(self, tokenizer: PreTrainedTokenizerFast | None) -> None:
+    def _make_tokenizer(self, tokenizer: CorpusTokenizer | None) -> None:
         """Save the tokenizer, fitted where none is given, and how the index will describe it."""
         entry = _save_tokenizer(tokenizer or self._train_tokenizer(), self.out)
         folder = self.out / TOKENIZER_FOLDER
@@ -155,9 +151,7 @@ class _Preparation:
             write_scratch(self.job.mismatch_file, problem.encode())
         write_scratch(self._tokenizer_entry_file, json.dumps(entry).encode())
 
-    def _train_tokenizer(self) -> PreTrainedTokenizerFast:
-        from data_pipeline.tokens.tokenization import train_tokenizer
-
+    def _train_tokenizer(self) -> CorpusTokenizer:
         return train_tokenizer(self._clean_texts(), self.job.settings.vocab_size)
 
     def _clean_texts(self):
@@ -244,20 +238,12 @@ def _fates(selection: Selection) -> dict[str, int]:
     return {name: int(np.count_nonzero(selection.fate == number)) for name, number in FATE.items()}
 
 
-def _load(name: str) -> PreTrainedTokenizerFast:
-    from data_pipeline.tokens.tokenization import load_tokenizer
-
-    return load_tokenizer(name)
-
-
-def _config(source: Source, tokenizer: PreTrainedTokenizerFast | None, settings: Settings) -> dict:
+def _config(source: Source, tokenizer: CorpusTokenizer | None, settings: Settings) -> dict:
     """Gather all that decides the bytes of the shards, and nothing that differs between machines."""
     if tokenizer is None:
         tokenizer_config = {"train_vocab_size": settings.vocab_size}
     else:
-        from data_pipeline.tokens.tokenization import fingerprint
-
-        tokenizer_config = {"fingerprint": fingerprint(tokenizer)}
+        tokenizer_config = {"fingerprint": tokenizer.fingerprint}
     evaluation_texts = evaluation_set(settings).fingerprint if settings.decontaminate else None
     return {
         "source": source.identity,
@@ -270,15 +256,9 @@ def _config(source: Source, tokenizer: PreTrainedTokenizerFast | None, settings:
     }
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
-    from data_pipeline.tokens.tokenization import fingerprint
-
-    # The backend reports a full disk as a bare Exception, so it writes elsewhere, and our own writer writes here.
-    with TemporaryDirectory() as elsewhere:
-        tokenizer.save_pretrained(elsewhere)
-        contents = {path.name: path.read_bytes() for path in sorted(Path(elsewhere).iterdir())}
-    files = _write_tokenizer_files(out / TOKENIZER_FOLDER, contents)
-    return {"fingerprint": fingerprint(tokenizer), "pad_token_id": tokenizer.pad_token_id, "files": files}
+def _save_tokenizer(tokenizer: CorpusTokenizer, out: Path) -> dict:
+    files = _write_tokenizer_files(out / TOKENIZER_FOLDER, tokenizer.files())
+    return {"fingerprint": tokenizer.fingerprint, "pad_token_id": tokenizer.pad_token_id, "files": files}
 
 
 def _copy_tokenizer(out: Path, folder: Path) -> list[dict]:

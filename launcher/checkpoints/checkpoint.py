@@ -189,13 +189,34 @@ def read_train_state(folder: Path) -> TrainState:
     return TrainState(**{"validated_step": saved["step"], **saved})
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights, optimizer and balancing bias into the engine and return its train state.
+def _give_each_parameter_its_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let Adam count the steps of each parameter by itself, as torch's does.
 
-    The folder may be a universal one: an engine that began with such a one may later go back to one of its own.
+    From a universal checkpoint under ZeRO-3 DeepSpeed gives all of them one and the same tensor, which every update of a
+    parameter would advance; from one that DeepSpeed's own Adam wrote, a plain number.
     """
+    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one; DeepSpeed's own are not
+        return
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    for parameter, state in optimizer.state.items():
+        if "step" in state:
+            device = parameter.device if on_device else "cpu"
+            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
+
+
+def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+    """Put a checkpoint's weights, optimizer state and balancing bias into the engine and return its train state.
+
+    Betas, weight decay and the like stay as the engine was built with: what the user asks for now counts. The folder may
+    be a universal one: an engine that began with such a one may later go back to one of its own.
+    """
+    groups = engine.optimizer.param_groups
+    asked_for = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     engine._config.load_universal_checkpoint = "source" in read_manifest(folder)
     engine.load_checkpoint(str(folder.parent), tag=folder.name)
+    for group, values in zip(engine.optimizer.param_groups, asked_for, strict=True):
+        group.update(values)
+    _give_each_parameter_its_step(getattr(engine.optimizer, "optimizer", engine.optimizer))
     state = read_train_state(folder)
     set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))
     return state

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from launcher.environment import detect_member
 
@@ -62,8 +64,6 @@ def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # USR1 is how a batch script asks
-        signal.signal(number, _end)
     is_sample = options.source == ["sample"]
     settings = Settings(
         tokenizer=options.tokenizer or ("train" if is_sample else LED),
@@ -81,9 +81,23 @@ def prepare(options: argparse.Namespace) -> None:
     member, by_mpirun = detect_member()
     workers = options.workers or (1 if by_mpirun else None)
     # One of a team shows how far all are.
-    index = prepare(options.source, options.out, settings, workers=workers, member=member, progress=member.index == 0)
+    with _ending_at_signals():
+        index = prepare(
+            options.source, options.out, settings, workers=workers, member=member, progress=member.index == 0
+        )
     if member.index == 0:
         print_counts(options.out, index)
+
+
+@contextmanager
+def _ending_at_signals() -> Iterator[None]:
+    """End at a TERM or a USR1, which is how a batch script asks; afterwards the signals do again what they did before."""
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end(number: int, frame) -> None:

@@ -141,7 +141,7 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int,
     if (folder / VALIDATION_FOLDER / INDEX_NAME).is_file():
         folder = folder / VALIDATION_FOLDER
     rows = ShardFolder(folder)
-    if rows.tokenizer_fingerprint != fingerprint(tokenizer):
+    if rows.tokenizer_fingerprint != fingerprint(tokenizer.backend_tokenizer):
         raise ConfigurationError(
             f"{folder} was prepared with another tokenizer than the model's; prepare it with --tokenizer and the model's folder"
         )

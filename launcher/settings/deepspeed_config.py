@@ -56,6 +56,7 @@ def resolve_deepspeed_config(
     config = _agree(resolved, config, str(path))
     notes = []
     _resolve_precision(resolved, config, environment, notes)
+    _resolve_optimizer(resolved, environment, notes)
     _resolve_batch(resolved, config, environment)
     _resolve_experts(resolved, config, environment, num_experts, notes)
     filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic if keys[0] in resolved]
@@ -156,6 +157,18 @@ def _resolve_precision(resolved: dict, config: RunConfig, environment: Environme
         resolved["bf16"] = {"enabled": True}
     used = "bf16, which it computes natively" if native == "bf16" else "fp32"
     notes.append(f"this is a CPU, where {asked} is slow: training in {used} (precision.force=true keeps {asked})")
+
+
+def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str]) -> None:
+    """On a CPU take torch's AdamW: DeepSpeed's needs a compiler, and a resumed run would differ in the last bits."""
+    optimizer, parameters = resolved["optimizer"], resolved["optimizer"]["params"]
+    is_adam = str(optimizer["type"]).lower() in ("adam", "adamw")
+    if environment.device.type != "cpu" or not is_adam or parameters.get("torch_adam"):
+        return
+    if "offload_optimizer" in resolved["zero_optimization"]:
+        return
+    parameters.update(torch_adam=True, fused=True)
+    notes.append("this is a CPU: the optimizer is torch's fused AdamW, as with torch_adam and fused in the JSON")
 
 
 def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:

@@ -64,7 +64,7 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
             f"init_from={folder} has no tokenizer.json, so that nobody knows its ids; export again"
         )
     if (
-        fingerprint(AutoTokenizer.from_pretrained(folder)) != data.tokenizer_fingerprint
+        fingerprint(AutoTokenizer.from_pretrained(folder).backend_tokenizer) != data.tokenizer_fingerprint
         or sizes.used_vocab_size != data.vocab_size
     ):
         raise ConfigurationError(

@@ -23,7 +23,7 @@ from launcher.watching.profiler import StepProfiler
 from launcher.watching.step_timer import StepTimer
 from launcher.watching.throughput import peak_flops, token_flops, utilisation
 from launcher.watching.validation import ValidationResult
-from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN
+from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN, weight_of
 from model.metrics import load_max_over_mean
 
 SOURCES = 8  # whose validation losses are curves; all of them are in a table
@@ -180,7 +180,7 @@ class Monitor:
         """Each loss term as the mean that training minimises, and their weighted sum."""
         terms = {term: totals[term].item() / supervised for term in PER_SUPERVISED_TOKEN}
         terms |= {term: totals[term].item() / tokens for term in PER_TOKEN}
-        loss = sum(self.config.loss.of(term) * value for term, value in terms.items())
+        loss = sum(weight_of(term, self.config.loss) * value for term, value in terms.items())
         return {"train/loss": loss, **{f"train/{term}": value for term, value in terms.items()}}
 
 

@@ -20,7 +20,7 @@ from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.sources.source import open_source
-from data_pipeline.tokens.tokenization import train_tokenizer
+from data_pipeline.tokens.tokenizer import train_tokenizer
 
 SEQ_LEN = 512
 ROWS_PER_STEP = 8
@@ -57,7 +57,7 @@ def prepare_corpus(data: str, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         training = _split(source, folder)
         texts = (text for row in training.head(TOKENIZER_ROWS).select("question", "answer").iter_rows() for text in row)
-        train_tokenizer(texts, VOCAB_SIZE).save_pretrained(folder / "tokenizer")
+        train_tokenizer(texts, VOCAB_SIZE).save(folder / "tokenizer")
         made_of.write_text(json.dumps(source.identity))  # last: it completes the two files and the tokenizer
     for part in ("training", "validation"):
         prepare(

@@ -7,6 +7,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
@@ -14,7 +15,7 @@ from data_pipeline.loading.loader import BatchStream, ValidationBatches
 from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.prefetch import Prefetcher
 from data_pipeline.loading.reader import ShardFolder
-from data_pipeline.tokens.tokenization import decode_answer, load_tokenizer
+from data_pipeline.tokens.tokenization import decode_answer
 from tests.data_pipeline.shard_folders import FIRST_ID, PAD, make_folder
 
 NAMES = ("input_ids", "labels", "position_ids")
@@ -179,7 +180,7 @@ def test_labels_stand_at_their_own_tokens(folder, loss_on):
 def test_answer_labels_decode_to_the_answer(prepared, rows):
     batches = stream(prepared, micro_batch_rows=8, loss_on="answer")
     (batch,) = batches.next_step()
-    tokenizer = load_tokenizer(str(batches.data.tokenizer_path))
+    tokenizer = AutoTokenizer.from_pretrained(batches.data.tokenizer_path)
     whole = 0
     for index, labels in enumerate(batch["labels"]):
         for start, _, end, _, input_row, offset in batches.data.read(batches.order.row(index))[1].tolist():

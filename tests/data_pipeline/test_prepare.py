@@ -13,13 +13,14 @@ import numpy as np
 import polars as pl
 import pytest
 import webdataset
+from transformers import AutoTokenizer
 
 from data_pipeline.checking.verification import verify
 from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
-from data_pipeline.tokens.tokenization import decode_answer, load_tokenizer
+from data_pipeline.tokens.tokenization import decode_answer
 
 QUIETLY = {"workers": 1, "progress": False}
 
@@ -87,7 +88,7 @@ def read_documents(packed_rows):
 
 
 def assert_texts(documents, folder, rows):
-    tokenizer = load_tokenizer(str(folder / "tokenizer"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
     names = ShardFolder(folder).index["sources"]
     texts = {
         input_row: (decode_answer(tokenizer, ids[1 : start - 1]), decode_answer(tokenizer, ids[start:]), names[source])

@@ -15,6 +15,7 @@ from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.tokens.encoding import DocumentEncoder
+from data_pipeline.tokens.tokenizer import load_tokenizer
 
 SETTINGS = Settings(seq_len=64, rows_per_shard=50, vocab_size=400)
 NUMBERS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen".split()
@@ -177,9 +178,7 @@ def test_a_fast_encoder_that_errs_is_found_out_and_replaced(led_tokenizer, tmp_p
 
 
 def test_both_encoders_give_the_same_documents(led_tokenizer, rows, tmp_path):
-    from data_pipeline.tokens.tokenization import load_tokenizer
-
-    load_tokenizer(led_tokenizer).save_pretrained(tmp_path)
+    load_tokenizer(led_tokenizer).save(tmp_path)
     question, answer = (
         pl.Series([row[name] or "" for row in rows], dtype=pl.String) for name in ("question", "answer")
     )

@@ -1,19 +1,16 @@
+import json
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import polars as pl
 import pytest
-from transformers import AutoTokenizer, LEDTokenizer
+from tokenizers import normalizers
+from transformers import AutoTokenizer, LEDTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.errors import DataError
 from data_pipeline.tokens.encoding import DocumentEncoder
-from data_pipeline.tokens.tokenization import (
-    decode_answer,
-    encode_prompt,
-    fingerprint,
-    load_tokenizer,
-    train_tokenizer,
-)
+from data_pipeline.tokens.tokenization import decode_answer, encode_prompt, fingerprint
+from data_pipeline.tokens.tokenizer import CHAT_TEMPLATE, CorpusTokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " double  spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
 SPECIAL = "a <s> b</s><mask> <pad><unk> <sep>c"
@@ -29,13 +26,24 @@ def encode_documents(tokenizer, questions, answers):
     return list(zip(np.split(ids, np.cumsum(lengths)[:-1]), starts.tolist(), strict=True))
 
 
-def train(**options):
+def train(**options) -> CorpusTokenizer:
     return train_tokenizer(iter(TEXTS * 5), vocab_size=300, **options)
 
 
 @pytest.fixture(scope="module", params=["trained", "LED"])
-def tokenizer(request):
+def made(request) -> CorpusTokenizer:
     return train() if request.param == "trained" else load_tokenizer(request.getfixturevalue("led_tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(made, tmp_path_factory):
+    """What transformers loads from the folder that it was saved to."""
+    return loaded(made, tmp_path_factory.mktemp("tokenizer"))
+
+
+def loaded(made: CorpusTokenizer, folder):
+    made.save(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def test_a_document_is_question_and_answer_between_special_tokens(tokenizer):
@@ -70,25 +78,43 @@ def test_an_answer_ends_at_the_first_end_token(tokenizer):
 
 def test_earlier_truncation_and_padding_leave_documents_whole(tokenizer):
     expected = encode_documents(tokenizer, TEXTS, TEXTS)
-    identity = fingerprint(tokenizer)
+    identity = fingerprint(tokenizer.backend_tokenizer)
     tokenizer(TEXTS, truncation=True, max_length=3, padding="max_length")
     again = encode_documents(tokenizer, TEXTS, TEXTS)
     assert [(ids.tolist(), start) for ids, start in again] == [(ids.tolist(), start) for ids, start in expected]
-    assert fingerprint(tokenizer) == identity
+    assert fingerprint(tokenizer.backend_tokenizer) == identity
 
 
-def test_a_saved_tokenizer_comes_back_whole_by_any_loader(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+def test_a_saved_tokenizer_comes_back_whole_by_any_loader(made, tokenizer, tmp_path):
     conversation = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     ((document, _),) = encode_documents(tokenizer, ["why?"], ["so"])
-    for loaded in (AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))):
-        assert fingerprint(loaded) == fingerprint(tokenizer)
-        assert len(loaded) == len(tokenizer)
-        assert loaded("why?").input_ids == document.tolist()[: len(loaded("why?").input_ids)]
-        assert loaded.padding_side == "left"
-        assert loaded.apply_chat_template(conversation)["input_ids"] == document.tolist()
-        prompt = loaded.apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]
-        assert prompt == encode_prompt(tokenizer, "why?")
+    made.save(tmp_path)
+    assert load_tokenizer(str(tmp_path)).fingerprint == made.fingerprint == fingerprint(tokenizer.backend_tokenizer)
+    assert len(tokenizer) == made.backend.get_vocab_size()
+    assert tokenizer("why?").input_ids == document.tolist()[: len(tokenizer("why?").input_ids)]
+    assert tokenizer.padding_side == "left"
+    assert tokenizer.apply_chat_template(conversation)["input_ids"] == document.tolist()
+    prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]
+    assert prompt == encode_prompt(tokenizer, "why?")
+
+
+def test_the_files_are_those_that_transformers_writes(made, tmp_path):
+    same = PreTrainedTokenizerFast(tokenizer_object=made.backend, **made.special_tokens, padding_side="left",
+                                   clean_up_tokenization_spaces=False)  # fmt: skip
+    same.chat_template = CHAT_TEMPLATE
+    same.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == made.files()
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_a_folder_with_tokenizer_json_is_read_as_transformers_reads_it(led_tokenizer, tmp_path, generic):
+    """LED's class makes its own parts around the vocabulary; the generic one takes everything from the file."""
+    original = LEDTokenizer.from_pretrained(led_tokenizer)
+    original.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["tokenizer_class"] = "TokenizersBackend" if generic else "LEDTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(tmp_path)).fingerprint == load_tokenizer(led_tokenizer).fingerprint
 
 
 def test_the_post_processor_adds_only_the_beginning(tokenizer):
@@ -97,41 +123,47 @@ def test_the_post_processor_adds_only_the_beginning(tokenizer):
     assert tokenizer.eos_token_id not in ids
 
 
-def test_a_trained_tokenizer_has_led_shape():
-    tokenizer = train()
+def test_a_trained_tokenizer_has_led_shape(tmp_path):
+    tokenizer = loaded(train(), tmp_path)
     assert tokenizer.convert_tokens_to_ids(["<s>", "<pad>", "</s>", "<unk>"]) == [0, 1, 2, 3]
     assert (tokenizer.mask_token_id, tokenizer.sep_token_id) == (len(tokenizer) - 2, len(tokenizer) - 1)
     assert len(tokenizer) <= 300
 
 
 def test_training_is_deterministic():
-    assert fingerprint(train()) == fingerprint(train())
+    assert train().fingerprint == train().fingerprint
 
 
 def test_digits_are_single_tokens_unless_told_otherwise():
     texts = ["1234 1234 1234"] * 20
     split = train_tokenizer(iter(texts), vocab_size=300)
-    assert len(split("1234", add_special_tokens=False).input_ids) == 4
+    assert len(split.backend.encode("1234", add_special_tokens=False)) == 4
     joined = train_tokenizer(iter(texts), vocab_size=300, split_digits=False)
-    assert len(joined("1234", add_special_tokens=False).input_ids) == 1
+    assert len(joined.backend.encode("1234", add_special_tokens=False)) == 1
 
 
-def test_the_led_vocabulary_keeps_its_ids(led_tokenizer):
-    original, prepared = LEDTokenizer.from_pretrained(led_tokenizer), load_tokenizer(led_tokenizer)
+def test_the_led_vocabulary_keeps_its_ids(led_tokenizer, tmp_path):
+    original, prepared = LEDTokenizer.from_pretrained(led_tokenizer), loaded(load_tokenizer(led_tokenizer), tmp_path)
     for text in TEXTS:
         assert prepared(text).input_ids == original(text).input_ids[:-1]
     assert prepared.sep_token_id == 50265
 
 
 def test_what_is_no_usable_tokenizer_is_one_sentence(tmp_path):
-    with pytest.raises(DataError, match="no tokenizer can be loaded from"):
-        load_tokenizer(str(tmp_path))
     with pytest.raises(DataError, match="vocab_size 100 is too small"):
         train_tokenizer(iter(TEXTS), vocab_size=100)
-    from tokenizers import normalizers
-
+    with pytest.raises(DataError, match="no tokenizer can be loaded from .* neither tokenizer.json nor vocab.json"):
+        load_tokenizer(str(tmp_path))
+    for content in ("{", "[]", '{"version": "1.0"}', '{"model": {"type": "Unigram"}}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match="no tokenizer can be loaded from"):
+            load_tokenizer(str(tmp_path))
     lossy = train()
-    lossy.backend_tokenizer.normalizer = normalizers.Lowercase()
-    lossy.save_pretrained(tmp_path)
+    lossy.backend.normalizer = normalizers.Lowercase()
+    lossy.save(tmp_path)
     with pytest.raises(DataError, match="does not give text back"):
+        load_tokenizer(str(tmp_path))
+    nameless = {name: value for name, value in train().special_tokens.items() if name != "pad_token"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(nameless))
+    with pytest.raises(DataError, match="has no pad_token"):
         load_tokenizer(str(tmp_path))

@@ -1,10 +1,13 @@
 """The run configuration is typed and strict, and its errors name the fix."""
 
+import dataclasses
+
 import pytest
 import yaml
 
-from launcher.config import CONFIG_FOLDER, DEFAULT_CONFIG, as_dict, load_run_config
+from launcher.config import CONFIG_FOLDER, DEFAULT_CONFIG, RunConfig, as_dict, load_run_config
 from launcher.errors import ConfigurationError
+from model.loss import LossWeights
 
 
 def test_overrides_win_over_the_file_and_reach_into_sections():
@@ -12,6 +15,10 @@ def test_overrides_win_over_the_file_and_reach_into_sections():
     assert (config.max_steps, config.loss.focal, config.learning_rate, config.model) == (7, 0.25, 1e-4, "base")
     assert config.loss.reconstruction == 0.1
     assert {"max_steps", "loss", "data"} <= config.explicit
+
+
+def test_the_default_weights_of_the_loss_are_the_models_own():
+    assert dataclasses.asdict(RunConfig().loss) == dataclasses.asdict(LossWeights())
 
 
 def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):

@@ -79,6 +79,21 @@ def test_a_cpu_keeps_bf16_where_it_is_native_alone(monkeypatch, native):
     assert resolve(["precision.force=true"], path=path)[0]["bf16"]["enabled"] is True
 
 
+@pytest.mark.parametrize("name", ["zero1_ep", "zero3", "zero3_bf16"])
+def test_the_shipped_jsons_take_the_optimizer_that_needs_no_compiler(name):
+    parameters = json.loads((ZERO3.parent / f"{name}.json").read_text())["optimizer"]["params"]
+    assert parameters["torch_adam"] is parameters["fused"] is True
+
+
+def test_on_a_cpu_torchs_adamw_takes_the_place_of_deepspeeds_and_a_note_says_so(changed):
+    path = changed("optimizer.params", {"lr": "auto", "weight_decay": "auto"})
+    resolved, _, notes = resolve(path=path)
+    assert resolved["optimizer"]["params"]["torch_adam"] is resolved["optimizer"]["params"]["fused"] is True
+    assert any("the optimizer is torch's fused AdamW" in note for note in notes)
+    resolved, _, notes = resolve(path=ZERO3.parent / "zero3_offload.json")
+    assert "torch_adam" not in resolved["optimizer"]["params"] and not any("optimizer is" in note for note in notes)
+
+
 def test_what_auto_was_filled_with_is_one_note():
     _, _, notes = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
     (note,) = (note for note in notes if note.startswith('"auto"'))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
-from data_pipeline.tokens.tokenization import train_tokenizer
+from data_pipeline.tokens.tokenizer import train_tokenizer
 from model import LiquidConfig, LiquidForCausalLM
 from model.configuration import preset_names
 from model.loss import LossWeights
@@ -29,9 +29,9 @@ def test_generation_is_repeated_argmax(model, ids):
 
 def test_transformers_pipeline_generates_text(config, tmp_path):
     tokenizer = train_tokenizer(["What is 7 plus 5?", "It is 12."] * 3, vocab_size=300)
-    model = LiquidForCausalLM(config.sized_for(len(tokenizer)))
+    model = LiquidForCausalLM(config.sized_for(tokenizer.backend.get_vocab_size()))
     model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
     generate = pipeline("text-generation", model=str(tmp_path))
     prompts = ["What is 7", "It"]
     answers = generate(prompts, max_new_tokens=5, do_sample=False, batch_size=2)
