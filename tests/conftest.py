@@ -4,6 +4,8 @@ import os
 
 import pytest
 
+import launcher  # noqa: F401 - sets what torch reads when it is loaded
+
 
 def pytest_addoption(parser):
     parser.addoption(

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.cli import main as lfm
 from launcher.environment import free_port
+from tests import fork_server
 
 
 def lfm_refuses(capsys, *arguments: str) -> str:
@@ -58,7 +59,7 @@ def test_commands_refuse_folders_that_are_not_what_they_need(capsys, tmp_path):
 )
 def test_training_refuses_before_it_starts(trainer, overrides, parts):
     command = [sys.executable, "train.py", *trainer.arguments("refused", *overrides)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = fork_server.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -70,7 +71,7 @@ def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
     experts = json.loads(trainer.fp32.read_text())["expert_parallel"] | {"moe_layer_pattern": r"model\.layers\.0\.moe"}
     path = trainer.deepspeed_config("partial", expert_parallel=experts)
     command = [sys.executable, "train.py", *trainer.arguments("partial", deepspeed_config=path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = fork_server.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert "1 of 2 mixtures of experts became expert-parallel" in result.stderr
     status = json.loads((trainer.folder / "partial" / "status.json").read_text())

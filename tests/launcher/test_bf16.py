@@ -1,10 +1,11 @@
 """A bf16 engine, for real: the small steps of the balancing bias arrive, which bf16 itself would round away."""
 
 import json
-import subprocess
 import sys
 
 import pytest
+
+from tests import fork_server
 
 STEPS, RATE = 100, 1e-3
 MEASURE = """
@@ -63,7 +64,7 @@ def measured(trainer) -> dict:
         "bf16", "activation_checkpointing=false", "precision.force=true", deepspeed_config=deepspeed_config
     )
     command = [sys.executable, "-c", MEASURE, str(STEPS), str(RATE), *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    result = fork_server.run(command, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads(result.stdout.split("RESULT", 1)[1].splitlines()[0])
 

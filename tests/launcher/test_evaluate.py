@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from itertools import islice
 
@@ -21,6 +20,7 @@ from launcher.errors import ConfigurationError
 from launcher.evaluation.held_out import data_of_run
 from launcher.evaluation.likelihood import DocumentScore, bytes_of_tokens, likelihood_metrics
 from launcher.inference.generation import load_model
+from tests import fork_server
 from tests.launcher.trainer import start
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "evaluate"]
@@ -55,7 +55,7 @@ def evaluated(learned, held_out, tmp_path_factory):
     """The folder of one process's results and of two processes'."""
     folder = tmp_path_factory.mktemp("evaluated")
     arguments = [str(learned), "--data", str(held_out), "--max-new-tokens", "6", "--batch-size", "4", "--limit", "23"]
-    one = subprocess.run(
+    one = fork_server.run(
         [*COMMAND, *arguments, "--out", str(folder / "one")], capture_output=True, text=True, timeout=240
     )
     assert one.returncode == 0, one.stderr
@@ -140,7 +140,7 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
         "3",
     ]
     environment = {**os.environ, "NLTK_DATA": "/nowhere", "HOME": "/nowhere"}
-    result = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=120)
+    result = fork_server.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("METEOR is left out: NLTK finds no WordNet; set NLTK_DATA") == 1
     out = tmp_path / "model-evaluation"  # an exported folder holds the model and nothing else
@@ -180,6 +180,6 @@ def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_pat
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         ([], "is no run folder, which would name its data; give --data"),
     ):
-        result = subprocess.run([*COMMAND, str(exported), *arguments], capture_output=True, text=True, timeout=120)
+        result = fork_server.run([*COMMAND, str(exported), *arguments], capture_output=True, text=True, timeout=120)
         assert result.returncode == 2, result.stderr
         assert re.search("error: .*" + message, result.stderr), result.stderr

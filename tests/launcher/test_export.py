@@ -25,6 +25,7 @@ from launcher.export.export import load_run
 from launcher.export.model_card import describe_data
 from launcher.run_folder import RunFolder
 from model.moe import balancing_bias
+from tests import fork_server
 from tests.launcher.export_worker import TOKENS
 from tests.launcher.trainer import start
 from tests.small_model import SIZES
@@ -152,7 +153,7 @@ def test_an_earlier_export_is_replaced_by_the_new_one_and_nothing_else_is(run, t
 def test_an_export_that_is_ended_by_a_signal_leaves_nothing(run, tmp_path):
     """Ended while it writes, which it is given much of: a file for each weight."""
     options = ["--out", str(tmp_path / "model"), "--max-shard-size", "1KB"]
-    process = subprocess.Popen([sys.executable, "-m", "launcher.cli", "export", str(run.path), *options])
+    process = fork_server.Popen([sys.executable, "-m", "launcher.cli", "export", str(run.path), *options])
     while not (writes := any(tmp_path.glob(".model.*/*.safetensors"))) and process.poll() is None:
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)

@@ -12,6 +12,7 @@ import torch
 from launcher.errors import ConfigurationError
 from launcher.inference.generation import Decoding, answer, load_model, prompt_ids
 from launcher.inference.questions import read_lines, read_objects
+from tests import fork_server
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "generate"]
 QUESTIONS = ["What is 7 plus 5?", "What is the capital of Peru?", "Why?"]
@@ -33,7 +34,7 @@ def test_questions_from_everywhere_get_the_same_answers(exported, small, tmp_pat
         (["--file", str(tmp_path / "q.jsonl")], ""),
         ([], (tmp_path / "q.txt").read_text()),
     ):
-        result = subprocess.run(
+        result = fork_server.run(
             [*COMMAND, *options, *arguments], input=text, capture_output=True, text=True, timeout=120
         )
         assert result.returncode == 0, result.stderr
@@ -45,7 +46,7 @@ def test_questions_from_everywhere_get_the_same_answers(exported, small, tmp_pat
 def test_one_question_on_a_terminal_is_answered_piece_by_piece(exported, small):
     (expected,) = answer(*small, QUESTIONS[:1], Decoding(max_new_tokens=40))
     terminal, inside = pty.openpty()
-    with subprocess.Popen(
+    with fork_server.Popen(
         [*COMMAND, str(exported), QUESTIONS[0], "--max-new-tokens", "40"], stdout=inside, stderr=subprocess.DEVNULL
     ) as process:
         os.close(inside)
@@ -127,6 +128,6 @@ def test_what_cannot_be_is_one_sentence(exported, small):
     ):
         with pytest.raises(ConfigurationError, match=message):
             Decoding(**wrong)
-    result = subprocess.run([*COMMAND, str(exported)], input="\n", capture_output=True, text=True, timeout=60)
+    result = fork_server.run([*COMMAND, str(exported)], input="\n", capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "there is no question in the standard input" in result.stderr

@@ -13,6 +13,7 @@ import pytest
 from launcher.environment import free_port
 from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, merge, suspects
 from launcher.preflight.nodes import judge_clocks, judge_links
+from tests import fork_server
 
 
 def test_findings_of_several_nodes_are_one_line_where_they_agree():
@@ -80,10 +81,10 @@ def start_nodes(count: int, arguments: list[str], before_last: tuple[str, ...] =
                       "SLURM_STEP_TASKS_PER_NODE": f"1(x{count})", "SLURM_JOB_ID": "7",
                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
         command = [sys.executable, "-c", IMPATIENT, "preflight", *arguments]
-        command = [*before_last, *command] if rank == count - 1 else command
-        processes.append(
-            subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        start = fork_server.Popen
+        if before_last and rank == count - 1:
+            start, command = subprocess.Popen, [*before_last, *command]
+        processes.append(start(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return processes
 
 
@@ -102,8 +103,9 @@ def test_nodes_are_checked_together(trainer):
     """As `srun --ntasks-per-node=1` starts it, for a run of two ranks a node."""
     codes, lines = results_of(start_nodes(2, trainer.arguments("nodes", "--json", "--ranks-per-node", "2")))
     assert codes == [0, 0]
-    assert all(len(found) == 1 for found in lines.values())
-    lines = {check: line for check, (line,) in lines.items()}
+    # The room on the disk changes while other programs write, and so may what two nodes say of it.
+    assert {check for check, found in lines.items() if len(found) > 1} <= {"disk"}
+    lines = {check: found[0] for check, found in lines.items()}
     assert lines["batch"]["message"].startswith("4 rows = 4 processes")
     assert {"clocks", "run folder", "shared data", "all-reduce", "all-to-all", "links"} <= set(lines)
     assert lines["run folder"]["level"] == lines["shared data"]["level"] == lines["clocks"]["level"] == GREEN

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from launcher.cli import main as lfm
 from launcher.commands.preflight import world_of
 from launcher.environment import Environment
 from launcher.preflight.findings import GREEN, RED, YELLOW
+from tests import fork_server
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_training_begins_with_the_cheap_checks(trainer):
     """One sentence of rank 0 and exit code 2, before DeepSpeed is started."""
     path = trainer.deepspeed_config("quantized", zero_optimization={"stage": 3, "zero_quantized_gradients": True})
     command = [sys.executable, "train.py", *trainer.arguments("refused", deepspeed_config=path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = fork_server.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
     assert "error: the DeepSpeed JSON has zero_optimization.zero_quantized_gradients" in result.stderr
     assert "Traceback" not in result.stderr and not (trainer.folder / "refused").exists()

@@ -22,6 +22,7 @@ from launcher.plan import Plan, make_plan
 from launcher.run_folder import RunFolder
 from launcher.watching.report import _plots, write_report
 from model.moe import balancing_bias
+from tests import fork_server
 
 STEPS = 20
 TAGS = {
@@ -308,12 +309,12 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer
     """Also: another job may not train in the folder meanwhile."""
     arguments = trainer.arguments("stopped", "max_steps=100000", "schedule.steps=20", "checkpoint_every=100000")
     command = [sys.executable, "train.py", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = fork_server.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
             if line.startswith("step 1/"):
                 break
-        second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        second = fork_server.run(command, capture_output=True, text=True, timeout=120)
         assert second.returncode == 2
         assert "another job is training in" in second.stderr
         process.send_signal(signal.SIGTERM)
@@ -338,7 +339,7 @@ def test_another_corpus_or_global_batch_than_the_checkpoints_is_refused(runs, sa
         (f"data={other}", fingerprints),
         ("global_batch_rows=8", ["global_batch_rows 4 ", "it is 8"]),
     ):
-        result = subprocess.run([*command, change], capture_output=True, text=True, timeout=120)
+        result = fork_server.run([*command, change], capture_output=True, text=True, timeout=120)
         assert result.returncode == 2, result.stderr
         assert all(part in result.stderr for part in expected)
         assert "Traceback" not in result.stderr

@@ -23,6 +23,7 @@ from launcher.serving.connections import HEAD_SECONDS
 from launcher.serving.requests import ChatRequest, Limits, RequestError, read_request
 from launcher.serving.server import BODY_SECONDS, _events
 from launcher.serving.worker import Worker
+from tests import fork_server
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "serve"]
 QUESTION = "What is 7 plus 5?"
@@ -36,7 +37,7 @@ class Server:
     def __init__(self, model, log, *arguments: str, token: str = "secret"):
         self.token = token
         with open(log, "w") as output:
-            self.process = subprocess.Popen(
+            self.process = fork_server.Popen(
                 [*COMMAND, str(model), "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=output, text=True,
                 env={**os.environ, "LFM_TOKEN": token},
             )  # fmt: skip
@@ -294,7 +295,7 @@ def test_a_port_for_others_asks_for_a_token_and_one_that_is_taken_is_said(export
         (["--host", "0.0.0.0"], "set LFM_TOKEN (or --token) to what they must send"),
         (["--port", port], f"cannot listen on 127.0.0.1 port {port}"),
     ):
-        result = subprocess.run(
+        result = fork_server.run(
             [*COMMAND, str(exported), *arguments], env=environment, capture_output=True, text=True, timeout=60
         )
         assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr

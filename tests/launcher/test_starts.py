@@ -69,3 +69,23 @@ def test_the_help_of_each_command_imports_no_library_that_takes_time():
     for arguments in ([], *([name] for name in names)):
         modules, _ = imported([*LFM, *arguments, "--help"])
         assert not {*SLOW, "numpy", "polars", "matplotlib", "huggingface_hub"} & modules, arguments
+
+
+AT_FIRST_TORCH = """
+import os, sys
+def watch(event, told):
+    if event == "import" and told[0] == "torch":
+        os.write(1, os.environ.get("GOMP_SPINCOUNT", "").encode())
+        os._exit(0)
+sys.addaudithook(watch)
+import {module}, torch
+"""
+
+
+@pytest.mark.parametrize("module", ["train", "launcher.cli", "launcher.engine"])
+def test_openmps_threads_are_told_not_to_spin_before_torch_is_loaded(module):
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    for given, expected in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"):
+        command = [sys.executable, "-c", AT_FIRST_TORCH.format(module=module)]
+        result = subprocess.run(command, cwd=PROJECT, env=environment | given, capture_output=True, text=True, timeout=60)
+        assert result.stdout == expected, result.stderr

@@ -15,6 +15,7 @@ import pytest
 from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
 from launcher.environment import free_port
 from launcher.run_folder import RunFolder
+from tests import fork_server
 
 ENDLESS = ["max_steps=100000", "checkpoint_every=100000", "schedule.steps=20", "expert_parallel_size=2"]
 STARTED: list[subprocess.Popen] = []
@@ -39,7 +40,8 @@ def start_launcher(trainer, output: str, *overrides: str) -> subprocess.Popen:
 
 def start_and_wait(command: list[str], environment: dict[str, str], beginning: str) -> subprocess.Popen:
     """A process in a group of its own that has printed a line with this beginning."""
-    process = subprocess.Popen(
+    start = fork_server.Popen if command[0] == sys.executable else subprocess.Popen
+    process = start(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     STARTED.append(process)

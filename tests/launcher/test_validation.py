@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
 import sys
 from itertools import islice
 
@@ -24,6 +23,7 @@ from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.model_source import build_model
 from launcher.watching.validation import Validation, _sequence_sums, open_validation_data, score_tokens
+from tests import fork_server
 
 STEPS = 4
 REPEATS = """
@@ -197,7 +197,7 @@ def test_the_best_so_far_is_in_the_train_state(runs):
 @pytest.mark.slow
 def test_repeated_validations_hold_no_memory_and_change_no_state(trainer, held_out):
     arguments = trainer.arguments("repeats", f"data={held_out}", "validation_samples=1")
-    result = subprocess.run([sys.executable, "-c", REPEATS, *arguments], capture_output=True, text=True, timeout=240)
+    result = fork_server.run([sys.executable, "-c", REPEATS, *arguments], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stdout + result.stderr
     measured = json.loads(result.stdout.split("RESULT", 1)[1].splitlines()[0])
     assert len({tuple(held) for held in measured["tensors"][1:]}) == 1, measured["tensors"]

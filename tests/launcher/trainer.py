@@ -12,6 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launcher.environment import free_port
+from tests import fork_server
 from tests.small_model import SIZES
 
 PROJECT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def start(
     }  # fmt: skip
     outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 - closed with the test
     processes = [
-        subprocess.Popen(
+        fork_server.Popen(
             command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=PROJECT,
             stdout=output, stderr=subprocess.STDOUT,
         )
