@@ -1,22 +1,26 @@
 # make train   set up, train the built-in sample, export it, answer held-out questions
 # make test    set up, run the fast tests            make test-all   the slow ones
 # make setup   set up only (in .venv)                make lint       ruff
+# make bench   measure speed and memory beside other tools: about 10 minutes; the table goes to tests/benchmarks/README.md
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
+# Processes that share the tests. Many start two ranks of their own, so more than the cores slow one another down.
+TEST_WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 # The stamp is written last and named after what was asked for: a broken or outdated environment has none.
 STAMP := $(VENV)/complete-$(shell cat constraints.txt setup.cfg | sha256sum | cut -c 1-16)
 EXTRAS := $(subst complete,extras,$(STAMP))
+BENCH := $(subst complete,bench,$(STAMP))
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help setup train test test-all lint
+.PHONY: help setup train test test-all lint bench
 
 help:
-	@sed -n 's/^# //p' Makefile | head -3
+	@sed -n 's/^# //p' Makefile | head -4
 
 setup: $(STAMP)
 
@@ -38,10 +42,10 @@ train: setup
 	@echo "       .venv/bin/tensorboard --logdir runs/sample/tensorboard"
 
 test: setup
-	python -m pytest -m "not slow and not cluster and not extra and not gpu and not bench" $(PYTEST_OPTIONS)
+	python -m pytest --numprocesses $(TEST_WORKERS) -m "not slow and not cluster and not extra and not gpu and not bench" $(PYTEST_OPTIONS)
 
 test-all: $(EXTRAS)
-	python -m pytest -m "slow or cluster or extra" $(PYTEST_OPTIONS)
+	python -m pytest --numprocesses $(TEST_WORKERS) -m "slow or cluster or extra" $(PYTEST_OPTIONS)
 
 $(EXTRAS): $(STAMP)
 	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,mpi,tools]'
@@ -49,3 +53,14 @@ $(EXTRAS): $(STAMP)
 
 lint: setup
 	ruff check .
+
+bench: $(BENCH)
+	python -m tests.benchmarks $(BENCH_OPTIONS)
+
+# The second line leaves out what these declare: older numpy, transformers and dateutil than ours, torchvision, and clients
+# of clouds. What they import is in the extra.
+$(BENCH): $(STAMP)
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]'
+	python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps \
+		litdata mosaicml-streaming boto3 botocore s3transfer
+	@touch $@

@@ -7,8 +7,6 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 
 from __future__ import annotations
 
-import launcher.accelerator  # noqa: F401 - sets what torch and DeepSpeed read when they are loaded
-
 import argparse
 import gc
 

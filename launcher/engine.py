@@ -39,7 +39,7 @@ def start_process_group(environment: Environment) -> None:
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     if not torch.distributed.is_initialized():
-        # DeepSpeed would compile its shared-memory collectives now, at every user's first start; gloo's do the same.
+        # DeepSpeed would compile its shared-memory collectives now. Steps of two ranks are no faster with them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=START_TIMEOUT)

@@ -11,24 +11,26 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from model import LiquidConfig, LiquidForCausalLM
+from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns
 from tests.benchmarks.quality_models import VARIANTS, count_parameters
 
 POSITIONS = (1024, 4096, 16384, 32768)
 BATCHES = (1, 8)
 VOCAB_SIZE = 8192
 READ = 1024  # tokens at a time
+REPEATS = 40
 
 
-def build_models() -> dict[str, PreTrainedModel]:
-    """The three models, each with about 4.25M active parameters."""
+def build_models(names: Sequence[str] = ("tiny", "Lfm2Moe", "Llama")) -> dict[str, PreTrainedModel]:
+    """Those of the three models that are named, each with about 4.25M active parameters."""
     torch.manual_seed(0)
     longest = max(POSITIONS) + READ
     liquid = LiquidConfig.from_preset("tiny").sized_for(VOCAB_SIZE, max_position_embeddings=longest)
@@ -38,7 +40,8 @@ def build_models() -> dict[str, PreTrainedModel]:
     )  # fmt: skip
     lfm2 = VARIANTS["lfm2moe"].build(VOCAB_SIZE)
     lfm2.config.max_position_embeddings = longest
-    return {"tiny": LiquidForCausalLM(liquid).eval(), "Lfm2Moe": lfm2.eval(), "Llama": LlamaForCausalLM(llama).eval()}
+    built = {"tiny": LiquidForCausalLM(liquid), "Lfm2Moe": lfm2, "Llama": LlamaForCausalLM(llama)}
+    return {name: built[name].eval() for name in names}
 
 
 def filled_cache(model: PreTrainedModel, position: int, batch: int) -> Cache:
@@ -68,16 +71,24 @@ def decoder(model: PreTrainedModel, position: int, batch: int) -> Callable[[], N
     return step
 
 
-def step_seconds(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """The median time of each decoder's step; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(repeats + 3):
-        for name, step in steps.items():
-            begin = time.perf_counter()
-            step()
-            if turn >= 3:
-                times[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+def measure(options: Options) -> list[Row]:
+    """Tokens per second of `tiny` beside `Lfm2Moe` at two positions; the models take turns step by step."""
+    models = build_models(("tiny", "Lfm2Moe"))
+    rows = []
+    with torch.inference_mode():
+        for batch, position in ((1, READ),) if options.quick else ((1, READ), (8, 4 * READ)):
+            seconds = step_seconds(models, position, batch, options.repeats(REPEATS))
+            ours, theirs = (rates(batch, seconds[name]) for name in models)
+            what = f"decoding with `tiny`, {batch} row{'s' * (batch > 1)}, position {position:,}"
+            rows.append(Row(what, "tokens/s", ours, "`Lfm2Moe`, 8 layers", theirs))
+    return rows
+
+
+def step_seconds(models: dict[str, PreTrainedModel], position: int, batch: int, repeats: int) -> dict[str, list[float]]:
+    """The seconds of each model's steps; they take turns."""
+    steps = {name: partial(seconds_of, decoder(model, position, batch)) for name, model in models.items()}
+    take_turns(steps, 3)  # not counted
+    return take_turns(steps, repeats)
 
 
 def table(repeats: int) -> str:
@@ -93,9 +104,8 @@ def table(repeats: int) -> str:
     ]
     for batch in BATCHES:
         for position in POSITIONS:
-            steps = {name: decoder(model, position, batch) for name, model in models.items()}
-            speed = {name: batch / seconds for name, seconds in step_seconds(steps, repeats).items()}
-            del steps
+            seconds = step_seconds(models, position, batch, repeats)
+            speed = {name: batch / statistics.median(steps) for name, steps in seconds.items()}
             figures = [f"{speed[name]:,.0f}" for name in models]
             ratios = [f"{speed['tiny'] / speed[name]:.2f}×" for name in ("Lfm2Moe", "Llama")]
             rows.append(f"| {batch} | {position:,} | " + " | ".join(figures + ratios) + " |")
@@ -116,7 +126,7 @@ def profile_step(batch: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

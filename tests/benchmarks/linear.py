@@ -1,8 +1,8 @@
 """What one layer and one training step cost on a CPU as texts grow; by hand: `python -m tests.benchmarks.linear`.
 
-Memory is what torch allocates, which is exact and the same in every run; the profiler says hello on stderr. Time is that
-of one thread (threads that wait for one another spin, which CPU time would count) in a process that keeps the memory it
-frees, as training does: without, zeroing new pages makes the longest text a fifth slower.
+Memory is what torch allocates, which is exact and the same in every run; the profiler prints a line on stderr. Time is
+that of one thread, as threads that wait for one another spin, and CPU time would count that. The process keeps the memory
+it frees, as training does: otherwise zeroing new pages makes the longest text a fifth slower.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import LiquidConfig, LiquidForCausalLM, LiquidModel
 from model.loss import LossWeights
+from tests.benchmarks.measurement import Goal, Options, Row
+from tests.benchmarks.registry import AS_IN_TRAINING
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 HIDDEN, HEADS, KEY_VALUE_HEADS = 256, 4, 1
 LED_VOCABULARY = 50_266
 STEP_TOKENS = 8192
 MEGABYTE = 2**20
-# What launcher/environment.py tells glibc, in the form that must be set before a process begins.
-ENVIRONMENT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = AS_IN_TRAINING
 
 
 def liquid_layer() -> LiquidModel:
@@ -108,23 +109,50 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return max(accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns())))
 
 
-def time_growth(short: int, long: int, repeats: int) -> float:
-    """How many times the CPU time of a short text a long one takes in the liquid layer.
+def measure_growth(options: Options) -> list[Row]:
+    """Microseconds per token of the liquid layer on long texts, beside the same on short ones: a slope of 1."""
+    short, *longer = (256, 1024) if options.quick else (1024, 4096, 16384)
+    rows = []
+    for long in longer:
+        turns = growth_turns(short, long, options.repeats(3))
+        per_token = [[1e6 * seconds / long for seconds in figures] for figures in zip(*turns, strict=True)]
+        what, peer = (
+            f"layer of half `base`'s width, forward and backward, {long:,} tokens",
+            f"slope 1: {short:,} tokens",
+        )
+        rows.append(Row(what, "µs/token", per_token[1], peer, per_token[0], Goal(at_most=1.1)))
+    return rows
 
-    Each long text is measured next to as many short ones as last about as long, so that a machine that slows down for a
-    while slows down both; the least of several ratios.
+
+def measure_loss_memory(options: Options) -> list[Row]:
+    """Peak megabytes of a training step with the loss in chunks, beside plain cross entropy of all logits."""
+    tokens = STEP_TOKENS // 8 if options.quick else STEP_TOKENS
+    chunked, plain = (peak / MEGABYTE for peak in loss_peaks(tokens, recompute=True))
+    what = f"training step of `tiny`, {tokens:,} tokens, {LED_VOCABULARY:,} words"
+    return [Row(what, "MB, peak", [chunked], "`F.cross_entropy` of all logits", [plain])]
+
+
+def growth_turns(short: int, long: int, repeats: int) -> list[tuple[float, float]]:
+    """CPU seconds for `long` tokens in the liquid layer: cut into short texts, and as one long text.
+
+    The two are measured one right after the other, so that a machine that slows down for a while slows down both.
     """
     layer = liquid_layer()
     forward_and_backward(layer, long)  # leaves memory, gradients and libraries' buffers behind
-    many, ratios = long // short, []
+    turns = []
     for _ in range(repeats):
         begin = time.process_time()
-        for _ in range(many):
+        for _ in range(long // short):
             forward_and_backward(layer, short)
         middle = time.process_time()
         forward_and_backward(layer, long)
-        ratios.append(many * (time.process_time() - middle) / (middle - begin))
-    return min(ratios)
+        turns.append((middle - begin, time.process_time() - middle))
+    return turns
+
+
+def time_growth(short: int, long: int, repeats: int) -> float:
+    """How many times the CPU time of a short text a long one takes; the least of several ratios."""
+    return min(long // short * as_one / in_parts for in_parts, as_one in growth_turns(short, long, repeats))
 
 
 def layer_table() -> str:
@@ -144,15 +172,18 @@ def layer_table() -> str:
     return "\n".join(rows)
 
 
+def loss_peaks(tokens: int, recompute: bool) -> tuple[int, int]:
+    """Peak bytes of a training step with the loss in chunks, and with all logits in fp32."""
+    ids = torch.randint(4, LED_VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+    steps = [partial(training_step, tiny_model(tokens, recompute), ids, plain) for plain in (False, True)]
+    return peak_bytes(steps[0]), peak_bytes(steps[1])
+
+
 def loss_table() -> str:
     """Peak memory of a training step with the loss in chunks and with all logits, and how they compare."""
     rows = [f"a step of tiny, {STEP_TOKENS:,} tokens, {LED_VOCABULARY:,} words | chunked MB | plain MB | ratio"]
-    ids = torch.randint(4, LED_VOCABULARY, (1, STEP_TOKENS), generator=torch.Generator().manual_seed(0))
     for recompute in (True, False):
-        chunked, plain = (
-            peak_bytes(partial(training_step, tiny_model(STEP_TOKENS, recompute), ids, plain))
-            for plain in (False, True)
-        )
+        chunked, plain = loss_peaks(STEP_TOKENS, recompute)
         name = "recomputing activations" if recompute else "keeping activations"
         rows.append(f"{name:>42} | {chunked / MEGABYTE:>10,.0f} | {plain / MEGABYTE:>8,.0f} | {plain / chunked:.1f}x")
     return "\n".join(rows)

@@ -7,62 +7,80 @@ difference comes the steady speed, without start-up. Then, on a part of the rows
 
   tokenizers     the tokenizer's own batch encoder, all cores, nothing else
   datasets       datasets.map with the tokenizer, in batches and as many processes, then webdataset's ShardWriter
-  datatrove      its tokenizer pipeline with as many workers (pip install --no-deps datatrove loguru humanize orjson)
+  datatrove      its tokenizer pipeline with as many workers
 
-MB are those of question and answer text.
+MB are those of question and answer text. The others' imports are not counted, their worker processes are.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import psutil
 
-from data_pipeline.preparation.encode_chunks import Seconds
+from data_pipeline.preparation.job import Seconds
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.sources.source import open_source
+from tests.benchmarks.corpus import megabytes, open_corpus
+from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns
 
 SLOW_ROWS = 10_000  # of the slow ways: their speed does not depend on how many
 STEPS = ("read", "clean", "encode", "keys", "keep", "load", "pack", "write")
+SEQ_LEN = 2048
+COPIES = 5
 
 
-def main() -> None:
-    options = parse_arguments()
-    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        folder = Path(scratch)
-        rows = pl.concat(open_source(options.data).frames())
-        once, many = folder / "once", folder / "many"
-        copy_corpus(rows, once, 1)
-        copy_corpus(rows, many, options.repeat)
-        megabytes = rows.select(pl.col("question", "answer").str.len_bytes().sum()).sum_horizontal().item() / 1e6
-        print(
-            f"{megabytes:.1f} MB of text in {len(rows):,} rows, {options.workers} workers, load {os.getloadavg()[0]:.1f}"
-        )
-        timings = {}
-        for name, source in (("once", once), ("many", many)):
-            timings[name] = run_command(options, source, folder / f"{name}-out")
-            print(
-                f"whole command, {'the corpus' if name == 'once' else f'{options.repeat} x the corpus'}: "
-                f"{timings[name]['seconds']:.2f} s, {timings[name]['cpu']:.2f} s of CPU, "
-                f"peak {timings[name]['megabytes']:,.0f} MB over all processes"
-            )
-        for kind, seconds in (("wall time", "seconds"), ("CPU time, per core", "cpu")):
-            more = (options.repeat - 1) * megabytes
-            spent = timings["many"][seconds] - timings["once"][seconds]
-            print(f"steady, by {kind}: {more / spent:.1f} MB/s")
-        print_steps(options, once, folder / "steps", megabytes)
-        part = rows.head(SLOW_ROWS)
-        print_slow_ways(part, options, folder)
+@dataclass(frozen=True)
+class Preparation:
+    """How every way prepares: the tokenizer's folder, tokens in a packed row, processes."""
+
+    tokenizer: Path
+    seq_len: int = SEQ_LEN
+    workers: int = len(os.sched_getaffinity(0))
+
+
+def measure(options: Options) -> list[Row]:
+    """Whole command and steady speed beside datatrove and `datasets.map`, in MB/s."""
+    corpus = open_corpus(options)
+    preparation = Preparation(corpus.tokenizer)
+    folder = options.scratch / "prepare"
+    folder.mkdir()
+    for name, copies in (("once", 1), ("many", COPIES)):
+        copy_corpus(corpus.rows, folder / name, copies)
+    ways: dict[str, Callable[[], float]] = {
+        name: lambda name=name: run_command(preparation, folder / name, folder / "out")["seconds"]
+        for name in ("once", "many")
+    }
+    part = corpus.rows.head(SLOW_ROWS)
+    others, missing = available_ways({name: SLOW_WAYS[name] for name in PEER_NAMES}, part, preparation, folder)
+    seconds = take_turns({**ways, **others}, options.repeats(3))
+    shutil.rmtree(folder)
+
+    speeds = {name: rates(megabytes(part), seconds[name]) for name in others}
+    added = [many - once for once, many in zip(seconds["once"], seconds["many"], strict=True)]
+    ours = {
+        "the whole command, start-up included": rates(corpus.megabytes, seconds["once"]),
+        "steady, without start-up": rates((COPIES - 1) * corpus.megabytes, added),
+    }
+    return [
+        Row(f"`lfm prepare`: {what}", "MB/s", figures, peer, speeds.get(name, ()), not_run=missing.get(name, ""))
+        for what, figures in ours.items()
+        for name, peer in PEER_NAMES.items()
+    ]
 
 
 def copy_corpus(rows: pl.DataFrame, folder: Path, copies: int) -> None:
@@ -73,18 +91,25 @@ def copy_corpus(rows: pl.DataFrame, folder: Path, copies: int) -> None:
         changed.write_parquet(folder / f"copy-{copy}.parquet", row_group_size=4000, compression="zstd")
 
 
-def run_command(options: argparse.Namespace, source: Path, out: Path) -> dict:
-    """Run `lfm prepare` on a folder; gives its seconds, CPU seconds and the highest memory of all its processes."""
-    command = [sys.executable, "-m", "launcher.cli", "prepare", source, "--out", out, "--tokenizer", options.tokenizer]
-    command += ["--seq-len", str(options.seq_len), "--workers", str(options.workers)]
+def run_command(preparation: Preparation, source: Path, out: Path) -> dict:
+    """Run `lfm prepare` on a folder; gives its seconds, CPU seconds and the highest memory of all its processes.
+
+    What it makes is removed. Raises `subprocess.CalledProcessError` if it fails.
+    """
+    command = [sys.executable, "-m", "launcher.cli", "prepare", str(source), "--out", str(out)]
+    command += ["--tokenizer", str(preparation.tokenizer)]
+    command += ["--seq-len", str(preparation.seq_len), "--workers", str(preparation.workers)]
     before, begun = os.times(), time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = PeakMemory(process.pid)
-    if process.wait() != 0:
-        sys.exit(f"{' '.join(map(str, command))} ended with {process.returncode}")
+    code = process.wait()
     seconds, after = time.perf_counter() - begun, os.times()
+    bytes_of_memory = peak.stop()
+    if code != 0:
+        raise subprocess.CalledProcessError(code, command)
+    shutil.rmtree(out)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return {"seconds": seconds, "cpu": cpu, "megabytes": peak.stop() / 1e6}
+    return {"seconds": seconds, "cpu": cpu, "megabytes": bytes_of_memory / 1e6}
 
 
 class PeakMemory:
@@ -110,92 +135,138 @@ class PeakMemory:
         return self._peak
 
 
-def print_steps(options: argparse.Namespace, source: Path, out: Path, megabytes: float) -> None:
-    """Where the time goes: one process, so that nothing waits for another; CPU time of one thread where it can be had."""
+def tokenizers_alone(rows: pl.DataFrame, preparation: Preparation, folder: Path) -> Callable[[], float]:
+    from transformers import AutoTokenizer
+
+    backend = AutoTokenizer.from_pretrained(preparation.tokenizer).backend_tokenizer
+    texts = [*rows["question"], *rows["answer"]]
+    return lambda: seconds_of(lambda: backend.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def datasets_map(rows: pl.DataFrame, preparation: Preparation, folder: Path) -> Callable[[], float]:
+    import datasets
+    import webdataset
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(preparation.tokenizer)
+    dataset = datasets.Dataset.from_dict(rows.select("question", "answer").to_dict(as_series=False))
+
+    def encode(batch: dict) -> dict:
+        return {"ids": tokenizer(batch["question"], batch["answer"]).input_ids}
+
+    def run() -> None:
+        encoded = dataset.map(
+            encode, batched=True, num_proc=preparation.workers, remove_columns=["question", "answer"],
+            load_from_cache_file=False,
+        )  # fmt: skip
+        with webdataset.ShardWriter(str(folder / "slow-%05d.tar"), verbose=0) as writer:
+            for number, row in enumerate(encoded):
+                writer.write({"__key__": f"{number:08d}", "ids.json": json.dumps(row["ids"]).encode()})
+
+    return lambda: seconds_of(run)
+
+
+def datatrove_pipeline(rows: pl.DataFrame, preparation: Preparation, folder: Path) -> Callable[[], float]:
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+    from transformers import AutoTokenizer
+
+    source = folder / "datatrove-in"
+    source.mkdir()
+    texts = rows.select(text=pl.col("question") + "\n" + pl.col("answer"), id=pl.int_range(pl.len()).cast(pl.String))
+    for part in range(preparation.workers):
+        texts.gather_every(preparation.workers, part).write_ndjson(source / f"{part}.jsonl")
+    tokenizer = str(folder / "datatrove-tokenizer.json")  # LED's own folder has none
+    AutoTokenizer.from_pretrained(preparation.tokenizer).backend_tokenizer.save(tokenizer)
+    numbers = itertools.count()
+
+    def run() -> float:
+        out = folder / f"datatrove-{next(numbers)}"  # it skips what a folder of logs says is done
+        writer = DocumentTokenizer(str(out / "out"), tokenizer_name_or_path=tokenizer, shuffle_documents=False)
+        executor = LocalPipelineExecutor(
+            [JsonlReader(str(source)), writer], tasks=preparation.workers, workers=preparation.workers,
+            logging_dir=str(out / "logs"),
+        )  # fmt: skip
+        return seconds_of(executor.run)
+
+    return run
+
+
+SLOW_WAYS = {"tokenizers": tokenizers_alone, "datasets": datasets_map, "datatrove": datatrove_pipeline}
+PEER_NAMES = {"datatrove": "datatrove", "datasets": "`datasets.map`, ShardWriter"}
+
+
+def available_ways(
+    ways: dict[str, Callable], rows: pl.DataFrame, preparation: Preparation, folder: Path
+) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
+    """Return the ways that can run, each a function that runs once and gives its seconds, and why others cannot."""
+    available, missing = {}, {}
+    for name, way in ways.items():
+        try:
+            available[name] = way(rows, preparation, folder)
+        except ImportError as error:
+            missing[name] = str(error)
+    return available, missing
+
+
+def main() -> None:
+    options = parse_arguments()
+    preparation = Preparation(options.tokenizer, options.seq_len, options.workers)
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        folder = Path(scratch)
+        rows = pl.concat(open_source(options.data).frames())
+        once, many = folder / "once", folder / "many"
+        copy_corpus(rows, once, 1)
+        copy_corpus(rows, many, options.repeat)
+        print(
+            f"{megabytes(rows):.1f} MB of text in {len(rows):,} rows, {options.workers} workers, "
+            f"load {os.getloadavg()[0]:.1f}"
+        )
+        timings = {}
+        for name, source in (("once", once), ("many", many)):
+            timings[name] = run_command(preparation, source, folder / f"{name}-out")
+            print(
+                f"whole command, {'the corpus' if name == 'once' else f'{options.repeat} x the corpus'}: "
+                f"{timings[name]['seconds']:.2f} s, {timings[name]['cpu']:.2f} s of CPU, "
+                f"peak {timings[name]['megabytes']:,.0f} MB over all processes"
+            )
+        for kind, seconds in (("wall time", "seconds"), ("CPU time, per core", "cpu")):
+            more = (options.repeat - 1) * megabytes(rows)
+            spent = timings["many"][seconds] - timings["once"][seconds]
+            print(f"steady, by {kind}: {more / spent:.1f} MB/s")
+        print_steps(preparation, once, folder / "steps", megabytes(rows))
+        print_slow_ways(rows.head(SLOW_ROWS), preparation, folder)
+
+
+def print_steps(preparation: Preparation, source: Path, out: Path, megabytes: float) -> None:
+    """Where the time goes: one process, so that nothing waits for another."""
     seconds = Seconds()
-    settings = Settings(tokenizer=options.tokenizer, seq_len=options.seq_len)
-    begun = time.perf_counter()
-    prepare(str(source), out, settings, workers=1, progress=False, seconds=seconds)
-    total = time.perf_counter() - begun
+    settings = Settings(tokenizer=str(preparation.tokenizer), seq_len=preparation.seq_len)
+    total = seconds_of(lambda: prepare(str(source), out, settings, workers=1, progress=False, seconds=seconds))
     print(f"\none process, {total:.2f} s in all:\n\n| step | seconds | MB/s |\n|---|---|---|")
     for step in [*STEPS, "select"]:
         print(f"| {step} | {seconds[step]:.2f} | {megabytes / seconds[step]:,.0f} |")
     print(f"| tokenizer, start and index | {total - seconds.total():.2f} | |\n")
 
 
-def print_slow_ways(rows: pl.DataFrame, options: argparse.Namespace, folder: Path) -> None:
-    megabytes = rows.select(pl.col("question", "answer").str.len_bytes().sum()).sum_horizontal().item() / 1e6
+def print_slow_ways(rows: pl.DataFrame, preparation: Preparation, folder: Path) -> None:
     print(f"the slow ways, on {len(rows):,} rows:\n\n| way | MB/s |\n|---|---|")
-    for name, way in (("tokenizers", tokenizers_alone), ("datasets", datasets_map), ("datatrove", datatrove_pipeline)):
-        try:
-            seconds = way(rows, options, folder)
-        except ImportError as error:
-            print(f"| {name} | not run: {error} |")
-        else:
-            print(f"| {name} | {megabytes / seconds:.2f} |", flush=True)
-
-
-def tokenizers_alone(rows: pl.DataFrame, options: argparse.Namespace, folder: Path) -> float:
-    from transformers import AutoTokenizer
-
-    backend = AutoTokenizer.from_pretrained(options.tokenizer).backend_tokenizer
-    texts = [*rows["question"], *rows["answer"]]
-    begun = time.perf_counter()
-    backend.encode_batch_fast(texts, add_special_tokens=False)
-    return time.perf_counter() - begun
-
-
-def datasets_map(rows: pl.DataFrame, options: argparse.Namespace, folder: Path) -> float:
-    import datasets
-    import webdataset
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    dataset = datasets.Dataset.from_dict(rows.select("question", "answer").to_dict(as_series=False))
-
-    def encode(batch: dict) -> dict:
-        return {"ids": tokenizer(batch["question"], batch["answer"]).input_ids}
-
-    begun = time.perf_counter()
-    encoded = dataset.map(encode, batched=True, num_proc=options.workers, remove_columns=["question", "answer"])
-    with webdataset.ShardWriter(str(folder / "slow-%05d.tar"), verbose=0) as writer:
-        for number, row in enumerate(encoded):
-            writer.write({"__key__": f"{number:08d}", "ids.json": json.dumps(row["ids"]).encode()})
-    return time.perf_counter() - begun
-
-
-def datatrove_pipeline(rows: pl.DataFrame, options: argparse.Namespace, folder: Path) -> float:
-    from datatrove.executor import LocalPipelineExecutor
-    from datatrove.pipeline.readers import JsonlReader
-    from datatrove.pipeline.tokens import DocumentTokenizer
-
-    source = folder / "datatrove-in"
-    source.mkdir()
-    texts = rows.select(text=pl.col("question") + "\n" + pl.col("answer"), id=pl.int_range(pl.len()).cast(pl.String))
-    for part in range(options.workers):
-        texts.gather_every(options.workers, part).write_ndjson(source / f"{part}.jsonl")
-    tokenizer = Path(options.tokenizer) / "tokenizer.json"
-    pipeline = [
-        JsonlReader(str(source)),
-        DocumentTokenizer(
-            str(folder / "datatrove-out"), tokenizer_name_or_path=str(tokenizer), shuffle_documents=False
-        ),
-    ]
-    begun = time.perf_counter()
-    LocalPipelineExecutor(
-        pipeline, tasks=options.workers, workers=options.workers, logging_dir=str(folder / "datatrove-logs")
-    ).run()
-    return time.perf_counter() - begun
+    available, missing = available_ways(SLOW_WAYS, rows, preparation, folder)
+    for name, way in available.items():
+        print(f"| {name} | {megabytes(rows) / way():.2f} |", flush=True)
+    for name, reason in missing.items():
+        print(f"| {name} | not run: {reason} |")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", required=True, help="parquet or JSON-lines files with question and answer columns")
-    add("--tokenizer", required=True, help="a folder with an LED tokenizer")
-    add("--seq-len", type=int, default=2048, help="tokens in a packed row (default: %(default)s)")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: the cores, %(default)s)")
-    add("--repeat", type=int, default=5, help="copies of the corpus for the steady speed (default: %(default)s)")
+    add("--tokenizer", required=True, type=Path, help="a folder with an LED tokenizer")
+    add("--seq-len", type=int, default=SEQ_LEN, help="tokens in a packed row (default: %(default)s)")
+    add("--workers", type=int, default=Preparation.workers, help="processes (default: the cores, %(default)s)")
+    add("--repeat", type=int, default=COPIES, help="copies of the corpus for the steady speed (default: %(default)s)")
     add("--scratch", help="where to write corpora and shards (default: the system's temporary folder)")
     options = parser.parse_args()
     if options.repeat < 2:

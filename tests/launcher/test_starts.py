@@ -1,13 +1,16 @@
-"""Commands start without the libraries that take seconds to import; in their worker processes too."""
+"""Commands start without the libraries that take seconds to import, and leave the process that calls them as it was."""
 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from launcher.cli import main as lfm
 
 PROJECT = Path(__file__).parents[2]
 SLOW = {"torch", "transformers", "deepspeed"}
@@ -71,21 +74,10 @@ def test_the_help_of_each_command_imports_no_library_that_takes_time():
         assert not {*SLOW, "numpy", "polars", "matplotlib", "huggingface_hub"} & modules, arguments
 
 
-AT_FIRST_TORCH = """
-import os, sys
-def watch(event, told):
-    if event == "import" and told[0] == "torch":
-        os.write(1, os.environ.get("GOMP_SPINCOUNT", "").encode())
-        os._exit(0)
-sys.addaudithook(watch)
-import {module}, torch
-"""
-
-
-@pytest.mark.parametrize("module", ["train", "launcher.cli", "launcher.engine"])
-def test_openmps_threads_are_told_not_to_spin_before_torch_is_loaded(module):
-    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
-    for given, expected in ({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"):
-        command = [sys.executable, "-c", AT_FIRST_TORCH.format(module=module)]
-        result = subprocess.run(command, cwd=PROJECT, env=environment | given, capture_output=True, text=True, timeout=60)
-        assert result.stdout == expected, result.stderr
+def test_a_command_leaves_the_signal_handlers_of_its_process_as_they_were(tmp_path):
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    assert lfm(["prepare", "sample", "--out", str(tmp_path / "data"), "--seq-len", "64", "--workers", "1"]) == 0
+    with pytest.raises(SystemExit):
+        lfm(["prepare", str(tmp_path / "nothing"), "--out", str(tmp_path / "other")])
+    assert [signal.getsignal(number) for number in numbers] == before

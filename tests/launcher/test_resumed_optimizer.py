@@ -1,0 +1,54 @@
+"""What a resumed run's optimizer has: its moments and steps from the checkpoint, its settings from the user."""
+
+import shutil
+
+import pytest
+import torch
+
+STEPS, RESUMED_AT = 6, 3
+COMMON = [f"schedule.steps={STEPS}", f"max_steps={STEPS}", "checkpoint_every=3", "expert_parallel_size=2"]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 3], ids="zero_{}".format)
+def stage(request, trainer):
+    """Two ranks that train undisturbed; `resumed`, `decayed` and `alone` begin as copies of it at step 3."""
+    name = f"zero_{request.param}"
+    path = trainer.deepspeed_config(name, zero_optimization={"stage": request.param})
+    trainer.run(2, trainer.arguments(f"{name}_whole", *COMMON, deepspeed_config=path))
+
+    def resumed(other: str, world_size: int, *changes: str) -> dict[int, float]:
+        folder = trainer.folder / f"{name}_{other}"
+        shutil.copytree(trainer.folder / f"{name}_whole", folder)
+        common = [*COMMON, f"resume=step-{RESUMED_AT:08d}", *changes]
+        trainer.run(world_size, trainer.arguments(folder.name, *common, deepspeed_config=path))
+        return losses(trainer, folder.name)
+
+    return trainer, losses(trainer, f"{name}_whole"), resumed, name
+
+
+def losses(trainer, output: str) -> dict[int, float]:
+    return trainer.scalars(output)["train/loss"]
+
+
+def test_a_changed_weight_decay_counts_from_the_next_update_on(stage):
+    _, whole, resumed, _ = stage
+    decayed = resumed("decayed", 2, "weight_decay=50")
+    assert decayed[RESUMED_AT + 1] == whole[RESUMED_AT + 1]  # of the weights that were saved
+    for step in range(RESUMED_AT + 2, STEPS + 1):
+        assert decayed[step] != pytest.approx(whole[step], rel=1e-3), step
+
+
+def test_on_the_same_ranks_the_rest_is_exact(stage):
+    _, whole, resumed, _ = stage
+    assert resumed("same", 2) == whole
+
+
+def test_on_another_number_of_ranks_adam_goes_on_with_its_steps(stage):
+    trainer, whole, resumed, name = stage
+    assert resumed("alone", 1) == pytest.approx(whole, rel=1e-5)
+    steps = set()
+    for file in (trainer.folder / f"{name}_alone" / "checkpoints" / f"step-{STEPS:08d}").glob("*optim_states.pt"):
+        saved = torch.load(file, weights_only=False)["optimizer_state_dict"]
+        states = saved.get("optimizer_state_dict") or saved["base_optimizer_state"]
+        steps |= {float(state["step"]) for state in states["state"].values()}
+    assert steps == {float(STEPS)}
