@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.checkpoints.checkpoint import TrainState, load_checkpoint
+from launcher.checkpoints.checkpoint import TrainState
+from launcher.checkpoints.restore import load_checkpoint
 from launcher.checkpoints.saver import CheckpointSaver
 from launcher.config import DEFAULT_CONFIG
 from launcher.engine import build_engine, engine_values, limit_collectives, set_learning_rate, start_process_group
@@ -112,13 +113,16 @@ def train(plan, run, environment, failures) -> bool:
                 state = guard.roll_back(state)
                 continue
             validations.validate_if_due(state)
-            if state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed:
+            due = state.step % config.checkpoint_every == 0 or state.step == config.max_steps or stop.agreed
+            if due and guard.may_save(state):
                 watchdog.begins(f"saving step {state.step}")
                 monitor.saved(state.step, checkpoints.save(state))
         watchdog.begins("finishing the last save")
         checkpoints.finish()
         batches.raise_lost()
         validations.raise_lost()
+        if not stop.agreed:
+            guard.check_end(state)
     except BaseException as error:
         failures.end(state.step, error)
         raise

@@ -22,10 +22,13 @@ from launcher.errors import ConfigurationError
 from launcher.preflight.checks import check_start
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
-from launcher.settings.deepspeed_config import resolve_deepspeed_config
+from launcher.settings.deepspeed_config import SHARED_NUMBERS, resolve_deepspeed_config
 from launcher.settings.model_source import model_config
 from launcher.watching.validation import open_validation_data
 from model.configuration import LiquidConfig, own_fields
+
+# Numbers of the resolved JSON that come from the run's keys, which are told, or from the number of ranks.
+FOLLOWS_FROM_OTHERS = {*SHARED_NUMBERS, "gradient_accumulation_steps"}
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,15 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
 
 
 def _changes(changed: dict[str, list]) -> list[str]:
-    """A note on the run's keys that are not as at the start before, where there are any."""
-    keys = {name.removeprefix("config."): values for name, values in changed.items() if name.startswith("config.")}
-    told = [f"{name} {before} -> {now}" for name, (before, now) in keys.items() if name != "resume"]
+    """A note on the run's keys, the JSON's and the versions that are not as at the start before, if there are any."""
+    told = []
+    for name, (before, now) in changed.items():
+        section, _, key = name.partition(".")
+        if section == "deepspeed" and key in FOLLOWS_FROM_OTHERS:
+            continue
+        shown = {"config": key, "deepspeed": f"{key} in the DeepSpeed JSON", "versions": f"{key}'s version"}
+        if name != "config.resume":
+            told.append(f"{shown.get(section, name)} {before} -> {now}")
     return [f"not as at the start before this one: {', '.join(told)}"] if told else []
 
 

@@ -2,8 +2,8 @@
 
 A checkpoint is `checkpoints/<tag>/`: DeepSpeed's files and `manifest.json`, which is written last and holds every
 file's size and sha256, the train state, the fingerprint of the data and how many ranks wrote it. `latest` names the
-newest one. `saver.py` writes them, `universal.py` converts them for another number of ranks, `going_back.py` sets
-later ones aside.
+newest one. `saver.py` writes them, `restore.py` puts one into an engine, `universal.py` converts them for another number
+of ranks, `going_back.py` sets later ones aside.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,10 +20,7 @@ from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 from model import LiquidForCausalLM
 from model.loss import RunningMeans
-from model.moe import balancing_bias, set_balancing_bias
-
-if TYPE_CHECKING:  # reading a checkpoint must not wait for DeepSpeed
-    import deepspeed
+from model.moe import balancing_bias
 
 
 @dataclass
@@ -38,8 +34,8 @@ class TrainState:
     that were not finite; `skipped_in_a_row`: how many of them just now, without those of fp16's scale, and with those whose
     text had no supervised token; `recent_losses`:
     those that a spike is measured against.
-    `best_metric` and `best_step`: the lowest validation cross entropy so far, and the step that it was measured at;
-    `validated_step`: the last step that was validated, 0 where none was.
+    `validated_step`: the last step that was validated, 0 if none was; `validation_metric`: its cross entropy, if finite, and
+    `validation_of`: on which rows and labels; `best_metric` and `best_step`: the lowest cross entropy so far on these.
     fp32 values as Python floats and back are exact, in JSON too.
     """
 
@@ -56,6 +52,8 @@ class TrainState:
     best_metric: float | None = None
     best_step: int | None = None
     validated_step: int = 0
+    validation_metric: float | None = None
+    validation_of: str = ""
 
     @classmethod
     def initial(cls, model: LiquidForCausalLM) -> TrainState:
@@ -67,12 +65,15 @@ class TrainState:
         )
         return state
 
-    def note_validation(self, cross_entropy: float) -> bool:
-        """Keep a validation's cross entropy where it is the lowest so far, and tell whether it is.
+    def note_validation(self, cross_entropy: float, of: str) -> bool:
+        """Note this step's cross entropy on the rows and labels `of`, and tell whether it is the lowest so far on these.
 
-        One that is not finite is no one's best, and nothing could be better than it afterwards.
+        One that is not finite is never the best: nothing could be better than it afterwards.
         """
-        self.validated_step = self.step
+        if of != self.validation_of:
+            self.best_metric = self.best_step = None  # measured on something else
+        self.validated_step, self.validation_of = self.step, of
+        self.validation_metric = cross_entropy if math.isfinite(cross_entropy) else None
         is_best = math.isfinite(cross_entropy) and (self.best_metric is None or cross_entropy < self.best_metric)
         if is_best:
             self.best_metric, self.best_step = cross_entropy, self.step
@@ -106,23 +107,26 @@ def step_in_name(name: str) -> int | None:
 
 
 def best_checkpoint(complete: list[Path]) -> Path | None:
-    """The best by validation of checkpoints given newest first, or None where there was no validation.
+    """The checkpoint whose own step had the lowest cross entropy, of checkpoints given newest first; None if there is none.
 
-    It is the first that was saved since the best metric was measured, which the newest one's train state knows. Going
-    back may leave earlier ones of another course: what was best there at the same step was another model's.
+    Steps that were validated but not saved do not count, nor what was measured on other rows or labels than the newest.
     """
-    best = _best(complete[0]) if complete else None
-    since_best = [folder for folder in complete if best is not None and _best(folder) == best]
-    return since_best[-1] if since_best else None
+    measured = [(*found, folder) for folder in complete if (found := _own_validation(folder)) is not None]
+    alike = [(metric, folder) for of, metric, folder in measured if of == measured[0][0]]
+    return min(alike, default=(None, None))[1]
 
 
-def _best(checkpoint: Path) -> tuple[int, float] | None:
-    """The step of the best validation before a checkpoint, and its metric."""
+def _own_validation(checkpoint: Path) -> tuple[str, float] | None:
+    """On what a checkpoint's own step was validated, and its cross entropy; None if there is none that is finite."""
     try:
         state = read_manifest(checkpoint)["train_state"]
-        return (state["best_step"], state["best_metric"]) if state.get("best_step") is not None else None
-    except (ValueError, KeyError):  # a damaged one is no one's best
+        if "validation_metric" not in state:  # of before these were noted: known if it was the best so far
+            own = state.get("best_metric") if state.get("best_step") == state["step"] else None
+        else:
+            own = state["validation_metric"] if state["validated_step"] == state["step"] else None
+    except (ValueError, KeyError):  # a damaged one is not the best
         return None
+    return (state.get("validation_of", ""), own) if own is not None else None
 
 
 def universal_folder(checkpoint: Path) -> Path:
@@ -155,8 +159,8 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         best = best_checkpoint(complete)
         if best is None:
             raise ConfigurationError(
-                f"{run.path} has no best checkpoint, since no validation came before its newest one; "
-                "set validate_every, or take the newest with auto"
+                f"{run.path} has no best checkpoint, since none of its saved steps was validated; set validate_every so "
+                "that steps are saved and validated together, or take the newest with auto"
             )
         resume = best.name
     if resume != "auto":
@@ -187,36 +191,3 @@ def read_train_state(folder: Path) -> TrainState:
     """The train state of a checkpoint; one from before `validated_step` was noted counts as validated."""
     saved = read_manifest(folder)["train_state"]
     return TrainState(**{"validated_step": saved["step"], **saved})
-
-
-def _give_each_parameter_its_step(optimizer: torch.optim.Optimizer) -> None:
-    """Let Adam count the steps of each parameter by itself, as torch's does.
-
-    From a universal checkpoint under ZeRO-3 DeepSpeed gives all of them one and the same tensor, which every update of a
-    parameter would advance; from one that DeepSpeed's own Adam wrote, a plain number.
-    """
-    if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one; DeepSpeed's own are not
-        return
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    for parameter, state in optimizer.state.items():
-        if "step" in state:
-            device = parameter.device if on_device else "cpu"
-            state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=device)
-
-
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights, optimizer state and balancing bias into the engine and return its train state.
-
-    Betas, weight decay and the like stay as the engine was built with: what the user asks for now counts. The folder may
-    be a universal one: an engine that began with such a one may later go back to one of its own.
-    """
-    groups = engine.optimizer.param_groups
-    asked_for = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-    engine._config.load_universal_checkpoint = "source" in read_manifest(folder)
-    engine.load_checkpoint(str(folder.parent), tag=folder.name)
-    for group, values in zip(engine.optimizer.param_groups, asked_for, strict=True):
-        group.update(values)
-    _give_each_parameter_its_step(getattr(engine.optimizer, "optimizer", engine.optimizer))
-    state = read_train_state(folder)
-    set_balancing_bias(engine.module, torch.tensor(state.balancing_bias))
-    return state

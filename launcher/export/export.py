@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -111,7 +112,9 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
 def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalLM]:
     """A checkpoint of a run, its train state, and the model without weights."""
     folder = RunFolder(run)
-    checkpoint, _ = find_checkpoint(folder, tag)
+    checkpoint, passed_over = find_checkpoint(folder, tag)
+    for note in passed_over:
+        print(note, file=sys.stderr)
     if checkpoint is None:
         raise ConfigurationError(
             f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one"

@@ -121,7 +121,8 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
         if state.best_step
         else ""
     )
-    return [f"On held-out questions, at step {step:,}.{best}", "", *_table(values)]
+    other = "" if step == state.step else f" The exported step {state.step:,} itself was not validated."
+    return [f"On held-out questions, at step {step:,}.{other}{best}", "", *_table(values)]
 
 
 def _use(custom_code: bool) -> list[str]:

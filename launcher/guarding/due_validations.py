@@ -79,7 +79,7 @@ class DueValidations:
             self._monitor.say(f"{what} is broken off: the run was asked to stop")
             return
         result, answers = found
-        is_best = state.note_validation(result.cross_entropy)
+        is_best = state.note_validation(result.cross_entropy, self._validation.of)
         self._monitor.validated(state.step, result, is_best, answers, time.perf_counter() - begin)
 
     def _give_up(self, step: int, error: DataError) -> None:

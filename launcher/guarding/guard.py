@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.checkpoint import TrainState, find_checkpoint
 from launcher.checkpoints.going_back import make_newest
+from launcher.checkpoints.restore import load_checkpoint
 from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError, TrainingError
@@ -51,7 +52,8 @@ def is_spike(loss: float, recent: list[float], factor: float) -> bool:
 class Guard:
     """What all ranks find out alike about each step, from sums that they share.
 
-    `observe` after each step, then `wants_rollback`, which ends a run that cannot go on with a `TrainingError`.
+    `observe` after each step, then `wants_rollback`, which ends a run that cannot go on with a `TrainingError`, and
+    `may_save` before a checkpoint.
     The rollbacks are counted here and not in the train state: a run that is started again goes on from the checkpoint
     before them, meets the same rows, and goes back from them just as often.
     """
@@ -79,6 +81,7 @@ class Guard:
         self.checkpoints = checkpoints
         self._rollbacks, self._went_back_to = 0, None  # how many in a row, and to which checkpoint
         self._spike = self._hopeless = False
+        self._not_finite = 0  # how many steps in a row just now
         self._take_scaler()
 
     def observe(self, state: TrainState, loss: float) -> dict[str, float]:
@@ -88,6 +91,7 @@ class Guard:
         by_scale = skipped and finite and self._scaler is not None
         self._hopeless = by_scale and self._scale == self._scaler.min_scale
         self._scale = self._scaler and self._scaler.cur_scale
+        self._not_finite = self._not_finite + 1 if skipped and not by_scale else 0
         state.skipped_steps += skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped and not by_scale else 0
         if skipped and not by_scale:
@@ -100,6 +104,27 @@ class Guard:
         if finite and not (self._spike and self.config.on_spike == "rollback"):
             state.recent_losses = [*state.recent_losses, loss][-self.config.spike.window :]
         return {"train/skipped_steps": state.skipped_steps, "train/spike": float(self._spike)}
+
+    def may_save(self, state: TrainState) -> bool:
+        """Whether the weights may be saved, and say so if not.
+
+        If the last steps were not finite, the weights may be the cause. A checkpoint of them would in the end push out
+        the last good one.
+        """
+        if self._not_finite:
+            self.monitor.say(
+                f"step {state.step} is not saved: the last {self._not_finite} steps were not finite; "
+                f"the last checkpoint is {self._last_checkpoint()}"
+            )
+        return not self._not_finite
+
+    def check_end(self, state: TrainState) -> None:
+        """Raise `TrainingError` if the run's last steps were not finite, so that its end was not saved."""
+        if self._not_finite:
+            raise TrainingError(
+                f"the last {self._not_finite} steps up to step {state.step} were not finite, so the end of the run is not "
+                f"saved; the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at those rows"
+            )
 
     def wants_rollback(self, state: TrainState) -> bool:
         """Whether to leave the rows since the last checkpoint behind.
@@ -134,6 +159,7 @@ class Guard:
         chosen = [self._loadable() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen, src=0)
         earlier = load_checkpoint(self.engine, chosen[0])
+        self._not_finite = 0
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
@@ -178,7 +204,7 @@ class Guard:
             raise TrainingError(
                 f"{state.skipped_in_a_row} steps in a row were not finite or had no token to learn, up to step {state.step} "
                 f"({self._rows(state)}); the last checkpoint is {self._last_checkpoint()}; lower learning_rate, or look at "
-                "those rows; max_skipped_in_a_row sets how many are borne"
+                "those rows; max_skipped_in_a_row sets how many are tolerated"
             )
 
     def _rows(self, state: TrainState) -> str:

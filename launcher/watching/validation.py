@@ -75,10 +75,11 @@ class Validation:
     """The held-out rows of a run, this rank's share of them, and when to look at them."""
 
     def __init__(self, config: RunConfig, data: RowReader | None, rank: int, world_size: int):
-        """Without `data` nothing is ever due."""
+        """Without `data` nothing is ever due. `of` names the rows and labels, so that figures of others are told apart."""
         self.data = data
         self.every = config.validate_every or config.checkpoint_every
         self.last_step = config.max_steps
+        self.of = "" if data is None else f"{config.loss_on} of {data.fingerprint}"
         if data is not None:
             # The same on one rank and on many: only the machine's memory counts, and the figures do not depend on it.
             rows = max(1, min(config.micro_batch_rows, LOGITS_AT_ONCE // (data.seq_len * data.vocab_size)))

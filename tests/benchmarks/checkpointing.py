@@ -14,7 +14,8 @@ import os
 import shutil
 from pathlib import Path
 
-from launcher.checkpoints.checkpoint import TrainState, find_checkpoint, load_checkpoint
+from launcher.checkpoints.checkpoint import TrainState, find_checkpoint
+from launcher.checkpoints.restore import load_checkpoint
 from launcher.checkpoints.saver import CheckpointSaver
 from launcher.run_folder import RunFolder
 from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns

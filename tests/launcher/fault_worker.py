@@ -88,6 +88,8 @@ def main() -> int:
         get_accelerator().is_fp16_supported = lambda: True
     launcher.guarding.watchdog.GRACE = options.get("grace", launcher.guarding.watchdog.GRACE)
     launcher.run_folder.STATUS_EVERY = options.get("status_every", launcher.run_folder.STATUS_EVERY)
+    if options.get("save_always"):
+        launcher.guarding.guard.Guard.may_save = lambda *_: True
     build_with_faults(options.get("faults", []))
     with one_sentence_errors(), recognised_failures():
         code = train.main(arguments)

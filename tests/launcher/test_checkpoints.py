@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 
 import pytest
@@ -97,62 +98,88 @@ def test_a_run_killed_at_every_stage_of_publishing_has_the_curve_of_an_undisturb
     assert run.latest.read_text() == "step-00000012\n"
 
 
-def make_checkpoint(run: RunFolder, step: int, best_step: int | None, best_metric: float = 1.0) -> None:
+def make_checkpoint(run: RunFolder, step: int, metric: float | None = None, of: str = "all of x") -> None:
+    """A checkpoint of a step that was validated with this cross entropy, or was not."""
     folder = run.checkpoints / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    state = TrainState(step, 4 * step, 100 * step, [], 0.0, [], best_metric=best_metric, best_step=best_step)
+    state = TrainState(step, 4 * step, 100 * step, [], 0.0, [])
+    if metric is not None:
+        state.note_validation(metric, of)
     write_manifest(folder, {"train_state": vars(state), "files": {}})
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
     run = RunFolder(tmp_path / "run")
-    best_steps = {2: 2, 4: 4, 6: 4, 8: 7, 10: 7, 12: 7}  # at 7 there was a validation, and no save before 8
     kept = []
-    for step, best_step in best_steps.items():
-        make_checkpoint(run, step, best_step)
+    for step, metric in {2: 3.0, 4: 2.0, 6: None, 8: 2.5, 10: math.nan, 12: 1.5}.items():
+        make_checkpoint(run, step, metric)
         delete_old(run, keep=2)
         kept.append([int(path.name.removeprefix("step-")) for path in sorted(run.checkpoints.iterdir())])
-    assert kept == [[2], [2, 4], [4, 6], [6, 8], [8, 10], [8, 10, 12]]
+    assert kept == [[2], [2, 4], [4, 6], [4, 6, 8], [4, 8, 10], [10, 12]]
 
 
 def test_the_best_by_validation_can_be_asked_for(tmp_path):
     run = RunFolder(tmp_path / "run")
-    for step, best_step in {2: 2, 4: 4, 6: 4}.items():
-        make_checkpoint(run, step, best_step)
+    for step, metric in {2: 3.0, 4: 2.0, 6: 2.5, 8: None}.items():
+        make_checkpoint(run, step, metric)
     assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
     other = RunFolder(tmp_path / "other")
-    make_checkpoint(other, 2, best_step=None)
+    make_checkpoint(other, 2)
     with pytest.raises(ConfigurationError, match="has no best checkpoint.*set validate_every"):
         find_checkpoint(other, "best")
 
 
+def test_a_validation_between_two_saves_makes_neither_the_best(tmp_path):
+    """The lowest cross entropy was at step 7; 5 and 10 are saved, and 10's own is higher than that of 5."""
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 5, 7.6)
+    state = read_train_state(run.checkpoints / "step-00000005")
+    state.step = 7
+    assert state.note_validation(5.87, "all of x")
+    state.step = 10
+    assert not state.note_validation(9.83, "all of x")
+    make_checkpoint(run, 10)
+    note_train_state(run.checkpoints / "step-00000010", vars(state))
+    assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000005", [])
+
+
+def test_what_was_measured_on_other_rows_or_labels_is_not_compared(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    make_checkpoint(run, 2, 0.5, of="all of x")
+    for step, metric in {4: 2.0, 6: 3.0}.items():
+        make_checkpoint(run, step, metric, of="answer of x")
+    assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
+    state = read_train_state(run.checkpoints / "step-00000002")
+    assert state.note_validation(4.0, "answer of x") and state.best_metric == 4.0
+
+
 def test_the_best_of_another_course_at_the_same_step_is_not_this_ones(tmp_path):
     run = RunFolder(tmp_path / "run")
-    make_checkpoint(run, 4, best_step=4, best_metric=3.0)
-    for step in (8, 12):
-        make_checkpoint(run, step, best_step=8, best_metric=2.0)
+    make_checkpoint(run, 4, 3.0)
+    make_checkpoint(run, 8, 2.0)
+    make_checkpoint(run, 12, 2.1)
     start_with(run, "step-00000004")
-    make_checkpoint(run, 8, best_step=8, best_metric=2.9)
+    make_checkpoint(run, 8, 2.9)
     start_with(run, "left-step-00000012")
     assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000012", [])
-    make_checkpoint(run, 16, best_step=8, best_metric=2.0)
+    make_checkpoint(run, 16, 2.2)
     delete_old(run, keep=1)
     assert steps_of(run) == ["12", "16", "left-08"]
 
 
 def test_a_validation_that_is_not_finite_is_no_ones_best():
     state = TrainState(1, 4, 100, [], 0.0, [])
-    assert not state.note_validation(float("nan")) and state.best_step is None
+    assert not state.note_validation(math.nan, "x") and state.best_step is None
     state.step = 2
-    assert not state.note_validation(float("inf")) and state.note_validation(3.0)
+    assert not state.note_validation(math.inf, "x") and state.note_validation(3.0, "x")
     state.step = 3
-    assert not state.note_validation(float("nan")) and (state.best_step, state.best_metric) == (2, 3.0)
+    assert not state.note_validation(math.nan, "x") and (state.best_step, state.best_metric) == (2, 3.0)
 
 
 def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):
-        make_checkpoint(run, step, best_step=None)
+        make_checkpoint(run, step)
     (run.checkpoints / "universal-step-00000002").mkdir()
     (run.checkpoints / "universal-step-00000006").mkdir()
     (run.checkpoints / "step-00000002" / "manifest.json").write_text("{")
@@ -162,14 +189,14 @@ def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
 
 def test_a_validation_is_noted_in_a_checkpoint_and_in_its_universal_form(tmp_path):
     run = RunFolder(tmp_path / "run")
-    for step in (2, 4):
-        make_checkpoint(run, step, best_step=2)
+    make_checkpoint(run, 2, 1.0)
+    make_checkpoint(run, 4)
     checkpoint, universal = (run.checkpoints / name for name in ("step-00000004", "universal-step-00000004"))
     universal.mkdir()
     source = hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
     write_manifest(universal, {**read_manifest(checkpoint), "source": source})
     state = read_train_state(universal)
-    assert state.note_validation(0.5)
+    assert state.note_validation(0.5, "all of x")
     note_train_state(checkpoint, vars(state))
     assert find_checkpoint(run, "best") == (checkpoint, [])
     assert read_train_state(checkpoint) == read_train_state(universal) == state and state.validated_step == 4
@@ -178,15 +205,28 @@ def test_a_validation_is_noted_in_a_checkpoint_and_in_its_universal_form(tmp_pat
 
 def test_a_checkpoint_without_best_metric_and_skipped_ranges_is_still_read(tmp_path):
     run = RunFolder(tmp_path / "run")
-    make_checkpoint(run, 2, best_step=None)
+    make_checkpoint(run, 2)
     manifest = run.checkpoints / "step-00000002" / "manifest.json"
     content = json.loads(manifest.read_text())
-    for name in ("best_metric", "best_step", "skipped_ranges", "validated_step"):
+    for name in ("best_metric", "best_step", "skipped_ranges", "validated_step", "validation_metric", "validation_of"):
         del content["train_state"][name]
     manifest.write_text(json.dumps({**content, "format": 2}))
     state = read_train_state(find_checkpoint(run, "auto")[0])
     assert (state.step, state.best_metric, state.best_step, state.skipped_ranges) == (2, None, None, [])
     assert state.validated_step == 2  # or each old run would be validated again at its next start
+
+
+def test_the_best_of_checkpoints_from_before_each_noted_its_own_is_found(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    for step, best_step in {2: 2, 4: 4, 6: 4}.items():
+        make_checkpoint(run, step)
+        manifest = run.checkpoints / f"step-{step:08d}" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["train_state"] |= {"best_step": best_step, "best_metric": 5.0 - best_step}
+        for name in ("validation_metric", "validation_of"):
+            del content["train_state"][name]
+        manifest.write_text(json.dumps(content))
+    assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
 
 
 def steps_of(run: RunFolder) -> list[str]:
@@ -202,13 +242,13 @@ def start_with(run: RunFolder, resume: str) -> str:
 @pytest.mark.parametrize("resume", ["step-00000002", "best"])
 def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
-    for step in (2, 4):
-        make_checkpoint(run, step, best_step=2)
+    make_checkpoint(run, 2, 1.0)
+    make_checkpoint(run, 4, 2.0)
     assert start_with(run, resume) == "step-00000002"
     assert steps_of(run) == ["02", "left-04"] and run.latest.read_text() == "step-00000002\n"
     assert start_with(run, resume) == "step-00000002"  # killed before its first save
-    make_checkpoint(run, 3, best_step=2)
-    make_checkpoint(run, 4, best_step=2)
+    make_checkpoint(run, 3)
+    make_checkpoint(run, 4)
     for _ in range(2):
         assert start_with(run, resume) == "step-00000004"
         assert "delete that file" in still_to_do(run, resume)[1][0]
@@ -223,10 +263,10 @@ def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, res
 def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):
-        make_checkpoint(run, step, best_step=None)
+        make_checkpoint(run, step)
     start_with(run, "step-00000002")
-    make_checkpoint(run, 3, best_step=None)
-    make_checkpoint(run, 4, best_step=None)
+    make_checkpoint(run, 3)
+    make_checkpoint(run, 4)
     before = (run.checkpoints / "left-step-00000004" / "manifest.json").stat().st_ino
     assert start_with(run, "left-step-00000004") == "step-00000004"
     assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
@@ -238,7 +278,7 @@ def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
 def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4):
-        make_checkpoint(run, step, best_step=None)
+        make_checkpoint(run, step)
     (run.checkpoints / "step-00000004" / "manifest.json").write_text("{")
     assert start_with(run, "auto") == "step-00000002"
     assert steps_of(run) == ["02", "left-04"] and run.latest.read_text() == "step-00000002\n"
@@ -247,7 +287,7 @@ def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_pa
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
-    make_checkpoint(run, 4, best_step=None)
+    make_checkpoint(run, 4)
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "left-step-00000004")
     with pytest.raises(ConfigurationError, match="set aside.*resume=left-step-00000004 goes on from one"):
         find_checkpoint(run, resume)
@@ -255,7 +295,7 @@ def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
 
 def test_only_a_checkpoint_is_resumed_from(tmp_path):
     run = RunFolder(tmp_path / "run")
-    make_checkpoint(run, 4, best_step=None)
+    make_checkpoint(run, 4)
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "universal-step-00000004")
     with pytest.raises(ConfigurationError, match="is not a checkpoint of"):
         find_checkpoint(run, "universal-step-00000004")

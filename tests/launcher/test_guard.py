@@ -40,7 +40,8 @@ def check_that_two_steps_were_skipped(trainer, name: str, results) -> None:
 
 
 def test_a_step_that_is_not_finite_on_one_rank_leaves_all_weights_and_moments(trainer):
-    results = trainer.run_with_faults(2, trainer.arguments("skipped", "max_steps=6", *KEEP_ALL), NOT_FINITE)
+    arguments = trainer.arguments("skipped", "max_steps=6", *KEEP_ALL)
+    results = trainer.run_with_faults(2, arguments, NOT_FINITE, save_always=True)
     check_that_two_steps_were_skipped(trainer, "skipped", results)
 
 
@@ -53,20 +54,35 @@ def test_so_in_every_stage_and_precision(trainer, stage, precision):
     name = f"zero{stage}_{precision}"
     path = trainer.deepspeed_config(name, zero_optimization=zero, **sections)
     arguments = trainer.arguments(name, "max_steps=6", *KEEP_ALL, deepspeed_config=path)
-    check_that_two_steps_were_skipped(trainer, name, trainer.run_with_faults(2, arguments, NOT_FINITE))
+    results = trainer.run_with_faults(2, arguments, NOT_FINITE, save_always=True)
+    check_that_two_steps_were_skipped(trainer, name, results)
+
+
+def test_weights_that_may_be_the_cause_push_no_good_checkpoint_out(trainer):
+    """Steps 5 to 7 are not finite; with one checkpoint kept, that of step 4 stays until step 8 is known to be good."""
+    faults = [{"kind": "nan", "rank": 0, "steps": [5, 6, 7]}]
+    overrides = ["checkpoint_every=2", "keep_checkpoints=1", "validate_every=0", "schedule.steps=8"]
+    for last, code, kept in ((6, 1, "step-00000004"), (8, 0, "step-00000008")):
+        arguments = trainer.arguments(f"streak_{last}", f"max_steps={last}", *overrides)
+        (result,) = trainer.run_with_faults(1, arguments, faults)
+        assert result.returncode == code, result.stdout
+        assert "step 6 is not saved: the last 2 steps were not finite; the last checkpoint is" in result.stdout
+        folder = trainer.folder / f"streak_{last}" / "checkpoints"
+        assert [path.name for path in folder.glob("step-*")] == [kept]
+    assert "so the end of the run is not saved" in (trainer.folder / "streak_6" / "status.json").read_text()
 
 
 @pytest.mark.slow
 def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
-    faults = [{"kind": "nan", "rank": 1, "steps": list(range(3, 20))}]
+    faults = [{"kind": "nan", "rank": 1, "steps": list(range(5, 20))}]
     overrides = ["max_steps=20", "checkpoint_every=4", "max_skipped_in_a_row=3"]
     results = trainer.run_with_faults(2, trainer.arguments("hopeless", *overrides), faults)
     assert [result.returncode for result in results] == [1, 1]
     printed = results[0].stdout
     (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     parts = (
-        "4 steps in a row were not finite or had no token to learn, up to step 6",
-        "rows at positions 20 to 23",
+        "4 steps in a row were not finite or had no token to learn, up to step 8",
+        "rows at positions 28 to 31",
         "checkpoints/step-00000004",
     )
     assert all(part in sentence for part in parts), sentence

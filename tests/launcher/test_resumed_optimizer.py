@@ -38,6 +38,15 @@ def test_a_changed_weight_decay_counts_from_the_next_update_on(stage):
         assert decayed[step] != pytest.approx(whole[step], rel=1e-3), step
 
 
+def test_a_changed_clipping_counts_from_the_next_update_on(stage):
+    """Under ZeRO-1 DeepSpeed would take the checkpoint's."""
+    _, whole, resumed, _ = stage
+    clipped = resumed("clipped", 2, "gradient_clipping=1e-9")  # so small that Adam's eps outweighs the gradients
+    assert clipped[RESUMED_AT + 1] == whole[RESUMED_AT + 1]
+    for step in range(RESUMED_AT + 2, STEPS + 1):
+        assert clipped[step] != pytest.approx(whole[step], rel=1e-3), step
+
+
 def test_on_the_same_ranks_the_rest_is_exact(stage):
     _, whole, resumed, _ = stage
     assert resumed("same", 2) == whole

@@ -181,11 +181,22 @@ def test_every_start_has_a_line_with_what_was_changed_since_the_start_before(cop
     plan = plan_for(copied, runs, "learning_rate=0.5", "loss_on=all")
     (note,) = [note for note in plan.notes if note.startswith("not as at the start before")]
     assert "learning_rate 0.003 -> 0.5" in note and "loss_on answer -> all" in note
+    assert "DeepSpeed JSON" not in note  # the rate is there too, and is told once
     line = attempts(copied)[-1]
     assert line["event"] == "begins" and line["checkpoint"] == "step-00000020" and line["host"] and line["time"]
     assert line["changed"]["config.learning_rate"] == [0.003, 0.5]
     assert line["changed"]["deepspeed.optimizer.params.lr"] == [0.003, 0.5]
     assert len(line["commit"]) == 40 and line["uncommitted_changes"] in (True, False)
+
+
+def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
+    description = yaml.safe_load((copied.path / "run.yaml").read_text())
+    description["deepspeed"]["optimizer"]["params"]["eps"] = 1e-6
+    description["versions"]["deepspeed"] = "0.0.1"
+    (copied.path / "run.yaml").write_text(yaml.safe_dump(description))
+    (note,) = [note for note in plan_for(copied, runs).notes if note.startswith("not as at the start before")]
+    assert "optimizer.params.eps in the DeepSpeed JSON 1e-06 -> 1e-08" in note
+    assert "deepspeed's version 0.0.1 -> 0.19.8" in note
 
 
 def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, capsys):
@@ -284,6 +295,13 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
     with pytest.raises(ConfigurationError, match="format 1; this one reads 2.*; set another output") as raised:
         find_checkpoint(copied, "auto")
     assert "\n" not in str(raised.value)
+
+
+def test_an_export_of_an_older_checkpoint_than_the_newest_says_so(copied, tmp_path, capsys):
+    next((copied.checkpoints / "step-00000020").glob("*optim_states.pt")).unlink()
+    lfm(["export", str(copied.path), "--out", str(tmp_path / "exported")])
+    assert "checkpoint step-00000020 is passed over: " in capsys.readouterr().err
+    assert "step 15" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
