@@ -301,7 +301,7 @@ def test_an_export_of_an_older_checkpoint_than_the_newest_says_so(copied, tmp_pa
     next((copied.checkpoints / "step-00000020").glob("*optim_states.pt")).unlink()
     lfm(["export", str(copied.path), "--out", str(tmp_path / "exported")])
     assert "checkpoint step-00000020 is passed over: " in capsys.readouterr().err
-    assert "step 15" in (tmp_path / "exported" / "README.md").read_text()
+    assert "| 15 of 20 |" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
