@@ -44,7 +44,6 @@ from model.moe import set_balancing_bias, updated_balancing_bias
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    gc.freeze()  # DeepSpeed collects garbage at each layer; what was imported need not be looked through each time
     environment = detect_environment()
     export_for_torch(environment)
     plan = run = None
@@ -210,6 +209,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # DeepSpeed collects garbage at each layer; what was imported need not be looked through each time
     with one_sentence_errors(), recognised_failures():
         code = main()
         leave_together()
