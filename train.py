@@ -7,8 +7,9 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 
 from __future__ import annotations
 
+from launcher.loading import loaded  # before all that takes time to load
+
 import argparse
-import gc
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,8 @@ from launcher.watching.validation import Validation, open_validation_data
 from model.loss import total_loss
 from model.metrics import count_tokens
 from model.moe import set_balancing_bias, updated_balancing_bias
+
+loaded()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +212,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # DeepSpeed collects garbage at each layer; what was imported need not be looked through each time
     with one_sentence_errors(), recognised_failures():
         code = main()
         leave_together()

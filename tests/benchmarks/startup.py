@@ -22,6 +22,13 @@ from tests.benchmarks.measurement import Goal, Options, Row, seconds_of, take_tu
 PROJECT = Path(__file__).parents[2]
 LFM = [sys.executable, "-m", "launcher.cli"]
 IMPORTS = "import torch, deepspeed, transformers"
+# Any PyTorch program's first optimizer step imports torch._dynamo, and any model of transformers its parallel layers.
+FIRST_UPDATE = f"""{IMPORTS}
+from transformers import PreTrainedModel
+parameter = torch.nn.Parameter(torch.zeros(1))
+parameter.grad = torch.zeros(1)
+torch.optim.AdamW([parameter], fused=True).step()
+"""
 HELP_REPEATS, PREPARE_REPEATS, TRAINING_REPEATS = 7, 3, 5
 
 
@@ -29,7 +36,7 @@ def measure(options: Options) -> list[Row]:
     """Seconds of each start by the clock, beside its limit."""
     folder = options.scratch / "start-up"
     folder.mkdir()
-    return [measure_help(options), measure_prepare(options, folder), measure_first_step(options, folder)]
+    return [measure_help(options), measure_prepare(options, folder), *measure_first_step(options, folder)]
 
 
 def measure_help(options: Options) -> Row:
@@ -55,8 +62,8 @@ def measure_prepare(options: Options, folder: Path) -> Row:
     return Row(what, "s", wall[1:], "its own stages", stages[1:], Goal(at_most=1.5, of_difference=True))
 
 
-def measure_first_step(options: Options, folder: Path) -> Row:
-    """Compare all that training `tiny` does before its first step with the bare imports."""
+def measure_first_step(options: Options, folder: Path) -> list[Row]:
+    """Compare all that training `tiny` does before its first step with bare imports, and with those that all need."""
     data, answer, run = folder / "sample", folder / "first-step.json", folder / "run"
     subprocess.run([*LFM, "prepare", "sample", "--out", str(data)], cwd=PROJECT, check=True)
     training = _this_module(
@@ -70,12 +77,12 @@ def measure_first_step(options: Options, folder: Path) -> Row:
         shutil.rmtree(run)
         return float(answer.read_text()) - begun
 
-    imports = functools.partial(_run, _python(IMPORTS))
-    ways = {"start": start, "imports": imports}
+    limits = {f"`{IMPORTS}`": IMPORTS, "the same, a transformers model's base and one AdamW step": FIRST_UPDATE}
+    ways = {"start": start, **{name: functools.partial(_run, _python(code)) for name, code in limits.items()}}
     take_turns(ways, 1)
     seconds = take_turns(ways, options.repeats(TRAINING_REPEATS))
     what = "`train.py` with `tiny`, up to its first step"
-    return Row(what, "s", seconds["start"], f"`{IMPORTS}`", seconds["imports"], Goal(at_most=1.5))
+    return [Row(what, "s", seconds["start"], name, seconds[name], Goal(at_most=1.5)) for name in limits]
 
 
 def _by_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, list[float]]:
