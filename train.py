@@ -19,7 +19,7 @@ from data_pipeline.loading.prefetch import Prefetcher
 from launcher.checkpoints.checkpoint import TrainState
 from launcher.checkpoints.restore import load_checkpoint
 from launcher.checkpoints.saver import CheckpointSaver
-from launcher.config import DEFAULT_CONFIG
+from launcher.config import add_run_arguments
 from launcher.engine import build_engine, engine_values, limit_collectives, set_learning_rate, start_process_group
 from launcher.environment import detect_environment, export_for_torch
 from launcher.errors import one_sentence_errors
@@ -205,9 +205,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         epilog="Run keys (data, output, model, max_steps, resume, ...): launcher/config.py and the README.",
     )  # fmt: skip
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="run configuration, YAML (default: the sample)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
+    add_run_arguments(parser)
     return parser.parse_intermixed_args(arguments)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import math
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +17,9 @@ import yaml
 
 from launcher.errors import ConfigurationError
 
+NULL = ("", "null", "~", "None")
+# Whose `~` and variables are expanded where they are read. (`data_cache.folder` keeps its variables: they are each machine's.)
+PATH_KEYS = re.compile(r"data|data\[\d+\]\.path|validation_data|output|model|init_from|prepare\.(source|tokenizer)")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
 
@@ -204,14 +210,36 @@ class RunConfig:
             raise ConfigurationError("schedule.cycles and schedule.multiplier must be at least 1")
 
 
+class _Once(argparse.Action):
+    """An option whose second value would silently take the place of the first."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if getattr(namespace, f"given_{self.dest}", False):
+            parser.error(f"{option_string} is given twice ({getattr(namespace, self.dest)} and {values}); give it once")
+        setattr(namespace, f"given_{self.dest}", True)
+        setattr(namespace, self.dest, values)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name a run configuration: `--config`, and `key=value` overrides."""
+    parser.add_argument(
+        "--config", action=_Once, default=str(DEFAULT_CONFIG), help="run configuration, YAML (default: the sample)"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
+
+
 def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (`loss.focal=0.2` reaches into a section).
 
-    The file's `prepare` is for the file's `data`: where only `data` is overridden, nothing is prepared.
+    A value is read as its key's type: text stays as it stands (`output=1.10`), and a path's `~` and variables are expanded.
+    The file may be a run's own run.yaml, whose configuration it then repeats. The file's `prepare` is for the file's
+    `data`: if only `data` is overridden, nothing is prepared.
     Raises `ConfigurationError` for a missing or unreadable file, an unknown key (naming the nearest one) or a value of
     the wrong type.
     """
     fields, origin = read_yaml(path), _Origin(str(path))
+    if {"config", "deepspeed", "world_size"} <= fields.keys():
+        fields = fields["config"]
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:
@@ -233,10 +261,25 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     return config
 
 
+class _TextLoader(yaml.BaseLoader):
+    """YAML whose values stay text: what 1.10, 010, 12:30 or 2024_01 mean is for the key's type to say."""
+
+    def construct_mapping(self, node, deep=False):
+        mapping = {}
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in mapping:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key} is there twice", key_node.start_mark
+                )
+            mapping[key] = self.construct_object(value_node, deep=True)
+        return mapping
+
+
 def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file; `ConfigurationError` where it is missing or not a mapping."""
+    """The mapping in a YAML file, its values as text; `ConfigurationError` if it is missing or not a mapping."""
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        content = yaml.load(Path(path).read_text(), _TextLoader)
     except OSError as error:
         known = ", ".join(sorted(p.name for p in CONFIG_FOLDER.glob("*.yaml")))
         raise ConfigurationError(
@@ -244,7 +287,7 @@ def read_yaml(path: str | Path) -> dict:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
+    if content in (None, ""):
         return {}
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must be a mapping of keys to values, not a {type(content).__name__}")
@@ -257,10 +300,22 @@ def as_dict(config: RunConfig) -> dict:
 
 
 def _parse_value(key: str, value: str):
+    """An override's value: text as it stands if that is what the key takes, else YAML (lists and sections)."""
+    if _takes_text(key) and not (key == "data" and value.startswith("[")):
+        return value
     try:
-        return yaml.safe_load(value) if value else ""
+        return yaml.load(value, _TextLoader) if value else ""
     except yaml.YAMLError as error:
         raise ConfigurationError(f"the value of {key} is not valid YAML: {value!r}; put quotes around it") from error
+
+
+def _takes_text(key: str) -> bool:
+    hint = RunConfig
+    for name in key.split("."):
+        members = typing.get_args(hint) or (hint,)
+        section = next((member for member in members if dataclasses.is_dataclass(member)), None)
+        hint = typing.get_type_hints(section).get(name) if section else None
+    return str in (hint, *typing.get_args(hint))
 
 
 @dataclass
@@ -296,7 +351,7 @@ def _build(cls: type, fields: dict, prefix: str, origin: _Origin):
 
 def _convert(hint, value, key: str, origin: _Origin):
     if isinstance(hint, types.UnionType):
-        if value is None:
+        if type(None) in typing.get_args(hint) and value in NULL:
             return None
         options = [option for option in typing.get_args(hint) if option is not type(None)]
         hint = next((o for o in options if (typing.get_origin(o) is list) == isinstance(value, list)), options[0])
@@ -309,13 +364,34 @@ def _convert(hint, value, key: str, origin: _Origin):
         if not isinstance(value, dict):
             raise ConfigurationError(f"{key} in {origin.of(key)} is a section of keys, not the value {value!r}")
         return _build(hint, value, f"{key}.", origin)
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            value = str(value)
-    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, str):
         raise ConfigurationError(f"{key} in {origin.of(key)} is {value!r}; it must be of type {hint.__name__}")
-    return value
+    if hint is str:
+        return _expanded(value, key, origin) if PATH_KEYS.fullmatch(key) else value
+    read = {int: _integer, float: _number, bool: _truth}[hint](value)
+    if read is None:
+        raise ConfigurationError(f"{key} in {origin.of(key)} is {value!r}; it must be of type {hint.__name__}")
+    return read
+
+
+def _integer(text: str) -> int | None:
+    return int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace(".nan", "nan").replace(".inf", "inf"))  # as YAML writes these
+    except ValueError:
+        return None
+
+
+def _truth(text: str) -> bool | None:
+    return {"true": True, "false": False}.get(text.lower())
+
+
+def _expanded(path: str, key: str, origin: _Origin) -> str:
+    """A path as a shell would have it, which does not look behind the `=` of an override."""
+    expanded = os.path.expandvars(os.path.expanduser(path))
+    if missing := re.search(r"\$\{?\w+\}?", expanded):
+        raise ConfigurationError(f"{key} in {origin.of(key)} names the variable {missing[0]}, which is not set")
+    return expanded

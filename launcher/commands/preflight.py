@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from launcher.commands.parsing import command
-from launcher.config import DEFAULT_CONFIG
+from launcher.config import add_run_arguments
 from launcher.errors import ConfigurationError
 
 
@@ -24,14 +24,13 @@ def add_preflight(commands) -> None:
         "lfm preflight --deepspeed_config ds_configs/zero3.json --config run.yaml --nodes 4 --ranks-per-node 8",
     )  # fmt: skip
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
-    parser.add_argument("--config", default=str(DEFAULT_CONFIG), help="run configuration, YAML")
     parser.add_argument("--nodes", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="check for so many nodes (default: those of the SLURM job or of the ranks, else 1)")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, default=argparse.SUPPRESS, metavar="M",
                         help="with so many ranks each (default: the same way)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write that JSON there, too, beside what is printed")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
+    add_run_arguments(parser)
 
 
 def _preflight(options) -> int:

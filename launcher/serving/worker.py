@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import codecs
 import copy
 import time
 from collections.abc import AsyncIterator
@@ -15,18 +16,28 @@ from transformers.generation.streamers import BaseStreamer
 from launcher.serving.requests import ChatRequest, Limits, RequestError
 from model import LiquidForCausalLM
 
-LONGEST_CHARACTER = 4  # bytes, and a token is at least one
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for (Radford et al. 2019): printable ones for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _bytes_of_characters()
 
 
 class TextPieces:
     """Token ids to text that can be shown: no half characters, nothing of or behind a stop text.
 
-    `finish_reason` is `stop` once a stop text or the end of the answer was met.
+    A token is some bytes of UTF-8. It may hold the tail of one character and the head of the next, so what is incomplete
+    waits as bytes. `finish_reason` is `stop` once a stop text or the end of the answer was met.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]):
         self._tokenizer, self._stop = tokenizer, stop
-        self._ids: list[int] = []
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._special = set(tokenizer.all_special_ids)
         self._held = ""
         self.finish_reason: str | None = None
 
@@ -37,12 +48,7 @@ class TextPieces:
         if token == self._tokenizer.eos_token_id:
             self.finish_reason = "stop"
             return self._flush()
-        self._ids.append(token)
-        text = self._decode()
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and len(self._ids) < LONGEST_CHARACTER:
-            return ""
-        self._ids = []
-        return self._until_stop(text)
+        return self._until_stop(self._decoder.decode(self._bytes_of(token)))
 
     def end(self) -> str:
         """What was held back, at the end of an answer that was cut."""
@@ -52,16 +58,17 @@ class TextPieces:
         return self._flush()
 
     def _flush(self) -> str:
-        text, self._ids = self._decode(), []
         reason, self.finish_reason = self.finish_reason, None
-        shown = self._until_stop(text)
+        shown = self._until_stop(self._decoder.decode(b"", final=True))
         if self.finish_reason is None:
             self.finish_reason = reason
             shown, self._held = shown + self._held, ""
         return shown
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _bytes_of(self, token: int) -> bytes:
+        if token in self._special:
+            return b""
+        return bytes(BYTES[character] for character in self._tokenizer.convert_ids_to_tokens(token))
 
     def _until_stop(self, text: str) -> str:
         text = self._held + text

@@ -105,7 +105,7 @@ def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> N
 def read_json(path: str | Path) -> dict:
     """The object in a JSON file, or a `ConfigurationError` that says what is wrong with it."""
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text(), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the DeepSpeed configuration {path}: {error.strerror}; ds_configs/zero3.json is the usual one"
@@ -114,6 +114,15 @@ def read_json(path: str | Path) -> dict:
         raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold a JSON object")
+    return content
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice} is there twice")
     return content
 
 

@@ -20,13 +20,10 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-import yaml
-
+from launcher.config import add_run_arguments, load_run_config
 from launcher.errors import ConfigurationError, one_sentence_errors
 
 HANG, COMMUNICATION = 76, 77  # train.py's exit codes that are worth another start
-# As in launcher/config.py, which takes seconds to import, and a job may start often.
-DEFAULT_CONFIG, DEFAULT_OUTPUT = Path(__file__).parents[1] / "configs" / "sample.yaml", "runs/sample"
 FRUITLESS_STARTS = 3  # in a row, without a new checkpoint between them
 
 
@@ -196,24 +193,15 @@ def _say(sentence: str) -> None:
 
 
 def run_folder(arguments: list[str]) -> str:
-    """The run folder that train.py takes for these arguments, at whose key alone this looks: the rest it checks itself.
+    """The run folder that train.py takes for these arguments.
 
-    Raises `ConfigurationError` where the configuration cannot be read.
+    Raises `ConfigurationError` if the configuration cannot be read, or is wrong.
     """
     parser = argparse.ArgumentParser(prog="train.py")
     parser.add_argument("--deepspeed_config")
-    parser.add_argument("--config", default=DEFAULT_CONFIG)
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    add_run_arguments(parser)
     options = parser.parse_intermixed_args(arguments)
-    given = [value for key, _, value in (override.partition("=") for override in options.overrides) if key == "output"]
-    try:
-        if given:
-            return str(yaml.safe_load(given[-1]))
-        content = yaml.safe_load(Path(options.config).read_text())
-    except (OSError, yaml.YAMLError) as error:
-        where = f"output={given[-1]}" if given else f"the file of --config, {options.config}"
-        raise ConfigurationError(f"cannot read {where}: {' '.join(str(error).split())}; mend it") from error
-    return str((content if isinstance(content, dict) else {}).get("output", DEFAULT_OUTPUT))
+    return load_run_config(options.config, options.overrides).output
 
 
 def main(arguments: list[str]) -> str:

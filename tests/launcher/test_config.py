@@ -8,6 +8,7 @@ import yaml
 from launcher.config import CONFIG_FOLDER, DEFAULT_CONFIG, RunConfig, as_dict, load_run_config
 from launcher.errors import ConfigurationError
 from model.loss import LossWeights
+from train import parse_arguments
 
 
 def test_overrides_win_over_the_file_and_reach_into_sections():
@@ -35,9 +36,9 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("schedule={cycle: 2}", "unknown key schedule.cycle in the override schedule={cycle: 2}; did you mean"),
         ("loss.vocal=5", r"unknown key loss.vocal in .*; did you mean loss.focal"),
         ("max_steps=many", "max_steps in the override max_steps=many is 'many'; it must be of type int"),
-        ("max_steps=1.5", "max_steps in .* is 1.5; it must be of type int"),
+        ("max_steps=1.5", "max_steps in .* is '1.5'; it must be of type int"),
         ("learning_rate=fast", "learning_rate in .* is 'fast'; it must be of type float"),
-        ("activation_checkpointing=1", "activation_checkpointing in .* is 1; it must be of type bool"),
+        ("activation_checkpointing=1", "activation_checkpointing in .* is '1'; it must be of type bool"),
         ("loss=3", "loss in .* is a section of keys"),
         ("max_steps.x=3", "reaches into 'max_steps', which is not a section"),
         ("max_steps", "'max_steps' is not an override; write it as key=value"),
@@ -48,7 +49,8 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("loss.focal_gamma=-1", "loss.focal_gamma is -1.0; it must be at least 0"),
         ("schedule.minimum_ratio=7", "schedule.minimum_ratio is 7.0; it must be in"),
         ("loss_on=question", "loss_on is 'question'; it must be 'all' or 'answer'"),
-        ("model=[1", "the value of model is not valid YAML"),
+        ("profile.steps=[1", "the value of profile.steps is not valid YAML"),
+        ("output=$LFM_UNSET/x", r"output in the override .* names the variable \$LFM_UNSET, which is not set"),
         ("output=", "output is empty; name one"),
         ("data=", "data is empty; name one"),
         ("profile.steps=[298, 301]", r"profile.steps is \[298, 301\], but the run ends at max_steps 300"),
@@ -61,8 +63,59 @@ def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
 
 
 @pytest.mark.parametrize(
+    "text", ["1.10", "2024_01", "12:30", "010", "runs/a #1", "yes", "a: b", "[x", "'quoted'", "null"]
+)
+def test_text_stays_as_it_stands(text, tmp_path):
+    assert load_run_config(DEFAULT_CONFIG, [f"output={text}"]).output == text
+    assert load_run_config(DEFAULT_CONFIG, [f"prepare.source={text}"]).prepare.source == text
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"output": text}))
+    assert load_run_config(path).output == text
+    path.write_text("output: 1.10\nmodel: 2024_01\n")
+    assert (load_run_config(path).output, load_run_config(path).model) == ("1.10", "2024_01")
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("max_steps=010", 10), ("learning_rate=1e-4", 1e-4), ("learning_rate=3", 3.0), ("resume=5", "5"),
+        ("activation_checkpointing=False", False), ("init_from=null", None), ("validate_every=~", None),
+        ("profile.steps=[3, 4]", {"steps": [3, 4]}), ("data=[{path: a b, weight: 2}]", [{"path": "a b", "weight": 2.0}]),
+    ],
+)  # fmt: skip
+def test_a_value_is_read_as_its_keys_type(override, value):
+    assert as_dict(load_run_config(DEFAULT_CONFIG, [override]))[override.split("=")[0].split(".")[0]] == value
+
+
+def test_a_second_configuration_file_is_an_error(capsys):
+    for words in (["--config", "a.yaml", "--config", "b.yaml"], ["--config=a.yaml", "seed=1", "--config=b.yaml"]):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--deepspeed_config", "x.json", *words])
+        assert "--config is given twice (a.yaml and b.yaml)" in capsys.readouterr().err
+
+
+def test_a_paths_home_and_variables_are_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    config = load_run_config(DEFAULT_CONFIG, ["output=~/runs/x", "data=$SCRATCH/rows", "data_cache.folder=$TMP/x"])
+    assert (config.output, config.data, config.data_cache.folder) == ("/home/someone/runs/x", "/scratch/rows", "$TMP/x")
+
+
+def test_a_runs_own_file_repeats_its_configuration(tmp_path):
+    config = load_run_config(DEFAULT_CONFIG, ["max_steps=7", "loss.focal=0.25", "profile.steps=[1, 2]"])
+    content = {"config": as_dict(config), "deepspeed": {}, "world_size": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content))
+    assert as_dict(load_run_config(tmp_path / "run.yaml")) == as_dict(config)
+
+
+@pytest.mark.parametrize(
     ("content", "sentence"),
-    [("a: [", "is not valid YAML"), ("- 1", "must be a mapping"), (None, "cannot read the run")],
+    [
+        ("a: [", "is not valid YAML"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "the key seed is there twice"),
+        ("- 1", "must be a mapping"),
+        (None, "cannot read the run"),
+    ],
 )
 def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "run.yaml"

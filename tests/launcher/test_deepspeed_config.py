@@ -146,6 +146,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest(changed):
         (b"{", "is not valid JSON"),
         (b"\x80\x02}q\x00", "is not valid JSON"),
         (b"[]", "must hold a JSON object"),
+        (b'{"bf16": {"enabled": true, "enabled": false}}', "is not valid JSON: the key enabled is there twice"),
         (None, "cannot read"),
     ],
 )

@@ -9,14 +9,25 @@ import pytest
 from transformers import AutoTokenizer
 
 from data_pipeline.tokens.tokenization import decode_answer
+from data_pipeline.tokens.tokenizer import load_tokenizer
 from launcher.inference.generation import Decoding
 from launcher.serving.requests import ChatRequest, Limits, RequestError
 from launcher.serving.worker import TextPieces, Worker
+from tests.data_pipeline.conftest import LED_TOKENIZER
 
 
 @pytest.fixture(scope="module")
 def tokenizer(exported):
     return AutoTokenizer.from_pretrained(exported)
+
+
+@pytest.fixture(scope="module")
+def led(tmp_path_factory):
+    if not LED_TOKENIZER.is_dir():
+        pytest.skip(f"the LED tokenizer is not at {LED_TOKENIZER}")
+    folder = tmp_path_factory.mktemp("led")
+    load_tokenizer(str(LED_TOKENIZER)).save(folder)
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +48,34 @@ def test_pieces_hold_no_half_character_and_nothing_of_a_stop_text(tokenizer, sto
     assert pieces.finish_reason == reason and pieces.end() == ""
     if not stop:
         assert shown == decode_answer(tokenizer, ids)
+
+
+TEXTS = [
+    "現在の状況を確認してください。",
+    "नमस्ते दुनिया",
+    "สวัสดีชาวโลก",
+    "👩‍👩‍👧‍👦 zwölf",
+    "x² ≤ π",
+    "한국어 텍스트",
+    "a\ufffdb",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("stop", [(), ("never",)])
+def test_text_of_any_script_comes_out_whole_with_leds_vocabulary(led, text, stop):
+    """Some of its tokens hold the tail of one character and the head of the next."""
+    ids = led(text, add_special_tokens=False)["input_ids"]
+    pieces = TextPieces(led, stop)
+    assert "".join([*map(pieces.add, ids), pieces.end()]) == text
+    for cut in range(len(ids)):  # an answer that is cut anywhere is what the tokenizer makes of its ids
+        pieces = TextPieces(led, ())
+        assert "".join([*map(pieces.add, ids[:cut]), pieces.end()]) == decode_answer(led, ids[:cut])
+
+
+def test_special_tokens_are_not_shown(led):
+    pieces = TextPieces(led, ())
+    assert pieces.add(led.mask_token_id) + pieces.add(led.pad_token_id) + pieces.end() == ""
 
 
 async def read(job) -> str:
