@@ -198,7 +198,7 @@ def test_the_picture_of_the_load_has_a_cell_for_each_expert():
         ("monitor.every=-5", "monitor.every is -5"),
         ("monitor.peak_teraflops=0", "monitor.peak_teraflops is 0.0; it must be above 0"),
         ("profile.steps=[3, 2]", r"profile.steps is \[3, 2\]; it must be the first and the last step"),
-        ("profile.steps=7", "profile.steps in .* is 7; it must be a list"),
+        ("profile.steps=7", "profile.steps in .* is '7'; it must be a list"),
     ],
 )
 def test_wrong_settings_are_refused_in_a_sentence(trainer, override, fault):
