@@ -348,11 +348,11 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer
     assert set(trainer.scalars("stopped")["train/loss"]) == set(range(1, status["step"] + 4))
 
 
-def test_another_corpus_or_global_batch_than_the_checkpoints_is_refused(runs, sample_data, tmp_path):
+def test_another_corpus_or_global_batch_than_the_checkpoints_is_refused(copied, runs, sample_data, tmp_path):
     other = tmp_path / "other"
     lfm(["prepare", "sample", "--out", str(other), "--seq-len", "48"])
     fingerprints = [ShardFolder(folder).fingerprint[:16] for folder in (sample_data, other)]
-    command = [sys.executable, "train.py", *runs.arguments("whole", f"max_steps={STEPS + 1}")]
+    command = [sys.executable, "train.py", *runs.arguments("whole", f"max_steps={STEPS + 1}", f"output={copied.path}")]
     for change, expected in (
         (f"data={other}", fingerprints),
         ("global_batch_rows=8", ["global_batch_rows 4 ", "it is 8"]),
