@@ -15,6 +15,7 @@ from data_pipeline.loading.remote import is_remote
 from launcher.checkpoints.checkpoint import find_checkpoint, has_checkpoints, read_train_state
 from launcher.checkpoints.going_back import go_back, still_to_do
 from launcher.checkpoints.manifest import read_manifest
+from launcher.checkpoints.states import check_states
 from launcher.checkpoints.universal import for_ranks
 from launcher.config import RunConfig, load_run_config
 from launcher.environment import Environment
@@ -101,6 +102,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     if checkpoint is not None:  # after run.yaml: another start need not load a universal one
         experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
         checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
+        check_states(checkpoint)
         notes += [converted] if converted else []
     return Plan(config, resolved, checkpoint, step, notes)
 

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-
 from launcher.checkpoints.checkpoint import universal_folder
 from launcher.checkpoints.manifest import (
     MANIFEST,
@@ -19,6 +17,7 @@ from launcher.checkpoints.manifest import (
     read_manifest,
     write_manifest,
 )
+from launcher.checkpoints.states import check_states, load_state
 from launcher.errors import ConfigurationError
 
 
@@ -88,11 +87,11 @@ def _source_of(checkpoint: Path) -> str:
 def convert(checkpoint: Path, target: Path) -> None:
     """Write the universal form of a checkpoint to the folder `target`, in a process of its own.
 
-    Raises `ConfigurationError` where no step has been taken yet, and `RuntimeError` where DeepSpeed's converter fails.
+    Raises `ConfigurationError` if no step has been taken yet or the files hold more than states, and `RuntimeError` if
+    DeepSpeed's converter fails.
     """
-    optimizer_file = min(checkpoint.glob("*optim_states.pt"))
-    # DeepSpeed's states are pickles of its own classes; this one has just been found to be what the manifest says.
-    optimizer = torch.load(optimizer_file, weights_only=False, mmap=True, map_location="cpu")["optimizer_state_dict"]
+    check_states(checkpoint)
+    optimizer = load_state(min(checkpoint.glob("*optim_states.pt")))["optimizer_state_dict"]
     stage_3 = "fp32_flat_groups" in optimizer
     if not optimizer["optimizer_state_dict" if stage_3 else "base_optimizer_state"]["state"]:
         raise ConfigurationError(

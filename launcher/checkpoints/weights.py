@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
         "DS_ACCELERATOR", "cpu"
     )  # DeepSpeed, whose classes are in the files, warns where it is not set
 
+from launcher.checkpoints.states import load_state
 from launcher.errors import ConfigurationError
 
 # Expert weights as AutoEP keeps them (gate, up, down) and as the model does (gate over up, down).
@@ -45,11 +46,13 @@ class CheckpointWeights:
         if not states:
             raise ConfigurationError(f"{checkpoint} has no optimizer states of ZeRO 1, 2 or 3, which hold the weights")
         for path in states:
-            content = _map(path)["optimizer_state_dict"]
+            content = load_state(path)["optimizer_state_dict"]
             if "fp32_flat_groups" in content:
-                self._add_stage_3(_rank_of(path), len(states), content, _map(_model_states_of(path)))
+                self._add_stage_3(_rank_of(path), len(states), content, load_state(_model_states_of(path)))
             else:
-                self._add_stage_1(_rank_of(path), len(states), content, _map(checkpoint / "mp_rank_00_model_states.pt"))
+                self._add_stage_1(
+                    _rank_of(path), len(states), content, load_state(checkpoint / "mp_rank_00_model_states.pt")
+                )
 
     @torch.no_grad()
     def copy_into(self, target: torch.Tensor, name: str) -> None:
@@ -141,11 +144,6 @@ def _rank_of(path: Path) -> int:
 def _model_states_of(optimizer_states: Path) -> Path:
     name = optimizer_states.name.removeprefix("bf16_").replace("optim_states", "model_states")
     return optimizer_states.with_name(name)
-
-
-def _map(path: Path) -> dict:
-    # DeepSpeed's states are pickles of its own classes; whoever calls has found them to be what the manifest says.
-    return torch.load(path, weights_only=False, mmap=True, map_location="cpu")
 
 
 def _give_back(piece: torch.Tensor) -> None:

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.loading.reader import ShardFolder
 from launcher.checkpoints.checkpoint import find_checkpoint, read_train_state
+from launcher.checkpoints.manifest import describe_durably, files_of, read_manifest, write_manifest
+from launcher.checkpoints.universal import convert
 from launcher.cli import main as lfm
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
@@ -295,6 +297,34 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
     with pytest.raises(ConfigurationError, match="format 1; this one reads 2.*; set another output") as raised:
         find_checkpoint(copied, "auto")
     assert "\n" not in str(raised.value)
+
+
+class Foreign:
+    """What somebody can put into a checkpoint: loading it calls a function of theirs."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_checkpoint_with_foreign_code_is_refused_and_the_code_not_run(copied, runs, tmp_path, capsys):
+    checkpoint, harm = copied.checkpoints / "step-00000020", tmp_path / "harm"
+    victim = min(checkpoint.glob("*optim_states.pt"))
+    torch.save({**torch.load(victim, weights_only=False), "foreign": Foreign(harm)}, victim)
+    manifest = read_manifest(checkpoint)
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, {**manifest, "files": describe_durably(checkpoint, files_of(checkpoint))})
+    sentence = "is not a training state as DeepSpeed writes it, and loading it could run foreign code"
+    with pytest.raises(ConfigurationError, match=f"{sentence}.*open"):
+        plan_for(copied, runs)
+    with pytest.raises(ConfigurationError, match=sentence):
+        convert(checkpoint, tmp_path / "universal")
+    with pytest.raises(SystemExit):
+        lfm(["export", str(copied.path), "--out", str(tmp_path / "exported")])
+    assert sentence in capsys.readouterr().err
+    assert not harm.exists()
 
 
 def test_an_export_of_an_older_checkpoint_than_the_newest_says_so(copied, tmp_path, capsys):
