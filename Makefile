@@ -38,7 +38,7 @@ train: setup
 	lfm evaluate runs/sample/export --questions sample --show 3
 	@echo
 	@echo "The run is in runs/sample, its TensorBoard logs in runs/sample/tensorboard, the model in runs/sample/export."
-	@echo "Next:  .venv/bin/lfm generate runs/sample/export \"What is 7 plus 5?\""
+	@echo "Next:  .venv/bin/lfm generate runs/sample/export \"What is the capital of Peru?\""
 	@echo "       .venv/bin/tensorboard --logdir runs/sample/tensorboard"
 
 test: setup

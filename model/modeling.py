@@ -43,7 +43,9 @@ class LiquidModelOutput(ModelOutput):
 
 @dataclass
 class LiquidCausalLMOutput(ModelOutput):
-    """`loss` is the weighted mean over this batch; `loss_sums` and `statistics` are what a trainer needs instead.
+    """`loss` is a mean over this batch: of all terms, weighted, in training, else the cross entropy alone.
+
+    A trainer that adds up several batches needs `loss_sums` and `statistics` instead.
 
     `loss_sums`: one fp32 sum over tokens for each term of `model.loss`. `statistics`: `model.metrics.routing_statistics`.
     `logits` `[B, T, V]` are left out while training with labels: nothing reads them there. `hidden_states` and
@@ -242,6 +244,9 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     ) -> LiquidCausalLMOutput:
         """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
 
+        In training the loss is the weighted sum of all terms, in `eval()` the cross entropy alone, as in transformers' own
+        models: its exponential is the perplexity. Padding neither predicts nor is predicted, on either side of a text.
+
         `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
         then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state
         around which the usage and budget terms are expanded; without it they have no gradient. Raises `ValueError` for
@@ -249,6 +254,8 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         """
         if labels is not None:
             check_labels(labels, self.config.used_vocab_size)
+            text = self._text(input_ids, attention_mask, labels)
+            labels = _without_padding(labels, text)
         output = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, **kwargs
         )
@@ -257,10 +264,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self._predict(output.last_hidden_state[:, keep])
         if labels is not None:
-            text = self._text(input_ids, attention_mask, labels)
             sums, statistics = self._loss_sums(output, labels, text, running_means)
             supervised = (labels[:, 1:] != -100).sum()
-            loss = total_loss(sums, self.loss_weights, supervised.clamp(min=1), text.sum().clamp(min=1))
+            loss = sums["cross_entropy"] / supervised.clamp(min=1)
+            if self.training:
+                loss = total_loss(sums, self.loss_weights, supervised.clamp(min=1), text.sum().clamp(min=1))
             if num_items_in_batch is not None:
                 items = torch.as_tensor(num_items_in_batch, device=supervised.device)
                 loss = loss * (supervised / items.clamp(min=1))
@@ -306,3 +314,10 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         if input_ids is None or self.config.pad_token_id is None:
             return torch.ones_like(labels, dtype=torch.bool)
         return input_ids != self.config.pad_token_id
+
+
+def _without_padding(labels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    """The labels `[B, T]` of tokens that are text, and that a token which is text comes before."""
+    predicted = text.clone()
+    predicted[:, 1:] &= text[:, :-1]
+    return labels.masked_fill(~predicted, -100)

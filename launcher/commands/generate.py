@@ -16,7 +16,7 @@ def add_generate(commands) -> None:
         commands, "generate", _generate,
         "Answer questions: those on the command line, else those of --file, else one a line of the standard input. One "
         "question on a terminal is answered token by token.",
-        'lfm generate runs/sample/export "What is 7 plus 5?"',
+        'lfm generate runs/sample/export "What is the capital of Peru?"',
     )  # fmt: skip
     parser.add_argument("model", help="an exported folder, or a run folder")
     parser.usage = f"{parser.prog} [options] model [question ...]"

@@ -128,8 +128,8 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
 def _use(custom_code: bool) -> list[str]:
     trust = ", trust_remote_code=True" if custom_code else ""
     needs = (
-        "The folder brings the model's code: transformers and torch are all that is needed. Read the `.py` files before "
-        "you trust them."
+        "The folder brings the model's code: transformers 5.23 or later and torch are all that is needed. Read the `.py` "
+        "files before you trust them."
         if custom_code
         else "With this project installed (`import model` registers the architecture with transformers):"
     )

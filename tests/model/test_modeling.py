@@ -41,7 +41,7 @@ def test_transformers_pipeline_generates_text(config, tmp_path):
 
 def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
     """As transformers' trainers accumulate: each gives `num_items_in_batch`, the labels of all, and adds the losses."""
-    model.loss_weights = LossWeights(focal=0.5, reconstruction=0, budget=0, expert_usage=0, z_loss=0)
+    model.train().loss_weights = LossWeights(focal=0.5, reconstruction=0, budget=0, expert_usage=0, z_loss=0)
     labels = ids.clone()
     labels[0, 5:], labels[1, :9] = -100, -100
     whole = model(ids, labels=labels).loss
@@ -54,9 +54,31 @@ def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
     assert not torch.isclose(parts[0], parts[1])
 
 
+def test_in_eval_the_loss_is_the_cross_entropy_whose_exponential_is_the_perplexity(model, ids):
+    output = model(ids, labels=ids)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+    assert model.train()(ids, labels=ids).loss > output.loss + 0.01  # the other terms
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_neither_predicts_nor_is_predicted_on_either_side(model, ids, training):
+    """The usual recipe gives labels equal to the inputs, padding included."""
+    model.train(training)
+    alone = model(ids[:1], labels=ids[:1])
+    padding = torch.full((1, 7), model.config.pad_token_id)
+    for parts in ((padding, ids[:1]), (ids[:1], padding)):
+        padded = torch.cat(parts, dim=1)
+        mask = torch.cat(
+            [torch.ones_like(part) if part is not padding else torch.zeros_like(part) for part in parts], 1
+        )
+        output = model(padded, attention_mask=mask, labels=padded)
+        torch.testing.assert_close(output.loss, alone.loss, atol=1e-5, rtol=1e-5)
+
+
 def test_a_micro_batch_without_labels_adds_nothing(model, ids):
     """Not its regularisation either, which is weighed as its labels are."""
-    whole = model(ids, labels=ids).loss
+    whole = model.train()(ids, labels=ids).loss
     parts = [model(row, labels=row, num_items_in_batch=ids[:, 1:].numel()).loss for row in ids.split(1)]
     torch.testing.assert_close(sum(parts), whole)
     nothing = torch.full_like(ids, -100)
