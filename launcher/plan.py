@@ -76,6 +76,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     schedule_end, step = config.schedule.steps or config.max_steps, 0
     if checkpoint is not None:
         _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
+        _check_engine(run, resolved)
         began_with = run.began_with()
         if config.init_from not in (None, began_with):
             notes.append(f"init_from={config.init_from} is not read: {run.path} goes on from its own checkpoint")
@@ -151,6 +152,32 @@ def _check_resumable(
                 f"{run.path} was trained with {name} {described[name]} and now it is {getattr(config, name)}, which would "
                 f"{harm}; set {name}={described[name]}, or another output"
             )
+
+
+def _check_engine(run: RunFolder, resolved: dict) -> None:
+    """Raise `ConfigurationError` if DeepSpeed could not load the run's checkpoints under this resolved JSON."""
+    before = run.read_description().get("deepspeed", {})
+    for what, read in (("ZeRO stage", _stage), ("precision", _precision), ("optimizer", _optimizer)):
+        if before and read(before) != read(resolved):
+            hint = " (precision.force=true keeps a JSON's precision on a CPU)" if what == "precision" else ""
+            raise ConfigurationError(
+                f"{run.path} was trained with {what} {read(before)}, and now it would be {read(resolved)}, under which its "
+                f"checkpoints cannot be loaded; take a DeepSpeed JSON with the former{hint}, or export the run and begin "
+                "another one with init_from"
+            )
+
+
+def _stage(resolved: dict) -> int:
+    return resolved["zero_optimization"]["stage"]
+
+
+def _precision(resolved: dict) -> str:
+    return next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), "fp32")
+
+
+def _optimizer(resolved: dict) -> str:
+    name = str(resolved["optimizer"]["type"])
+    return "AdamW" if name.lower() == "adam" else name  # the moments are the same
 
 
 def _prepare_if_missing(config: RunConfig) -> None:

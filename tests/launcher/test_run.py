@@ -201,6 +201,25 @@ def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
     assert "deepspeed's version 0.0.1 -> 0.19.8" in note
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "sentence"),
+    [
+        ("zero_optimization", {"stage": 1}, "was trained with ZeRO stage 3, and now it would be 1"),
+        (
+            "bf16",
+            {"enabled": True},
+            r"was trained with precision fp32, and now it would be bf16.*\(precision.force=true",
+        ),
+        ("optimizer", {"type": "SGD", "params": {}}, "was trained with optimizer AdamW, and now it would be SGD"),
+    ],
+)
+def test_what_deepspeed_could_not_load_is_refused_in_a_sentence(copied, runs, section, values, sentence):
+    path = runs.deepspeed_config("other", **{section: values})
+    overrides = [f"output={copied.path}", "expert_parallel_size=2", f"max_steps={STEPS + 5}", "precision.force=true"]
+    with pytest.raises(ConfigurationError, match=f"{sentence}.*init_from"):
+        make_plan(str(runs.config), overrides, str(path), Environment(0, 2, 0, 2, "test"))
+
+
 def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, capsys):
     plan_for(copied, runs)  # a start that is killed before it trains
     assert json.loads((copied.path / "status.json").read_text())["state"] == "starting"
