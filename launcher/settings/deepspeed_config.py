@@ -13,6 +13,7 @@ import torch
 from launcher.config import RunConfig
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.settings.json_sections import check_sections
 
 # Where a number in the JSON and a key of the run configuration say the same thing.
 SHARED_NUMBERS = {
@@ -100,6 +101,7 @@ def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> N
         )
     if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
         raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
+    check_sections(content, path)
 
 
 def read_json(path: str | Path) -> dict:
@@ -174,7 +176,8 @@ def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str
     is_adam = str(optimizer["type"]).lower() in ("adam", "adamw")
     if environment.device.type != "cpu" or not is_adam or parameters.get("torch_adam"):
         return
-    if "offload_optimizer" in resolved["zero_optimization"]:
+    of_deepspeeds_own = parameters.keys() & {"bias_correction", "set_grad_none", "fp32_optimizer_states"}
+    if of_deepspeeds_own or "offload_optimizer" in resolved["zero_optimization"]:
         return
     parameters.update(torch_adam=True, fused=True)
     notes.append("this is a CPU: the optimizer is torch's fused AdamW, as with torch_adam and fused in the JSON")
