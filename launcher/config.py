@@ -20,6 +20,7 @@ from launcher.errors import ConfigurationError
 NULL = ("", "null", "~", "None")
 # Whose `~` and variables are expanded where they are read. (`data_cache.folder` keeps its variables: they are each machine's.)
 PATH_KEYS = re.compile(r"data|data\[\d+\]\.path|validation_data|output|model|init_from|prepare\.(source|tokenizer)")
+LONGEST_TIMEOUT = 30 * 24 * 3600  # seconds; far larger ones overflow in the libraries that wait
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
 
@@ -157,6 +158,8 @@ class RunConfig:
         for name in ("max_steps", "checkpoint_every", "keep_checkpoints", "global_batch_rows", "micro_batch_rows"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"seed is {self.seed}; it must be at least 0 and below 2^63")
         for name in ("learning_rate", "gradient_clipping"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
@@ -181,9 +184,12 @@ class RunConfig:
             raise ConfigurationError(f"max_skipped_in_a_row is {self.max_skipped_in_a_row}; it must be at least 0")
         if self.spike.window < 2:
             raise ConfigurationError(f"spike.window is {self.spike.window}; it must be at least 2")
-        for name, value in (("spike.factor", self.spike.factor), ("step_timeout_seconds", self.step_timeout_seconds)):
-            if not 0 < value < math.inf:
-                raise ConfigurationError(f"{name} is {value}; it must be above 0, and finite")
+        if not 0 < self.spike.factor < math.inf:
+            raise ConfigurationError(f"spike.factor is {self.spike.factor}; it must be above 0, and finite")
+        if not 0 < self.step_timeout_seconds <= LONGEST_TIMEOUT:
+            raise ConfigurationError(
+                f"step_timeout_seconds is {self.step_timeout_seconds:g}; it must be above 0 and at most {LONGEST_TIMEOUT:,}"
+            )
         for name, value in (
             ("validate_every", self.validate_every or 0),
             ("validation_samples", self.validation_samples),

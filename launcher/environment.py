@@ -76,7 +76,7 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
             f"this process was started by {launcher}, but {', '.join(missing)} is not set; "
             "start it with `deepspeed train.py …` on one machine or `sbatch slurm/train.sbatch` on a cluster"
         )
-    rank, world_size, local_rank = (int(variables[name]) for name in names)
+    rank, world_size, local_rank = (_whole(variables, name) for name in names)
     if not 0 <= rank < world_size:
         raise ConfigurationError(
             f"{names[0]} is {rank}, which is not below {names[1]}, {world_size}; unset both where no launcher set them, or "
@@ -106,10 +106,7 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
         if launcher == "srun" and not _is_task_of_srun(variables):
             continue
         if all(variables.get(name) for name in names):
-            for name in names:
-                if not variables[name].isdigit():
-                    raise ConfigurationError(f"{name} is {variables[name]!r}, which is no number; unset it")
-            places[launcher] = tuple(int(variables[name]) for name in names)
+            places[launcher] = tuple(_whole(variables, name) for name in names)
     if "PMIX_RANK" in variables and not places:
         raise ConfigurationError(
             f"PMIX_RANK is {variables['PMIX_RANK']}, so this is one of several processes, but nothing says of how many; "
@@ -170,6 +167,12 @@ def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, b
         tasks = named[3]
         task = (named[0] - named[1]) // named[2] % tasks  # a list such as 1,2,10 has gaps
     return Member(task * size + rank, tasks * size), by_mpirun
+
+
+def _whole(variables: Mapping[str, str], name: str) -> int:
+    if not variables[name].isdigit():
+        raise ConfigurationError(f"{name} is {variables[name]!r}, which is no number; unset it")
+    return int(variables[name])
 
 
 def _mpi_place(expected: int) -> tuple[int, int]:

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 
 STOPPED_AT_A_SIGNAL = 75  # the exit code of a run that saved a checkpoint and can be started again
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # HUP: a terminal was closed
 INTERRUPTED = 128 + signal.SIGINT
 SAME_REQUEST = 2.0  # seconds in which the signals of one Ctrl-C come: the terminal's, and those of launchers
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1 or SIGINT at any rank ask all of them to stop at the next step boundary, with a checkpoint.
+    """SIGTERM, SIGUSR1, SIGINT or SIGHUP at any rank ask all of them to stop at the next step boundary, with a checkpoint.
 
     A second SIGINT more than `SAME_REQUEST` seconds after the first ends this process at once: Ctrl-C twice. SIGTERM
     always asks: the deepspeed launcher sends it to one rank after another for as long as each takes to save.
@@ -36,8 +37,9 @@ class StopRequest:
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._receive, args=(reading,), name="signals", daemon=True).start()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, lambda number, frame: None)
+        for number in REQUESTS:
+            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup's wish about HUP stays
+                signal.signal(number, lambda number, frame: None)
 
     def requested(self, device: torch.device) -> torch.Tensor:
         """1 where this rank was asked to stop, to be added up over the ranks."""
@@ -60,4 +62,4 @@ class StopRequest:
                 print("interrupted twice: stopping at once, without a checkpoint", file=sys.stderr, flush=True)
                 self._report("interrupted twice")
                 os._exit(INTERRUPTED)
-            self._received = self._received or number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+            self._received = self._received or number in REQUESTS

@@ -119,6 +119,22 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
+def _as_typed(value, wanted, location: str, path: str):
+    """A value of the JSON in the type of the run's key: DeepSpeed would take 4.0 rows, or a number in quotes, and fail."""
+    if value == "auto" or value is None:
+        return "auto"
+    numbers = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = (
+        isinstance(value, bool)
+        if isinstance(wanted, bool)
+        else numbers and (type(wanted) is float or value == int(value))
+    )
+    if not fits:
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(wanted)]
+        raise ConfigurationError(f'{location} is {json.dumps(value)} in {path}; it must be {kind}, or "auto"')
+    return type(wanted)(value)
+
+
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     content = dict(pairs)
     if len(content) < len(pairs):
@@ -142,6 +158,7 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
                 raise ConfigurationError(f"{parent} in {path} must be an object with keys, not {section!r}")
         else:
             wanted = getattr(config, key)
+            section[last] = _as_typed(section.get(last, "auto"), wanted, location, path)
             # What the JSON leaves out is "auto" as well: DeepSpeed's own default would be neither place's number.
             if section.get(last, "auto") == "auto":
                 section[last] = wanted

@@ -126,6 +126,11 @@ def test_a_number_in_the_json_wins_over_a_default(changed, tmp_path):
     assert resolved["gradient_clipping"] == config.gradient_clipping == 0.3
 
 
+def test_a_whole_number_may_be_written_with_a_point(changed):
+    resolved, config, _ = resolve(path=changed("train_batch_size", 8.0))
+    assert (resolved["train_batch_size"], config.global_batch_rows) == (8, 8) and type(config.global_batch_rows) is int
+
+
 def test_different_numbers_in_both_places_are_an_error_that_names_both(changed):
     path = changed("optimizer.params.lr", 0.25)
     with pytest.raises(ConfigurationError, match=r"optimizer.params.lr is 0.25 in .* but learning_rate is 0.5"):
@@ -202,6 +207,9 @@ def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_pat
         ("expert_parallel.autoep_sise", 2, "did you mean expert_parallel.autoep_size?"),
         ("zero_optimization.reduce_bucketsize", 5, "did you mean zero_optimization.reduce_bucket_size?"),
         ("fp16.loss_scale_windw", 5, "did you mean fp16.loss_scale_window?"),
+        ("train_batch_size", 4.5, "train_batch_size is 4.5 in .*; it must be a whole number, or"),
+        ("optimizer.params.weight_decay", "0.1", 'weight_decay is "0.1" in .*; it must be a number, or'),
+        ("activation_checkpointing.enabled", 1, "enabled is 1 in .*; it must be true or false, or"),
         ("optimizer.param", {}, "did you mean optimizer.params?"),
         ("optimizer.params.weigth_decay", 0.1, "did you mean optimizer.params.weight_decay?"),
         ("scheduler", {"type": "WarmupLR"}, "has a scheduler, but .* learning_rate.*; take it out of the JSON"),

@@ -68,6 +68,7 @@ SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_S
         ({"PMIX_RANK": "1"}, ["PMIX_RANK is 1", "nothing says of how many"]),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 2", "not below WORLD_SIZE, 2"]),
         ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 'one'", "no number"]),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "a", **MASTER}, ["LOCAL_RANK is 'a'", "no number"]),
     ],
 )  # fmt: skip
 def test_launchers_that_contradict_each_other_are_refused(variables, parts):

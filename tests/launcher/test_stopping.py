@@ -137,6 +137,15 @@ def test_interrupt_and_termination_at_once_are_one_request(trainer):
 
 
 @pytest.mark.slow
+def test_a_closed_terminal_stops_a_run_with_a_checkpoint(trainer):
+    process = one_rank(trainer, "hung_up", {"kind": "sleep", "steps": [2], "seconds": 1})
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert check_that_it_stopped_whole(trainer.folder / "hung_up") == 3
+
+
+@pytest.mark.slow
 def test_a_second_interrupt_ends_a_hanging_run_at_once(trainer):
     process = one_rank(trainer, "twice", {"kind": "hang", "steps": [2]})
     process.send_signal(signal.SIGINT)
