@@ -275,8 +275,15 @@ def _remove_stale_locks(operators: Path) -> None:
     """Whoever loads an operator holds a lock file meanwhile; one left by a killed process would be waited for for ever."""
     for lock in operators.glob("*/lock"):
         with suppress(FileNotFoundError):  # its holder, or another rank, was quicker
-            if time.time() - lock.stat().st_mtime > LONGEST_COMPILATION:
+            age = time.time() - lock.stat().st_mtime
+            if age > LONGEST_COMPILATION:
                 lock.unlink()
+            else:
+                print(
+                    f"{lock} is {age:.0f} s old: another process compiles that operator, or was interrupted; if none is at "
+                    "work, delete this file, or the start waits for it for ever",
+                    file=sys.stderr,
+                )
 
 
 def free_port() -> int:

@@ -193,8 +193,11 @@ def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
     code = "from launcher.environment import *; export_for_torch(detect_environment())"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["compiling"]
+    # One that may still be at work, or was interrupted just now, is told of: nothing else would say why a start hangs.
+    assert f"{tmp_path}/compiling/lock is" in result.stderr and "delete this file" in result.stderr
+    assert "killed" not in result.stderr
 
 
 @pytest.mark.parametrize(
