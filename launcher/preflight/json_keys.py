@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launcher.errors import ConfigurationError
+from launcher.settings.json_sections import value_at
 
 # From DeepSpeed 0.19.8's engine, which refuses them only once the model and its process groups are there.
 REFUSED_UNDER_ZERO_3 = {
@@ -21,7 +22,7 @@ def refuse_json_keys(content: dict) -> None:
         return
     found = []
     for key, (harmless, meaning) in REFUSED_UNDER_ZERO_3.items():
-        value = _at(content, key)
+        value = value_at(content, key)
         if value not in (None, harmless, "auto"):
             found.append(f"{key} ({meaning})")
     if found:
@@ -33,17 +34,9 @@ def refuse_json_keys(content: dict) -> None:
 
 def zero_stage(content: dict) -> int:
     """The ZeRO stage of a JSON; DeepSpeed's default is 0."""
-    return _at(content, "zero_optimization.stage") or 0
+    return value_at(content, "zero_optimization.stage") or 0
 
 
 def spreads_experts(content: dict) -> bool:
     """Whether a JSON turns AutoEP on."""
-    return bool(_at(content, "expert_parallel.enabled"))
-
-
-def _at(content: dict, key: str):
-    for part in key.split("."):
-        if not isinstance(content, dict) or part not in content:
-            return None
-        content = content[part]
-    return content
+    return bool(value_at(content, "expert_parallel.enabled"))

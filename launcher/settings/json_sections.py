@@ -49,12 +49,12 @@ FIXED = {
 def check_sections(content: dict, path: str) -> None:
     """Raise `ConfigurationError` for a key that its section does not have, and for a value that the loop cannot take."""
     for location, (allowed, why) in FIXED.items():
-        value = _at(content, location)
+        value = value_at(content, location)
         if value is not None and value != allowed:
             fix = "leave it out" if allowed is None else f"leave it out, or write {json.dumps(allowed)}"
             raise ConfigurationError(f"{location} is {json.dumps(value)} in {path}: {why}; {fix}")
     for section, known in _known_keys(content).items():
-        for key in _at(content, section) or {}:
+        for key in value_at(content, section) or {}:
             if key not in known:
                 nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
                 raise ConfigurationError(
@@ -74,7 +74,7 @@ def _known_keys(content: dict) -> dict[str, tuple[str, ...]]:
         "fp16": _fields(DeepSpeedFP16Config),
         "bf16": _fields(DeepSpeedBF16Config),
     }
-    if str(_at(content, "optimizer.type")).lower() in ("adam", "adamw"):
+    if str(value_at(content, "optimizer.type")).lower() in ("adam", "adamw"):
         known["optimizer.params"] = ADAM
     return known
 
@@ -85,7 +85,8 @@ def _fields(model) -> tuple[str, ...]:
     return (*fields, *(field.alias for field in fields.values() if field.alias))
 
 
-def _at(content: dict, location: str):
+def value_at(content: dict, location: str):
+    """Give the value at `section.key`; None if it is not there."""
     for part in location.split("."):
         if not isinstance(content, dict) or part not in content:
             return None
