@@ -183,7 +183,7 @@ def _become(request: dict, descriptors: list[int]) -> None:
         os.dup2(descriptor, own)
     for descriptor in descriptors:
         os.close(descriptor)
-    for number in (signal.SIGCHLD, signal.SIGTERM):
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["new_session"]:

@@ -159,4 +159,4 @@ def test_transformers_trainer_accumulates_and_evaluates(folder, tokenizer, tmp_p
     found = trainer.predict(rows)
     mean = found.metrics["test_loss"]
     assert found.predictions.shape[::2] == (8, whole.config.vocab_size)
-    assert trainer.train().training_loss == pytest.approx(mean, rel=0.1)  # and not twice that
+    assert mean < trainer.train().training_loss < 1.3 * mean  # the other terms as well, and not twice that
