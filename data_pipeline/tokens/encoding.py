@@ -7,6 +7,7 @@ run's documents.
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,7 @@ def fast_encoder_problem(folder: str | Path) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)  # a job asks whether there is one, and then encodes with it
 def _gigatoken(tokenizer_json: str):
     import gigatoken
 

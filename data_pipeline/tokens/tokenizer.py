@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -47,7 +48,7 @@ class CorpusTokenizer:
     def pad_token_id(self) -> int:
         return self.backend.token_to_id(self.special_tokens["pad_token"])
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The sha256 of all that decides how text becomes ids."""
         return tokenization.fingerprint(self.backend)
