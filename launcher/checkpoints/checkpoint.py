@@ -70,7 +70,7 @@ class TrainState:
 
         One that is not finite is never the best: nothing could be better than it afterwards.
         """
-        if of != self.validation_of:
+        if self.validation_of not in ("", of):
             self.best_metric = self.best_step = None  # measured on something else
         self.validated_step, self.validation_of = self.step, of
         self.validation_metric = cross_entropy if math.isfinite(cross_entropy) else None
@@ -110,9 +110,10 @@ def best_checkpoint(complete: list[Path]) -> Path | None:
     """The checkpoint whose own step had the lowest cross entropy, of checkpoints given newest first; None if there is none.
 
     Steps that were validated but not saved do not count, nor what was measured on other rows or labels than the newest.
+    Checkpoints from before that was noted do count, or a run would lose its best one when this code is updated.
     """
     measured = [(*found, folder) for folder in complete if (found := _own_validation(folder)) is not None]
-    alike = [(metric, folder) for of, metric, folder in measured if of == measured[0][0]]
+    alike = [(metric, folder) for of, metric, folder in measured if of in ("", measured[0][0])]
     return min(alike, default=(None, None))[1]
 
 

@@ -38,8 +38,9 @@ class StopRequest:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._receive, args=(reading,), name="signals", daemon=True).start()
         for number in REQUESTS:
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGINT:  # nohup's wish about HUP stays
-                signal.signal(number, lambda number, frame: None)
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup asked for that
+            signal.signal(number, lambda number, frame: None)
 
     def requested(self, device: torch.device) -> torch.Tensor:
         """1 where this rank was asked to stop, to be added up over the ranks."""

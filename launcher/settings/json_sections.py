@@ -34,8 +34,6 @@ ADAM = (
 FIXED = {
     "managed_gradient_accumulation": (True, "each micro-batch would be a step of the optimizer"),
     "gradient_allreduce_op": ("mean", "the loss is scaled for a mean over the ranks"),
-    "prescale_gradients": (False, "the loss is scaled for a mean over the ranks"),
-    "gradient_predivide_factor": (1.0, "the loss is scaled for a mean over the ranks"),
     "pipeline": (None, "the model is not cut into stages"),
     "weight_quantization": (None, "nothing would be quantized"),
     "hybrid_engine": (None, "it is for inference between steps"),

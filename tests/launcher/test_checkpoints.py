@@ -227,6 +227,11 @@ def test_the_best_of_checkpoints_from_before_each_noted_its_own_is_found(tmp_pat
             del content["train_state"][name]
         manifest.write_text(json.dumps(content))
     assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
+    make_checkpoint(run, 8, 2.0)  # the first that notes its own, and it is worse than step 4 with 1.0
+    delete_old(run, keep=1)
+    assert steps_of(run) == ["04", "08"]
+    state = read_train_state(run.checkpoints / "step-00000004")
+    assert not state.note_validation(2.0, "all of x") and state.best_step == 4
 
 
 def steps_of(run: RunFolder) -> list[str]:
