@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -128,7 +128,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     # DeepSpeed collects garbage after each layer whose experts it has spread. (A list of the parameters, handed over
     # here, would keep them all.)
     gc.callbacks.append(_return_freed_memory)
-    with _muon_not_compiled():
+    is_muon = str(resolved["optimizer"]["type"]).lower() == "muon"
+    with nullcontext() if is_muon else muon_not_compiled():
         engine, *_ = deepspeed.initialize(model=model, config=resolved)
     gc.callbacks.remove(_return_freed_memory)
     limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
@@ -147,8 +148,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
 
 
 @contextmanager
-def _muon_not_compiled() -> Iterator[None]:
-    """Keep DeepSpeed from loading torch's compiler, which takes a second of each start.
+def muon_not_compiled() -> Iterator[None]:
+    """Keep DeepSpeed from loading torch's compiler for an optimizer that is not used: a second of each start.
 
     It asks whether the optimizer is its own Muon, and on importing that decorates three functions with `torch.compile`.
     """

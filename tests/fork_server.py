@@ -250,7 +250,7 @@ def main() -> None:
     """Import what the processes of tests need, and serve."""
     for name in PRELOADED:
         importlib.import_module(name)
-    with sys.modules["launcher.engine"]._muon_not_compiled():
+    with sys.modules["launcher.engine"].muon_not_compiled():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # a collection in a child would copy the pages that all of them share
     serve(socket.socket(fileno=int(sys.argv[1])))

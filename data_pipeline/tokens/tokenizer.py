@@ -25,7 +25,15 @@ SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token"
 SMALLEST_VOCABULARY = 256 + len(FIRST_SPECIAL_TOKENS) + 2  # every byte, and the special tokens
 # Of these, transformers takes the vocabulary and the merges alone, whatever else tokenizer.json says.
 LED_CLASSES = ("LEDTokenizer", "BartTokenizer", "RobertaTokenizer")
-HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+LED_MODELS = ("led", "bart", "roberta")  # what a model's config.json says, if the tokenizer's names no class
+HUB_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -148,7 +156,10 @@ def _read(folder: Path, name: str) -> tuple[Tokenizer, dict[str, str]]:
 def _read_backend(folder: Path, config: dict) -> tuple[Tokenizer, bool]:
     """Give the backend, and whether it is one of LED's kind, made of the vocabulary and the merges alone."""
     described = _read_json(folder / "tokenizer.json")
-    is_led = str(config.get("tokenizer_class")).removesuffix("Fast") in LED_CLASSES
+    if named := config.get("tokenizer_class"):
+        is_led = str(named).removesuffix("Fast") in LED_CLASSES
+    else:
+        is_led = _read_json(folder / "config.json").get("model_type") in LED_MODELS
     if described and described["model"]["type"] != "BPE":
         raise ValueError(f"it is of the kind {described['model']['type']}, not BPE")
     if described and not is_led:
