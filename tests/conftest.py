@@ -31,6 +31,11 @@ def pytest_sessionfinish(session):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
+def pytest_make_parametrize_id(val, argname):
+    """Name a case of bytes by its argument: contents as an id are hard to read, and a gzip's hold the time of day."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items):
     """Begin with what takes longest, so that no worker of xdist is left alone with it at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # stable: the rest stays in order
