@@ -31,9 +31,10 @@ SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 class LiquidConfig(PreTrainedConfig):
     """Sizes of a Liquid Foundation Model.
 
-    The vocabulary is stored in two numbers: `used_vocab_size`, what the tokenizer knows, and `vocab_size`, that number
-    rounded up to a multiple of 128, which is what the table and the head hold. Ids from `used_vocab_size` upwards get
-    the lowest logit there is. Raises `ValueError` with the fix for sizes that do not fit together.
+    The vocabulary is stored in two numbers: `used_vocab_size`, what the tokenizer knows, and `vocab_size`, the rows of
+    the table and the head. In training that is the first number rounded up to a multiple of 128; an exported folder has
+    the tokens alone. Ids from `used_vocab_size` upwards get a logit that no token has. Raises `ValueError` with the fix
+    for sizes that do not fit together.
     """
 
     model_type = "liquid"

@@ -66,13 +66,9 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
 
     `attention_mask` `[B, past + T]` is 1 on text and 0 on padding; `position_ids` `[B, T]` (or None) are the text's
     positions. Used for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
-    Raises `ValueError` for padding inside a text (as generating behind a prompt that is padded on the right makes it),
-    and for `position_ids` that do not begin at 0 behind padding.
+    Raises `ValueError` for `position_ids` that do not begin at 0 behind padding.
     """
     text = attention_mask.bool()
-    if bool((text[:, :-1] & ~text[:, 1:]).cumsum(1)[:, :-1].logical_and(text[:, 2:]).any()):
-        fix = 'pad prompts with padding_side="left"' if past else "pack texts with position_ids that restart at 0"
-        raise ValueError(f"attention_mask has padding inside a text; {fix}")
     if position_ids is None:
         position_ids = (text.cumsum(1) - 1).clamp(min=0)[:, past:]
     behind_padding = (text & ~F.pad(text[:, :-1], (1, 0), value=True))[:, past:]
@@ -83,3 +79,46 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
     before = F.pad(text[:, :-1], (1, 0), value=True)
     first_of_run = torch.where(~text & before, index, 0).cummax(dim=1).values
     return torch.where(text, position_ids, index - first_of_run)
+
+
+def order_without_gaps(attention_mask: torch.Tensor, past: int = 0) -> torch.Tensor | None:
+    """The order `[B, T]` in which each row's padding comes before its text; None if no text has padding inside.
+
+    PEFT's prompt tuning makes such texts: it puts its virtual tokens in front of a batch that is padded on the left.
+    `attention_mask` is `[B, past + T]`. Raises `ValueError` if a text in the cache goes on behind padding, as when
+    generating behind a prompt that is padded on the right: the cache then ends with the padding.
+    """
+    text = attention_mask.bool()
+    resumes = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1)[:, :-1] > 0)
+    if not bool(resumes[:, max(past - 1, 0) :].any()):
+        return None
+    if past:
+        raise ValueError('a text in the cache goes on behind padding; pad prompts with padding_side="left"')
+    return text.int().argsort(dim=1, stable=True)
+
+
+def positions_from_packing(
+    shape: tuple[int, int], seq_idx: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
+) -> torch.Tensor:
+    """Positions `[B, T]` of packed rows, told as transformers' collators tell them to Mamba's and flash attention's kernels.
+
+    `seq_idx` `[B, T]`: a number for each document. `cu_seq_lens` `[N + 1]`: where documents begin in the flattened batch,
+    and where the last ends. Raises `ValueError` if they are of another shape.
+    """
+    if seq_idx is not None:
+        if seq_idx.shape != shape:
+            raise ValueError(f"seq_idx has the shape {tuple(seq_idx.shape)}; it must be {shape}, as the tokens")
+        begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    else:
+        tokens = shape[0] * shape[1]
+        if cu_seq_lens[0] != 0 or cu_seq_lens[-1] != tokens:
+            raise ValueError(
+                f"cu_seq_lens_q reaches from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])}; it must begin with 0 and end "
+                f"with the batch's {tokens} tokens"
+            )
+        begins = torch.zeros(tokens, dtype=torch.bool, device=cu_seq_lens.device)
+        begins[cu_seq_lens[:-1].long()] = True
+        begins = begins.view(shape)
+        begins[:, 0] = True
+    index = torch.arange(shape[1], device=begins.device).expand(shape)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values

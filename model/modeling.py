@@ -15,13 +15,14 @@ from model.attention import LocalAttention, RotaryPositions, local_mask
 from model.block import LiquidBlock
 from model.cache import check_cache
 from model.configuration import LiquidConfig
-from model.documents import Documents, positions_from_mask
+from model.documents import Documents, order_without_gaps, positions_from_mask, positions_from_packing
 from model.embedding import LiquidEmbedding
 from model.loss import LossWeights, RunningMeans, check_labels, language_loss_sums, regularisation_sums, total_loss
 from model.metrics import routing_statistics
 from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
 
+UNUSED_LOGIT = -1e4  # no token's is as low; and in fp16 its mean and its part in an entropy are still numbers
 CONVOLUTION_DEVIATION = 0.02  # of the embedding's taps: they begin all but silent
 
 
@@ -156,13 +157,16 @@ class LiquidModel(LiquidPreTrainedModel):
     ) -> LiquidModelOutput:
         """`input_ids` `[B, T]` (or their `inputs_embeds` `[B, T, D]`) → `LiquidModelOutput`.
 
-        Packed rows are told by `position_ids` `[B, T]` that restart at 0; padded batches by `attention_mask`
-        `[B, P + T]`, P the tokens in the cache. With `use_cache` (default: the configuration's, except in training) the
-        output's `past_key_values` go on from each row's last document. `output_hidden_states`, `output_attentions` and
-        `return_dict` are those of every transformers model; what else tools ask and this one does not have is passed over.
-        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for a cache
-        that was not made for this model, for one under gradient checkpointing, and for attention weights where
-        `attn_implementation` is not `eager`.
+        Packed rows are told by `position_ids` `[B, T]` that restart at 0, or by `seq_idx` or `cu_seq_lens_q` as
+        transformers' collators give them; padded batches by `attention_mask` `[B, P + T]`, P the tokens in the cache.
+        With `use_cache` (default: the configuration's, except in training) the output's `past_key_values` go on from
+        each row's last document. `output_hidden_states`, `output_attentions` and `return_dict` are those of every
+        transformers model; what else tools ask and this one does not have is passed over.
+
+        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for packing
+        that `position_ids` contradict, for a cache that was not made for this model, for one under gradient checkpointing,
+        for attention weights where `attn_implementation` is not `eager`, and for them or hidden states of texts with
+        padding inside.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds, and not both")
@@ -177,7 +181,17 @@ class LiquidModel(LiquidPreTrainedModel):
             check_cache(past_key_values, self.config.sliding_window, embedded.shape[1])
             if self.training and self.layers[0].gradient_checkpointing:
                 raise ValueError("layers that are computed again cannot fill a cache: call eval(), or use_cache=False")
-        documents = self._documents(embedded, attention_mask, position_ids, past_key_values)
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = _told_by_packing(position_ids, embedded, past, kwargs)
+        _check_mask(attention_mask, embedded, past)
+        order = None if attention_mask is None else order_without_gaps(attention_mask, past)
+        if order is not None:
+            if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
+                raise ValueError("hidden states and attentions are not given for texts with padding inside")
+            attention_mask = attention_mask.gather(1, order)
+            embedded = _in_order(embedded, order)
+            position_ids = position_ids if position_ids is None else position_ids.expand_as(order).gather(1, order)
+        documents = self._documents(embedded, attention_mask, position_ids, past_key_values, past)
 
         hidden, reconstruction_error, retained_ratio = self.liquid_embedding(embedded, documents, past_key_values)
         rotation = self.rotary(documents.positions, hidden.dtype)
@@ -186,13 +200,16 @@ class LiquidModel(LiquidPreTrainedModel):
         for layer in self.layers:
             hidden, logits = layer(hidden, rotation, documents, mask, past_key_values=past_key_values)
             router_logits.append(logits)
-        return LiquidModelOutput(
-            last_hidden_state=self.norm(hidden),
-            past_key_values=past_key_values,
-            router_logits=torch.stack([logits.to(hidden.device) for logits in router_logits]),
-            reconstruction_error=reconstruction_error,
-            retained_ratio=retained_ratio,
-        )
+        results = {
+            "last_hidden_state": self.norm(hidden),
+            "router_logits": torch.stack([logits.to(hidden.device) for logits in router_logits]),
+            "reconstruction_error": reconstruction_error,
+            "retained_ratio": retained_ratio,
+        }
+        if order is not None:
+            back = order.argsort(dim=1)
+            results = {name: _in_order(values, back) for name, values in results.items()}
+        return LiquidModelOutput(past_key_values=past_key_values, **results)
 
     @staticmethod
     def _documents(
@@ -200,19 +217,45 @@ class LiquidModel(LiquidPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
+        past: int,
     ) -> Documents:
         batch, tokens = embedded.shape[:2]
-        past = 0 if cache is None else cache.get_seq_length()
         if attention_mask is not None:
-            if attention_mask.shape != (batch, past + tokens):
-                raise ValueError(
-                    f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be {(batch, past + tokens)}: a "
-                    "row for each text, with 1 or 0 for each token in the cache and in this call"
-                )
             position_ids = positions_from_mask(attention_mask, position_ids, past)
         elif position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=embedded.device)
         return Documents.from_positions(position_ids.expand(batch, tokens), past=None if cache is None else past)
+
+
+def _check_mask(attention_mask: torch.Tensor | None, embedded: torch.Tensor, past: int) -> None:
+    batch, tokens = embedded.shape[:2]
+    if attention_mask is not None and attention_mask.shape != (batch, past + tokens):
+        raise ValueError(
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be {(batch, past + tokens)}: a "
+            "row for each text, with 1 or 0 for each token in the cache and in this call"
+        )
+
+
+def _told_by_packing(
+    position_ids: torch.Tensor | None, embedded: torch.Tensor, past: int, options: dict
+) -> torch.Tensor | None:
+    """The positions, from `seq_idx` or `cu_seq_lens_q` where those alone tell where documents begin."""
+    seq_idx, cu_seq_lens = options.get("seq_idx"), options.get("cu_seq_lens_q")
+    if seq_idx is None and cu_seq_lens is None:
+        return position_ids
+    if past:
+        raise ValueError("seq_idx and cu_seq_lens_q are not read behind a cache; give position_ids")
+    told = positions_from_packing(tuple(embedded.shape[:2]), seq_idx, cu_seq_lens)
+    # Not asked of a row's first token, with which a document may go on that began in an earlier row.
+    if position_ids is not None and bool(((told == 0) != (position_ids.expand_as(told) == 0))[:, 1:].any()):
+        raise ValueError("position_ids do not restart at 0 where seq_idx or cu_seq_lens_q say that a document begins")
+    return told if position_ids is None else position_ids
+
+
+def _in_order(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The tokens of `[B, T]`, `[B, T, D]` or `[L, B, T, E]` in the order `[B, T]`."""
+    index = order.unsqueeze(-1) if values.dim() > 2 else order
+    return values.gather(-2 if values.dim() > 2 else 1, index.expand(values.shape))
 
 
 class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
@@ -274,7 +317,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 loss = loss * (supervised / items.clamp(min=1))
         if logits is not None:
             unused = self.config.vocab_size - self.config.used_vocab_size
-            logits = nn.functional.pad(logits, (0, unused), value=torch.finfo(logits.dtype).min)
+            logits = nn.functional.pad(logits, (0, unused), value=UNUSED_LOGIT)
         return LiquidCausalLMOutput(
             loss, logits, output.past_key_values, output.hidden_states, output.attentions, sums, statistics
         )

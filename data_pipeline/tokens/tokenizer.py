@@ -35,11 +35,22 @@ HUB_FILES = (
     "merges.txt",
 )
 
+# `<s> question <sep> answer </s>`, again for each turn. A system text stands before the first question. `generation` marks
+# what an assistant wrote, for transformers' `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% else %}{{ raise_exception('Only parts of the type text can be read.') }}{% endif %}"
+    "{% endfor %}{% endif %}{% endmacro %}"
+    "{% set system = namespace(text='') %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + message['content'] + sep_token }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-    "{% else %}{{ raise_exception('The roles are user and assistant.') }}{% endif %}"
+    "{% if message['role'] in ('system', 'developer') and loop.first %}"
+    "{% set system.text = text(message['content']) + '\\n\\n' %}"
+    "{% elif message['role'] == 'user' %}"
+    "{{ bos_token + system.text + text(message['content']) + sep_token }}{% set system.text = '' %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{% generation %}{{ text(message['content']) + eos_token }}{% endgeneration %}"
+    "{% else %}{{ raise_exception('The roles are user and assistant, and system for the first message.') }}{% endif %}"
     "{% endfor %}"
 )
 ROUND_TRIP_PROBE = "Ab  c\n x² ≤ 12.50 don't , <s>é"

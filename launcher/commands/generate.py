@@ -41,7 +41,7 @@ def add_generate(commands) -> None:
 
 def _generate(options) -> None:
     from launcher.errors import ConfigurationError
-    from launcher.inference.questions import is_text
+    from launcher.inference.questions import cleaned, is_text, told_if_changed
 
     if options.question and options.file:
         raise ConfigurationError("questions are on the command line and in --file; give one of the two")
@@ -51,6 +51,10 @@ def _generate(options) -> None:
         if not is_text(question):
             raise ConfigurationError(f"the question {os.fsencode(question)} is not UTF-8 text; write it in UTF-8")
     questions = options.question or _read_questions(options.file)
+    for number, question in enumerate(questions, start=1):
+        name = f"question {number}" if len(questions) > 1 else "the question"
+        if note := told_if_changed(question, cleaned(question, name), name):
+            print(f"note: {note}", file=sys.stderr)
 
     import torch
     from tqdm import tqdm

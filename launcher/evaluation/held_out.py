@@ -7,6 +7,7 @@ shards are laid out and packed here as `lfm prepare` would.
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,6 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.loading.collate import END, START
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import is_remote
@@ -22,7 +22,7 @@ from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
 from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
 from launcher.errors import ConfigurationError
-from launcher.inference.questions import read_objects
+from launcher.inference.questions import cleaned, read_objects, told_if_changed
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import held_out_location
 
@@ -98,11 +98,25 @@ def open_held_out(
     if data is not None:
         return _open_shards(Path(data), tokenizer, longest, limit)
     pairs = read_questions(questions)
-    pairs = [pairs[index] for index in spread(len(pairs), limit)]
-    pairs = [{name: clean_text(pair[name]) for name in ("question", "answer")} for pair in pairs]
+    pairs = _cleaned({index + 1: pairs[index] for index in spread(len(pairs), limit)}, questions)
     asked = [Question(pair["question"], pair["answer"], encode_prompt(tokenizer, pair["question"])) for pair in pairs]
     rows = PackedQuestions(questions, pairs, tokenizer, longest)
     return HeldOut(rows, np.arange(rows.num_rows), asked)
+
+
+def _cleaned(pairs: dict[int, dict], source: str) -> list[dict]:
+    """The pairs, given by their numbers, cleaned as the training text was; a note says how many of their texts that changed."""
+    result, changed = [], 0
+    for number, pair in pairs.items():
+        texts = {
+            name: cleaned(pair[name], f"the {name} of pair {number} of {source}") if pair[name].strip() else ""
+            for name in ("question", "answer")
+        }
+        changed += any(told_if_changed(pair[name], text) for name, text in texts.items())
+        result.append(texts)
+    if changed:
+        print(f"note: cleaning changed {changed} of {len(pairs)} pairs, as it did the training text", file=sys.stderr)
+    return result
 
 
 def data_of_run(model: Path) -> str:

@@ -120,6 +120,8 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
             f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one"
         )
     config = LiquidConfig.from_pretrained(folder.model)
+    # Without the rows that only round the table up: other tools' heads would count them among the tokens.
+    config.vocab_size = config.used_vocab_size
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.generation_config = GenerationConfig(

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
 from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
+from launcher.inference.questions import cleaned
 from model import LiquidForCausalLM
 
 LEAST_TEMPERATURE = 1e-5  # below it logits that are divided by it could overflow
@@ -80,8 +80,11 @@ def load_model(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A question as the model reads it, cleaned as the training text was: `<s> question <sep>`."""
-    return encode_prompt(tokenizer, clean_text(question))
+    """A question as the model reads it, cleaned as the training text was: `<s> question <sep>`.
+
+    Raises `ConfigurationError` for a question of which cleaning leaves nothing.
+    """
+    return encode_prompt(tokenizer, cleaned(question))
 
 
 def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int, name: str = "a question") -> None:
@@ -104,7 +107,11 @@ def answer(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One answer a question. Raises `ConfigurationError` for a question that leaves no room in the model's positions."""
+    """One answer a question.
+
+    Raises `ConfigurationError` for a question of which cleaning leaves nothing, or that leaves no room in the model's
+    positions.
+    """
     prompts = [prompt_ids(tokenizer, question) for question in questions]
     for prompt in prompts:
         check_room(model, prompt, decoding.max_new_tokens)

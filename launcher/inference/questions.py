@@ -1,12 +1,18 @@
-"""Files of questions: one a line, or JSON lines."""
+"""Questions: read from files, one a line or as JSON lines, and cleaned as the training text was."""
 
 from __future__ import annotations
 
 import json
 import sys
+import unicodedata
 from pathlib import Path
+from reprlib import Repr
 
+from data_pipeline.cleaning.clean import clean_text
 from launcher.errors import ConfigurationError
+
+_SHORT = Repr()
+_SHORT.maxstring = 200
 
 
 def is_text(text: object) -> bool:
@@ -18,6 +24,27 @@ def is_text(text: object) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def cleaned(text: str, name: str = "the question") -> str:
+    """Clean a text as the training text was. Raises `ConfigurationError` if nothing of it is left."""
+    if result := clean_text(text):
+        return result
+    raise ConfigurationError(
+        f"{name} is {_SHORT.repr(text)}, and cleaning leaves nothing of it: web addresses and HTML tags are taken out, as "
+        "they were from the training text; write it in words"
+    )
+
+
+def told_if_changed(text: str, result: str, name: str = "the question") -> str:
+    """Say how a text is read, if cleaning took more from it than white space; else return an empty string."""
+    if _without_spaces(unicodedata.normalize("NFC", text)) == _without_spaces(result):
+        return ""
+    return f"{name} is read as {_SHORT.repr(result)}: it was cleaned as the training text was"
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def read_lines(file: str | None) -> list[tuple[int, str]]:

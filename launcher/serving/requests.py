@@ -8,10 +8,10 @@ from reprlib import repr as shown  # of a value that may be as long, or as deep,
 
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.tokens.tokenization import encode_answer, encode_prompt
+from launcher.errors import ConfigurationError
 from launcher.inference.generation import Decoding
-from launcher.inference.questions import is_text
+from launcher.inference.questions import cleaned, is_text, told_if_changed
 
 DEFAULT_NEW_TOKENS = 256
 MOST_STOPS, LONGEST_STOP = 4, 256
@@ -21,6 +21,8 @@ WITHOUT_EFFECT = {
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
     "modalities": (["text"],), "audio": (), "prediction": (), "top_logprobs": (0,),
 }  # fmt: skip
+
+SYSTEM_ROLES = ("system", "developer")
 
 
 class RequestError(Exception):
@@ -48,7 +50,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that can be answered."""
+    """A request that can be answered; `notes` say how messages are read that cleaning changed."""
 
     prompt: list[int]
     decoding: Decoding
@@ -56,6 +58,7 @@ class ChatRequest:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool
+    notes: tuple[str, ...] = ()
 
 
 def read_request(
@@ -77,7 +80,7 @@ def read_request(
             raise RequestError(
                 400, f"{name} {shown(fields[name])} is not supported; leave it out", name, "unsupported_value"
             )
-    prompt = _conversation(fields.get("messages"), tokenizer, limits)
+    prompt, notes = _conversation(fields.get("messages"), tokenizer, limits)
     options = fields.get("stream_options") or {}
     if not isinstance(options, dict):
         raise RequestError(400, "stream_options must be an object", "stream_options")
@@ -88,12 +91,17 @@ def read_request(
         stop=_stops(fields.get("stop")),
         stream=_flag(fields.get("stream"), "stream"),
         include_usage=_flag(options.get("include_usage"), "stream_options.include_usage"),
+        notes=notes,
     )
 
 
-def _conversation(messages: object, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[int]:
-    """The ids of the tokenizer's chat template: `<s> question <sep>`, earlier turns as `<s> question <sep> answer </s>`.
+def _conversation(
+    messages: object, tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> tuple[list[int], tuple[str, ...]]:
+    """The ids of the tokenizer's chat template, and notes on messages that cleaning changed.
 
+    The template: `<s> question <sep>`, earlier turns as `<s> question <sep> answer </s>`, and a system text with an empty
+    line in front of the first question.
     Special tokens that stand in a message stay text, which the template alone could not promise.
     """
     if not isinstance(messages, list) or not messages:
@@ -102,21 +110,37 @@ def _conversation(messages: object, tokenizer: PreTrainedTokenizerBase, limits: 
         raise RequestError(
             400, f"there are {len(messages)} messages and at most {limits.messages} are read", "messages"
         )
-    ids = []
-    for place, message in enumerate(messages):
+    turns = [_turn(message, f"messages[{place}]") for place, message in enumerate(messages)]
+    first = int(turns[0][0] in SYSTEM_ROLES)
+    before = turns[0][1] + "\n\n" if first else ""
+    ids, notes = [], []
+    for place, (role, said) in enumerate(turns[first:], start=first):
         where = f"messages[{place}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        expected = ("user", "assistant")[place % 2]
+        expected = ("user", "assistant")[(place - first) % 2]
         if role != expected:
             raise RequestError(
                 400, f"{where} has the role {shown(role)} where {expected!r} is due: questions of the user and answers of the "
-                "assistant take turns, and this model knows no other roles", f"{where}.role",
+                "assistant take turns, and only the first message may be the system's", f"{where}.role",
             )  # fmt: skip
-        text = clean_text(_text(message.get("content"), f"{where}.content"))
+        said, before = before + said, ""
+        text = _cleaned(said, f"{where}.content")
+        notes += [note] if (note := told_if_changed(said, text, f"{where}.content")) else []
         ids += encode_prompt(tokenizer, text) if role == "user" else encode_answer(tokenizer, text)
-    if len(messages) % 2 == 0:
+    if (len(turns) - first) % 2 == 0:
         raise RequestError(400, "the last message must be the user's", "messages")
-    return ids
+    return ids, tuple(notes)
+
+
+def _turn(message: object, where: str) -> tuple[object, str]:
+    fields = message if isinstance(message, dict) else {}
+    return fields.get("role"), _text(fields.get("content"), f"{where}.content")
+
+
+def _cleaned(text: str, where: str) -> str:
+    try:
+        return cleaned(text, where)
+    except ConfigurationError as error:
+        raise RequestError(400, str(error), where) from error
 
 
 def _text(content: object, where: str) -> str:

@@ -68,6 +68,8 @@ def build_app(worker: Worker, model_name: str, host: str, token: str | None) -> 
         chat_request = read_request(body, worker.reading_tokenizer, model_name, positions, worker.limits)
         job = worker.submit(chat_request)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
+        if chat_request.notes:  # not a part of OpenAI's form; its clients pass it on
+            head["notes"] = chat_request.notes
         if chat_request.stream:
             events = _events(job, head, chat_request)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

@@ -19,6 +19,8 @@ from launcher.run_folder import RunFolder
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
 
+TABLE = "model.embed_tokens.weight"
+
 
 def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None = None) -> LiquidConfig:
     """The sizes of the run's model: of the weights in `init_from`, or of `model`, sized for the data's tokenizer.
@@ -81,7 +83,8 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
                 f"init_from={folder}: {name} has the shape {found.get(name)} in its weights and {wanted.get(name)} by its "
                 "config.json; the two are not of one export"
             )
-    return sizes
+    # An export's table has the tokens alone, a run's is rounded up.
+    return sizes if sizes.vocab_size > sizes.used_vocab_size else sizes.sized_for(sizes.used_vocab_size)
 
 
 def build_model(
@@ -104,7 +107,11 @@ def build_model(
     elif config.init_from is None:
         model = LiquidForCausalLM(sizes)
     else:
-        model = LiquidForCausalLM.from_pretrained(config.init_from, dtype=torch.float32)
+        model = LiquidForCausalLM(sizes)
+        read = _reader_of_initial_weights(config, sizes)
+        model.load_state_dict(
+            {name: read(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}, strict=False
+        )
     model.loss_weights = config.loss
     return model
 
@@ -118,6 +125,14 @@ def _reader_of_zeros(model: LiquidForCausalLM) -> Callable[[str], torch.Tensor]:
 def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
     """Give a function from a weight's name to the weight; each can be had once."""
     if config.init_from is not None:
-        return WeightFiles(Path(config.init_from)).read
+        files = WeightFiles(Path(config.init_from))
+
+        def read(name: str) -> torch.Tensor:
+            tensor = files.read(name)
+            if name != TABLE:
+                return tensor
+            return torch.nn.functional.pad(tensor, (0, 0, 0, sizes.vocab_size - len(tensor)))
+
+        return read
     # All at once, as a seed's random numbers come one after another; what is taken from them is freed with its reader.
     return LiquidForCausalLM(sizes).state_dict().pop

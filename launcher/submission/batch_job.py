@@ -142,9 +142,14 @@ def _note_verdict(attempts: Attempts, event: str, verdict: str, **facts) -> None
 
 
 def _among(hosts: list[str], named: Iterable[str]) -> list[str]:
-    """Those of the job's hosts that are named; a machine may call itself by its full name, which SLURM does not know."""
-    short = {name.partition(".")[0] for name in named}
-    return [host for host in hosts if host in short]
+    """Those of the job's hosts that are named."""
+    return [host for host in hosts if any(_is_same_host(host, name) for name in named)]
+
+
+def _is_same_host(one: str, other: str) -> bool:
+    """Whether two names can mean one machine: SLURM and the machine itself may differ in giving the domain or not."""
+    is_short = "." not in one or "." not in other
+    return one == other or (is_short and one.partition(".")[0] == other.partition(".")[0])
 
 
 def _preflight_report(attempts: Attempts) -> Path:

@@ -4,6 +4,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import polars as pl
 import pytest
+from jinja2 import TemplateError
 from tokenizers import normalizers
 from transformers import AutoTokenizer, LEDTokenizer, PreTrainedTokenizerFast
 
@@ -96,6 +97,29 @@ def test_a_saved_tokenizer_comes_back_whole_by_any_loader(made, tokenizer, tmp_p
     assert tokenizer.apply_chat_template(conversation)["input_ids"] == document.tolist()
     prompt = tokenizer.apply_chat_template(conversation[:1], add_generation_prompt=True)["input_ids"]
     assert prompt == encode_prompt(tokenizer, "why?")
+
+
+def test_the_chat_template_takes_systems_texts_parts_and_marks_what_an_assistant_wrote(tokenizer):
+    def said(role: str, *parts: str) -> dict:
+        return {"role": role, "content": [{"type": "text", "text": part} for part in parts]}
+
+    turns = [
+        said("system", "Be", " kind."),
+        said("user", "why?"),
+        said("assistant", "so"),
+        said("user", "oh?"),
+        said("assistant", "yes"),
+    ]
+    rendered = tokenizer.apply_chat_template(turns, return_assistant_tokens_mask=True, return_dict=True)
+    documents = encode_documents(tokenizer, ["Be kind.\n\nwhy?", "oh?"], ["so", "yes"])
+    assert rendered["input_ids"] == [number for ids, _ in documents for number in ids.tolist()]
+    assert rendered["assistant_masks"] == [int(place >= start) for ids, start in documents for place in range(len(ids))]
+    for wrong, message in (
+        ([said("user", "a"), said("system", "b")], "system for the first message"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "Only parts of the type text"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            tokenizer.apply_chat_template(wrong)
 
 
 def test_the_files_are_those_that_transformers_writes(made, tmp_path):

@@ -127,7 +127,8 @@ def test_bytes_are_those_of_the_text(exported):
 
 @pytest.mark.slow
 def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
-    rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(6)]
+    rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(5)]
+    rows.append({"question": "What is <b>5</b> plus 1?", "answer": "6"})
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     model = shutil.copytree(exported, tmp_path / "model")
     arguments = [
@@ -142,6 +143,7 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
     environment = {**os.environ, "NLTK_DATA": "/nowhere", "HOME": "/nowhere"}
     result = fork_server.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    assert "note: cleaning changed 1 of 6 pairs, as it did the training text" in result.stderr
     assert result.stdout.count("METEOR is left out: NLTK finds no WordNet; set NLTK_DATA") == 1
     out = tmp_path / "model-evaluation"  # an exported folder holds the model and nothing else
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -171,11 +173,17 @@ def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_pat
     other = tmp_path / "other"
     prepare("sample", other, Settings(seq_len=512), progress=False)
     (tmp_path / "wrong.jsonl").write_text('{"question": "a", "answer": 1}')
+    emptied = [{"question": "a", "answer": "b"}, {"question": "Where is it?", "answer": "https://example.com"}]
+    (tmp_path / "emptied.jsonl").write_text("\n".join(map(json.dumps, emptied)))
     for arguments, message in (
         (["--data", str(other)], "has rows of 512 tokens and the model takes 256"),
         (
             ["--questions", str(tmp_path / "wrong.jsonl")],
             'line 1 of .*wrong.jsonl is not an object with the texts "question"',
+        ),
+        (
+            ["--questions", str(tmp_path / "emptied.jsonl")],
+            "the answer of pair 2 of .*emptied.jsonl is 'https://example.com', and cleaning leaves nothing of it",
         ),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
         ([], "is no run folder, which would name its data; give --data"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.errors import DataError
 from data_pipeline.preparation.prepare import prepare
@@ -24,6 +24,7 @@ from launcher.cli import main as lfm
 from launcher.export.export import load_run
 from launcher.export.model_card import describe_data
 from launcher.run_folder import RunFolder
+from model.modeling import UNUSED_LOGIT
 from model.moe import balancing_bias
 from tests import fork_server
 from tests.launcher.export_worker import TOKENS
@@ -71,10 +72,14 @@ def exported(run, tmp_path_factory) -> Path:
 @torch.no_grad()
 def test_the_folders_logits_are_the_engines(run, exported):
     engines = torch.load(run.path / "logits.pt")
-    folders = AutoModelForCausalLM.from_pretrained(exported).eval()(TOKENS).logits
-    assert engines.std() > 0.1
-    torch.testing.assert_close(folders, engines, atol=1e-5, rtol=1e-5)
+    folder = AutoModelForCausalLM.from_pretrained(exported).eval()
+    folders = folder(TOKENS).logits
+    tokens = len(AutoTokenizer.from_pretrained(exported))
+    assert engines[..., :tokens].std() > 0.1 and (engines[..., tokens:] == UNUSED_LOGIT).all()
+    torch.testing.assert_close(folders, engines[..., :tokens], atol=1e-5, rtol=1e-5)
     assert torch.equal(folders, load_run(run.path)(TOKENS).logits)
+    # A fused head multiplies by the whole table, whatever the model's own forward leaves out.
+    assert len(folder.get_output_embeddings().weight) == folder.config.vocab_size == tokens < engines.shape[-1]
 
 
 @torch.no_grad()

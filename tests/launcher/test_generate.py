@@ -11,7 +11,7 @@ import torch
 
 from launcher.errors import ConfigurationError
 from launcher.inference.generation import Decoding, answer, load_model, prompt_ids
-from launcher.inference.questions import read_lines, read_objects
+from launcher.inference.questions import cleaned, read_lines, read_objects, told_if_changed
 from tests import fork_server
 
 COMMAND = [sys.executable, "-m", "launcher.cli", "generate"]
@@ -113,6 +113,32 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
     file.write_text('{"question": "Why?"}\n' + line)
     with pytest.raises(ConfigurationError, match='^line 2 of .* is not an object with the text "question"$'):
         read_objects(str(file), "question")
+
+
+@pytest.mark.parametrize("text", ["https://example.com", "<p></p>", " \t\n", "\x00"])
+def test_a_question_of_which_cleaning_leaves_nothing_is_refused(small, text):
+    with pytest.raises(ConfigurationError, match="the question is .*, and cleaning leaves nothing of it"):
+        answer(*small, ["Why?", text], Decoding(2))
+
+
+def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
+    def noted(text: str) -> str:
+        return told_if_changed(text, cleaned(text))
+
+    assert noted("Is https://example.com safe?") == (
+        "the question is read as 'Is safe?': it was cleaned as the training text was"
+    )
+    assert "'a & b'" in noted("a &amp; b")
+    assert len(noted("<b>why</b> " * 1000)) < 300
+    for alike in ("  Why \n\n\n not?\t", "cafe\u0301", "x < y and $a<b$"):
+        assert noted(alike) == ""
+    result = fork_server.run(
+        [*COMMAND, str(exported), "--max-new-tokens", "1", "Why?", "Is https://example.com safe?"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned as the training text was"]
 
 
 def test_what_cannot_be_is_one_sentence(exported, small):

@@ -76,6 +76,22 @@ def test_weights_that_are_not_the_configurations_are_refused(trainer, copied):
     assert "'llama'" in refusal(trainer, copied)
 
 
+def test_an_exports_table_is_rounded_up_again(trainer, copied):
+    """An export has the tokens' rows alone."""
+    whole = AutoModelForCausalLM.from_pretrained(copied).eval()
+    tokens = whole.config.used_vocab_size
+    assert whole.config.vocab_size % 128 == 0 and whole.config.vocab_size > tokens
+    exported = AutoModelForCausalLM.from_pretrained(copied)
+    exported.resize_token_embeddings(tokens)
+    exported.save_pretrained(copied)
+    assert WeightFiles(copied).shapes["model.embed_tokens.weight"] == (tokens, 32)
+    config = load_run_config(trainer.config, [f"init_from={copied}"])
+    begun = build_model(config, ShardFolder(config.data)).eval()
+    assert begun.config.vocab_size == whole.config.vocab_size
+    ids = torch.arange(4, 60).unsqueeze(0)
+    assert torch.equal(begun(ids).logits, whole(ids).logits)
+
+
 def test_damaged_weights_are_refused(trainer, copied):
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()

@@ -108,6 +108,31 @@ def test_a_pipeline_answers_questions_alone_and_in_batches(folder):
     assert isinstance(sampled["generated_text"], str)
 
 
+def test_prompt_tuning_takes_batches_that_are_padded_on_the_left(folder, tokenizer):
+    """PEFT puts its virtual tokens in front of the padding."""
+    peft = wanted("peft")
+    torch.manual_seed(0)
+    options = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    tuned = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), options).eval()
+    texts = [[{"role": "user", "content": text}] for text in ("Why?", "What is the capital of Peru?")]
+    read = {"return_dict": True, "return_tensors": "pt", "padding": True}
+    batch = tokenizer.apply_chat_template(texts, **read)
+    assert not batch["attention_mask"].all()
+    both = tuned(**batch).logits
+    written = tuned.generate(**batch, max_new_tokens=6, do_sample=False, eos_token_id=None)[:, -6:]
+    for row, text in enumerate(texts):
+        alone = tokenizer.apply_chat_template([text], **read)
+        tokens = alone["input_ids"].shape[1]
+        torch.testing.assert_close(both[row, -tokens:], tuned(**alone).logits[0, -tokens:])
+        torch.testing.assert_close(both[row, :5], tuned(**alone).logits[0, :5])
+        assert torch.equal(
+            written[row], tuned.generate(**alone, max_new_tokens=6, do_sample=False, eos_token_id=None)[0, -6:]
+        )
+    tuned.train()
+    tuned(**batch, labels=batch["input_ids"]).loss.backward()
+    assert tuned.prompt_encoder.default.embedding.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_one_step_of_trls_trainer_changes_nothing_but_the_adapters(folder, tokenizer, tmp_path, packing):
     peft, trl, datasets = wanted("peft"), wanted("trl"), wanted("datasets")

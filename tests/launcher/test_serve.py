@@ -106,6 +106,12 @@ def test_openais_own_client_is_answered(server, small):
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "length"
     assert chunks[-1].usage == whole.usage
 
+    assert not hasattr(whole, "notes")
+    changed = [{"role": "user", "content": "Is https://example.com safe?"}]
+    read = ["messages[0].content is read as 'Is safe?': it was cleaned as the training text was"]
+    assert ask(model=model.id, messages=changed, max_tokens=1).notes == read
+    assert next(iter(ask(model=model.id, messages=changed, max_tokens=1, stream=True))).notes == read
+
     stop = expected[4:7]
     stopped = ask(model=model.id, messages=messages, max_tokens=12, stop=[stop, "never there"])
     assert stopped.choices[0].message.content == expected[: expected.index(stop)]
@@ -134,8 +140,22 @@ def test_what_is_refused_says_why_in_openais_form(server):
         (400, chat("why? " * 300), {}, "the model takes 256"),
         (400, chat(max_tokens=255), {}, "ask for at most"),
         (400, chat(temperature="hot"), {}, "temperature is 'hot'"),
-        (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "knows no other roles"),
+        (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "the last message must be the user's"),
+        (
+            400,
+            {"messages": [*chat()["messages"], {"role": "system", "content": "So."}]},
+            {},
+            "only the first message may be",
+        ),
+        (400, {"messages": [{"content": "So."}]}, {}, "messages[0] has the role None where 'user' is due"),
+        (400, {"messages": ["So."]}, {}, "messages[0].content must be text"),
         (404, chat(model="gpt"), {}, "there is no model 'gpt' here"),
+        (
+            400,
+            chat("https://example.com"),
+            {},
+            "messages[0].content is 'https://example.com', and cleaning leaves nothing",
+        ),
         (400, chat("\ud800"), {}, "messages[0].content has half of a surrogate pair"),
     ):
         found, content = server.request(completions, body, **headers)
@@ -170,6 +190,14 @@ def test_messages_become_what_the_chat_template_makes_of_them(small):
     messages = [
         {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("user", "Oh?"))
     ]
+    for system in ([], [{"role": "system", "content": "Be kind."}], [{"role": "developer", "content": "Be brief."}]):
+        asked = [
+            *system,
+            *messages[:2],
+            {"role": "user", "content": [{"type": "text", "text": part} for part in ("O", "h?")]},
+        ]
+        read = read_request(json.dumps({"messages": asked}).encode(), tokenizer, "small", 256, Limits())
+        assert read.prompt == tokenizer.apply_chat_template(asked)["input_ids"]
     request = read_request(json.dumps({"messages": messages}).encode(), tokenizer, "small", 256, Limits())
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
     assert request.prompt == tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -96,6 +96,19 @@ def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer
     check_that_it_stopped_whole(trainer.folder / name)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_the_end_of_the_launcher_alone_stops_its_ranks_with_a_checkpoint(trainer, number):
+    """`kill` of the process that the shell names: it ends at once, and tells nobody."""
+    name = f"launcher_alone_{number.name}"
+    process = start_launcher(trainer, name)
+    os.kill(process.pid, number)
+    printed, _ = process.communicate(timeout=60)
+    wait_for_the_end(process.pid, 40)
+    assert process.returncode == -number
+    assert "the deepspeed launcher has ended: stopping with a checkpoint" in printed
+    check_that_it_stopped_whole(trainer.folder / name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, pipeline
 
 from data_pipeline.tokens.tokenizer import train_tokenizer
 from model import LiquidConfig, LiquidForCausalLM
@@ -202,8 +202,70 @@ def test_positions_that_count_the_padding_are_refused(model, ids):
         model(ids, attention_mask=mask, position_ids=torch.arange(50).expand(3, 50))
 
 
-def test_padding_inside_a_text_is_refused(model, ids):
+def test_padding_inside_a_text_is_passed_over(model, ids):
+    """As PEFT's prompt tuning makes it: virtual tokens, the padding of a batch that is padded on the left, the text."""
     mask = torch.ones_like(ids)
     mask[1, 20:25] = 0
-    with pytest.raises(ValueError, match="padding inside a text"):
-        model(ids, attention_mask=mask)
+    mask[2, :3] = 0
+    whole = model(ids, attention_mask=mask, labels=ids)
+    alone = model(torch.cat((ids[1:2, :20], ids[1:2, 25:]), dim=1))
+    torch.testing.assert_close(whole.logits[1, :20], alone.logits[0, :20])
+    torch.testing.assert_close(whole.logits[1, 25:], alone.logits[0, 20:])
+    torch.testing.assert_close(whole.logits[2, 3:], model(ids[2:, 3:]).logits[0])
+    torch.testing.assert_close(whole.logits[0], model(ids[:1]).logits[0])
+    with pytest.raises(ValueError, match="not given for texts with padding inside"):
+        model(ids, attention_mask=mask, output_hidden_states=True)
+
+
+def test_a_text_with_padding_inside_is_gone_on_with(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 20:25] = 0
+    together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 50:]
+    alone = torch.cat((ids[1:2, :20], ids[1:2, 25:]), dim=1)
+    assert torch.equal(together[1], model.generate(alone, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 45:])
+
+
+def test_going_on_behind_padding_is_refused(model, ids):
+    mask = torch.ones_like(ids)
+    mask[1, 40:] = 0
+    with pytest.raises(ValueError, match='pad prompts with padding_side="left"'):
+        model.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_packing_is_read_as_collators_of_transformers_tell_it(model):
+    lengths = [7, 1, 12, 30]
+    texts = [{"input_ids": list(range(4 + length, 4 + 2 * length))} for length in lengths]
+    collator = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_tensors="pt")
+    batch = collator(texts)
+    alone = torch.cat([model(torch.tensor([text["input_ids"]])).logits for text in texts], dim=1)
+    told = {"position_ids", "seq_idx", "cu_seq_lens_q"}
+    assert told < batch.keys()
+    for name in told:
+        kept = {key: value for key, value in batch.items() if key not in told - {name} and key != "labels"}
+        torch.testing.assert_close(model(**kept).logits, alone)
+    torch.testing.assert_close(model(**batch).logits, alone)
+    loss = torch.nn.functional.cross_entropy(alone[0, :-1], batch["labels"][0, 1:])
+    torch.testing.assert_close(
+        model(input_ids=batch["input_ids"], labels=batch["labels"], seq_idx=batch["seq_idx"]).loss, loss
+    )
+
+
+def test_packing_that_cannot_be_is_refused(model, ids):
+    for options, message in (
+        ({"seq_idx": torch.zeros(3, 49)}, r"seq_idx has the shape \(3, 49\); it must be \(3, 50\)"),
+        ({"cu_seq_lens_q": torch.tensor([0, 20, 50])}, "reaches from 0 to 50; .* end with the batch's 150 tokens"),
+        (
+            {"seq_idx": (torch.arange(50) // 10).expand(3, 50), "position_ids": torch.arange(50)},
+            "position_ids do not restart at 0 where seq_idx",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(ids, **options)
+    rows = model(
+        ids, cu_seq_lens_q=torch.tensor([0, 20, 50, 100, 150])
+    ).logits  # the rows of a batch, one behind the other
+    torch.testing.assert_close(rows[0, 20:], model(ids[:1, 20:]).logits[0])
+    torch.testing.assert_close(rows[1:], model(ids[1:]).logits)
+    cache = model(ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="not read behind a cache"):
+        model(ids[:, :1], past_key_values=cache, seq_idx=torch.zeros(3, 1))

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from model import LiquidConfig
+from model.modeling import UNUSED_LOGIT
 
 
 def test_the_vocabulary_is_padded_to_a_multiple_of_128():
@@ -15,7 +16,12 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128():
 def test_unused_ids_are_never_predicted(model, ids):
     logits = model(ids).logits
     assert logits.shape[-1] == 128
-    assert (logits[..., 101:] == torch.finfo(logits.dtype).min).all()
+    assert (logits[..., 101:] == UNUSED_LOGIT).all() and logits[..., :101].min() > UNUSED_LOGIT / 100
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        kept = logits.to(dtype)
+        assert (
+            kept.mean(-1).isfinite().all() and torch.distributions.Categorical(logits=kept).entropy().isfinite().all()
+        )
     sampled = model.generate(ids, max_new_tokens=20, do_sample=True, temperature=5.0)
     assert sampled.max() < 101
 
@@ -36,9 +42,8 @@ def test_resized_the_model_predicts_the_asked_tokens_and_can_be_saved(model, tmp
     assert (model.config.vocab_size, model.config.used_vocab_size) == (rows, tokens)
     ids = torch.arange(4, tokens).unsqueeze(0)
     output = model(ids, labels=ids)
-    lowest = torch.finfo(output.logits.dtype).min
     assert output.loss.isfinite() and output.logits.shape[-1] == rows
-    assert (output.logits[..., :tokens] > lowest).all() and (output.logits[..., tokens:] == lowest).all()
+    assert (output.logits[..., :tokens] > UNUSED_LOGIT).all() and (output.logits[..., tokens:] == UNUSED_LOGIT).all()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
