@@ -55,7 +55,8 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
 
     Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`; under srun one that is not set
     is derived from the job. Raises `ConfigurationError` where a launcher's variables are incomplete or no numbers,
-    where those of two launchers contradict each other, or MPI cannot be used.
+    where those of two launchers contradict each other, where MPI cannot be used, and in a shell of srun's that is one of
+    several tasks.
     """
     variables = os.environ if variables is None else variables
     _refuse_contradictions(variables)
@@ -64,6 +65,7 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
     elif "OMPI_COMM_WORLD_SIZE" in variables:
         return _meet_over_mpi(variables, int(variables["OMPI_COMM_WORLD_SIZE"]))
     elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
+        _refuse_shell_of_srun(variables)
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
         _set_slurm_rendezvous(variables)
     elif int(variables.get("PMI_SIZE", "1")) > 1:  # after srun, whose PMI-2 plugin sets it too
@@ -132,6 +134,20 @@ def _is_task_of_srun(variables: Mapping[str, str]) -> bool:
     return step.isdigit() and int(step) < LAST_STEP and "SLURM_NTASKS" in variables
 
 
+def _refuse_shell_of_srun(variables: Mapping[str, str]) -> None:
+    """Raise `ConfigurationError` in the shell of `srun --pty bash`: the shells of srun's other tasks have ended already.
+
+    A second srun in that shell hands the shell's variables on, but not its terminal.
+    """
+    is_task_itself = variables.get("SLURM_TASK_PID") == str(os.getpid())
+    if "SLURM_PTY_PORT" in variables and os.isatty(0) and not is_task_itself:
+        tasks = variables["SLURM_NTASKS"]
+        raise ConfigurationError(
+            f"this shell was opened by `srun --pty` for {tasks} tasks, but is one process, and would wait for the others for "
+            "ever; start all of them with `srun --overlap python …`, or open the shell with `srun --ntasks=1 --pty bash`"
+        )
+
+
 def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
     """MASTER_ADDR and MASTER_PORT where they are not set: the step's first host, where rank 0 runs, and a port by job."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
@@ -149,13 +165,14 @@ def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, b
 
     The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array. LFM_MPI, which
     names a plug-in to `slurm/prepare.sbatch`, has MPI say the place in srun's, too.
-    Raises `ConfigurationError` where MPI cannot be used.
+    Raises `ConfigurationError` where MPI cannot be used, and in a shell of srun's that is one of several tasks.
     """
     variables = os.environ if variables is None else variables
     rank, size, by_mpirun = 0, 1, False
     if "OMPI_COMM_WORLD_SIZE" in variables:
         rank, size, by_mpirun = *_mpi_place(int(variables["OMPI_COMM_WORLD_SIZE"])), True
     elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
+        _refuse_shell_of_srun(variables)
         rank, size = int(variables["SLURM_PROCID"]), int(variables["SLURM_NTASKS"])
         if variables.get("LFM_MPI"):
             rank, size = _mpi_place(size)

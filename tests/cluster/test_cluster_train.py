@@ -2,8 +2,11 @@
 
 import json
 import os
+import pty
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -199,3 +202,22 @@ def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, confi
     assert "step 1/" not in job.log and "Traceback" not in job.log
     assert (project / output / "jobs.jsonl").exists()
     assert not (project / "stray").exists()
+
+
+def test_a_shell_of_several_tasks_does_not_wait_for_the_others(submit):
+    """The other tasks of `srun --ntasks=3 --pty bash` are shells without a terminal, which end at once."""
+    show = "import launcher.environment as e; print('rank {0.rank} of {0.world_size}'.format(e.detect_environment()))"
+    ask = f'[[ -t 0 ]] || exit 0; {sys.executable} -c "$SHOW"; srun --overlap --ntasks=2 {sys.executable} -c "$SHOW"; exit'
+    terminal, inside = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            ["srun", "--ntasks=3", "--pty", "bash", "-c", ask], stdin=inside, stdout=inside, stderr=inside,
+            cwd=submit.project, env={**submit.environment, "SHOW": show}, start_new_session=True,
+        )  # fmt: skip
+        process.wait(timeout=60)
+        said = os.read(terminal, 100_000).decode()
+    finally:
+        os.close(inside)
+        os.close(terminal)
+    assert "this shell was opened by `srun --pty` for 3 tasks, but is one process" in said
+    assert sorted(re.findall(r"rank \d of \d", said)) == ["rank 0 of 2", "rank 1 of 2"]

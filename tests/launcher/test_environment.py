@@ -185,6 +185,19 @@ def test_a_step_that_got_no_variables_of_the_shell_starts():
     subprocess.run([sys.executable, "-c", code], env={}, check=True, timeout=60)
 
 
+@pytest.mark.parametrize("detect", [detect_environment, detect_member])
+def test_a_shell_that_is_one_of_several_tasks_is_refused(detect, monkeypatch):
+    shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_TASK_PID": "1",
+             "SLURM_PTY_PORT": "4000", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
+    monkeypatch.setattr(os, "isatty", lambda _: True)
+    with pytest.raises(ConfigurationError, match="opened by `srun --pty` for 4 tasks, but is one process"):
+        detect(dict(shell))
+    detect({**shell, "SLURM_NTASKS": "1"})
+    detect({**shell, "SLURM_TASK_PID": str(os.getpid())})  # srun --pty python train.py: all tasks are there
+    monkeypatch.setattr(os, "isatty", lambda _: False)  # srun in such a shell
+    detect(dict(shell))
+
+
 def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name, age in (("killed", 3600), ("compiling", 5)):
