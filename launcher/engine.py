@@ -11,7 +11,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from unittest.mock import patch
 
@@ -128,8 +128,7 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
     # DeepSpeed collects garbage after each layer whose experts it has spread. (A list of the parameters, handed over
     # here, would keep them all.)
     gc.callbacks.append(_return_freed_memory)
-    is_muon = str(resolved["optimizer"]["type"]).lower() == "muon"
-    with nullcontext() if is_muon else muon_not_compiled():
+    with muon_not_compiled():
         engine, *_ = deepspeed.initialize(model=model, config=resolved)
     gc.callbacks.remove(_return_freed_memory)
     limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
@@ -142,7 +141,7 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
         if parallel != model.config.num_hidden_layers:
             raise RuntimeError(
                 f"{parallel} of {model.config.num_hidden_layers} mixtures of experts became expert-parallel; "
-                "moe_layer_pattern in the JSON's expert_parallel section does not match the model's modules"
+                "moe_layer_pattern in launcher/settings/json_keys.py does not match the model's modules"
             )
     return engine
 

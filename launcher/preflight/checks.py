@@ -14,11 +14,11 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.preflight.findings import GREEN, RED, YELLOW, Finding, refused
 from launcher.preflight.gpus import check_gpus, check_ranks
-from launcher.preflight.json_keys import refuse_json_keys, spreads_experts, zero_stage
 from launcher.preflight.machine import check_disk, check_memory, check_precision, check_versions
 from launcher.run_folder import RunFolder
 from launcher.settings.data_source import open_run_data
 from launcher.settings.deepspeed_config import read_json, resolve_deepspeed_config
+from launcher.settings.json_keys import check_keys, spreads_experts, zero_stage
 from launcher.settings.model_source import model_config
 from launcher.watching.validation import open_validation_data
 from model import LiquidConfig
@@ -29,7 +29,6 @@ def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environm
 
     Raises `ConfigurationError` for the first red one.
     """
-    refuse_json_keys(resolved)
     findings = [
         check_precision(resolved, environment),
         check_disk(sizes, config.output, config.keep_checkpoints),
@@ -59,7 +58,9 @@ def check_run(
     if config is not None:
         findings.append(Finding("configuration", GREEN, config_path))
     if content is not None:
-        findings += _check_json_keys(content, deepspeed_path)
+        found = _check_json_keys(content, deepspeed_path)
+        content = None if found[0].level == RED else content
+        findings += found
     if config is not None:
         data, found = _check_data(config)
         findings += found
@@ -73,7 +74,7 @@ def check_run(
 
 
 def _check_json_keys(content: dict, path: str) -> list[Finding]:
-    _, found = refused("DeepSpeed JSON", lambda: refuse_json_keys(content))
+    _, found = refused("DeepSpeed JSON", lambda: check_keys(content, path))
     experts = "with AutoEP" if spreads_experts(content) else "without expert parallelism"
     return found or [Finding("DeepSpeed JSON", GREEN, f"{path}: ZeRO stage {zero_stage(content)} {experts}")]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import json
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from launcher.config import RunConfig
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
-from launcher.settings.json_sections import check_sections
+from launcher.settings.json_keys import AUTOEP, OPTIMIZERS, SECTIONS, check_keys
 
 # Where a number in the JSON and a key of the run configuration say the same thing.
 SHARED_NUMBERS = {
@@ -28,18 +27,6 @@ SHARED_NUMBERS = {
 
 # What else may be "auto".
 FILLED = {*SHARED_NUMBERS, "gradient_accumulation_steps", "expert_parallel.use_grouped_mm"}
-SECTIONS = ("optimizer", "zero_optimization", "fp16", "bf16", "expert_parallel", "activation_checkpointing")
-# Of DeepSpeed 0.19.8, which ignores every other key.
-KNOWN_KEYS = (
-    *SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "managed_gradient_accumulation", "prescale_gradients", "gradient_predivide_factor", "gradient_allreduce_op",
-    "communication_data_type", "seq_parallel_communication_data_type", "sequence_parallel_size", "disable_allgather",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast", "data_types", "compile", "aio",
-    "tensor_parallel", "pipeline", "hybrid_engine", "use_data_before_expert_parallelism", "weight_quantization", "moe",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "log_level", "timers", "flops_profiler",
-    "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet", "autotuning", "data_efficiency", "checkpoint",
-    "datastates_ckpt", "dataloader_drop_last", "disable_python_gc", "vocabulary_size",
-)  # fmt: skip
 
 
 def resolve_deepspeed_config(
@@ -77,23 +64,20 @@ def _at(content: dict, keys: tuple[str, ...]) -> str:
 
 def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> None:
     """Raise `ConfigurationError` for what DeepSpeed would ignore, overwrite, or answer with a traceback."""
-    for key in content:
-        if key not in (*KNOWN_KEYS, "scheduler"):
-            nearest = difflib.get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(f"{path} has {key}, which is no key of DeepSpeed's; did you mean {nearest}?")
-    if "scheduler" in content:
-        raise ConfigurationError(
-            f"{path} has a scheduler, but the rate of each step comes from the run's learning_rate, warmup_steps and "
-            "schedule; take it out of the JSON"
-        )
     for name in SECTIONS:
         if not isinstance(content.get(name, {}), dict):
             raise ConfigurationError(f"{name} in {path} must be an object with keys, not {json.dumps(content[name])}")
+    check_keys(content, path)
     for keys in automatic:
         if (place := ".".join(keys)) not in FILLED:
             raise ConfigurationError(f'{place} is "auto" in {path}, and nothing fills it; write its value there')
-    if not content.get("optimizer", {}).get("type"):
+    kind = content.get("optimizer", {}).get("type")
+    if not kind:
         raise ConfigurationError(f'{path} has no optimizer.type; write one, such as "optimizer": {{"type": "AdamW"}}')
+    if str(kind).lower() not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"optimizer.type is {json.dumps(kind)} in {path}; only {' and '.join(OPTIMIZERS.values())} are supported"
+        )
     if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise ConfigurationError(
             f"{path} has no zero_optimization.stage of 1, 2 or 3, without which DeepSpeed takes steps whose gradients "
@@ -101,7 +85,6 @@ def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> N
         )
     if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
         raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
-    check_sections(content, path)
 
 
 def read_json(path: str | Path) -> dict:
@@ -189,12 +172,10 @@ def _resolve_precision(resolved: dict, config: RunConfig, environment: Environme
 
 def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str]) -> None:
     """On a CPU take torch's AdamW: DeepSpeed's needs a compiler, and a resumed run would differ in the last bits."""
-    optimizer, parameters = resolved["optimizer"], resolved["optimizer"]["params"]
-    is_adam = str(optimizer["type"]).lower() in ("adam", "adamw")
-    if environment.device.type != "cpu" or not is_adam or parameters.get("torch_adam"):
+    parameters = resolved["optimizer"]["params"]
+    if environment.device.type != "cpu" or parameters.get("torch_adam"):
         return
-    of_deepspeeds_own = parameters.keys() & {"bias_correction", "set_grad_none", "fp32_optimizer_states"}
-    if of_deepspeeds_own or "offload_optimizer" in resolved["zero_optimization"]:
+    if "offload_optimizer" in resolved["zero_optimization"]:
         return
     parameters.update(torch_adam=True, fused=True)
     notes.append("this is a CPU: the optimizer is torch's fused AdamW, as with torch_adam and fused in the JSON")
@@ -242,6 +223,6 @@ def _resolve_experts(
             f"expert_parallel_size {wanted} does not fit {world} process{'es' * (world > 1)} and {num_experts} experts: "
             f"using {fits[-1]}"
         )
-    experts["autoep_size"] = fits[-1]
+    experts.update(AUTOEP, autoep_size=fits[-1])
     if experts.get("use_grouped_mm") == "auto":
         experts["use_grouped_mm"] = environment.device.type == "cuda"

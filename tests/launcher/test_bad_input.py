@@ -68,10 +68,12 @@ def test_training_refuses_before_it_starts(trainer, overrides, parts):
 
 def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
     """AutoEP is content with what its pattern matches; a layer that it misses would be whole on every rank."""
-    experts = json.loads(trainer.fp32.read_text())["expert_parallel"] | {"moe_layer_pattern": r"model\.layers\.0\.moe"}
-    path = trainer.deepspeed_config("partial", expert_parallel=experts)
-    command = [sys.executable, "train.py", *trainer.arguments("partial", deepspeed_config=path)]
-    result = fork_server.run(command, capture_output=True, text=True, timeout=120)
+    program = (
+        "import runpy\nfrom launcher.settings.json_keys import AUTOEP\n"
+        "AUTOEP['moe_layer_pattern'] = r'model\\.layers\\.0\\.moe'\nrunpy.run_path('train.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", program, *trainer.arguments("partial")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert "1 of 2 mixtures of experts became expert-parallel" in result.stderr
     status = json.loads((trainer.folder / "partial" / "status.json").read_text())

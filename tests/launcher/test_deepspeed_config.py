@@ -188,31 +188,54 @@ def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_pat
         ("optimizer", {"params": {"lr": "auto"}}, "has no optimizer.type; write one"),
         ("zero_optimization.stage", 0, "has no zero_optimization.stage of 1, 2 or 3, .*; set one of these"),
         ("zero_optimisation", {"stage": 3}, "has zero_optimisation, .*; did you mean zero_optimization?"),
-        (
-            "managed_gradient_accumulation",
-            False,
-            "managed_gradient_accumulation is false in .*: each micro-batch would be",
-        ),
+        ("zero_optimization.stage", 5, "has no zero_optimization.stage of 1, 2 or 3"),
+        ("managed_gradient_accumulation", False, "accumulation is false in .*: each micro-batch would be"),
         ("gradient_allreduce_op", "sum", 'gradient_allreduce_op is "sum" in .*: the loss is scaled for a mean'),
-        ("pipeline", {"stages": 2}, "pipeline is .* in .*: the model is not cut into stages; leave it out"),
-        ("weight_quantization", {"x": 1}, "weight_quantization is .*; leave it out"),
-        ("compile", {"deepcompile": True}, "compile.deepcompile is true in .*; leave it out, or write false"),
+        (
+            "pipeline",
+            {"stages": 2},
+            "has pipeline, which is not supported: the model is not cut into stages; take it out",
+        ),
+        ("weight_quantization", {"x": 1}, "has weight_quantization, which is not supported: it was never tried"),
+        ("compile", {"deepcompile": True}, "has compile, which is not supported: it was never run"),
+        ("tensorboard", {"enabled": True}, "has tensorboard, .*: a run writes its figures"),
+        ("checkpoint", {"load_universal": True}, "has checkpoint, .*: a run saves its checkpoints by itself"),
         (
             "activation_checkpointing.cpu_checkpointing",
             True,
-            "cpu_checkpointing is true in .*; leave it out, or write false",
+            "checkpointing is true in .*; leave it out, or write false",
         ),
         ("activation_checkpointing.partition_activations", True, "partition_activations is true in"),
         ("activation_checkpointing.enable", True, "did you mean activation_checkpointing.enabled?"),
         ("expert_parallel.autoep_sise", 2, "did you mean expert_parallel.autoep_size?"),
+        (
+            "expert_parallel.score_func",
+            "sigmoid",
+            'score_func is "sigmoid" in .*: the model has it so; .*write "softmax"',
+        ),
         ("zero_optimization.reduce_bucketsize", 5, "did you mean zero_optimization.reduce_bucket_size?"),
+        ("zero_optimization.zero_hpz_partition_size", 2, "partition_size, which is not supported: expert parallelism"),
+        ("zero_optimization.offload_optimizer", {"device": "nvme"}, 'device is "nvme" in .*: only the host\'s memory'),
+        (
+            "zero_optimization",
+            {"stage": 1, "contiguous_gradients": False},
+            "contiguous_gradients is false in .*: gradients",
+        ),
+        (
+            "zero_optimization",
+            {"stage": 2, "reduce_scatter": False},
+            "reduce_scatter is false in .*: DeepSpeed has no other",
+        ),
+        ("prescale_gradients", True, "prescale_gradients is true in .*: DeepSpeed has it under ZeRO-1 alone"),
         ("fp16.loss_scale_windw", 5, "did you mean fp16.loss_scale_window?"),
+        ("fp16.auto_cast", True, "has fp16.auto_cast, which is not supported"),
         ("train_batch_size", 4.5, "train_batch_size is 4.5 in .*; it must be a whole number, or"),
         ("optimizer.params.weight_decay", "0.1", 'weight_decay is "0.1" in .*; it must be a number, or'),
         ("activation_checkpointing.enabled", 1, "enabled is 1 in .*; it must be true or false, or"),
         ("optimizer.param", {}, "did you mean optimizer.params?"),
+        ("optimizer.type", "SGD", 'optimizer.type is "SGD" in .*; only Adam and AdamW are supported'),
         ("optimizer.params.weigth_decay", 0.1, "did you mean optimizer.params.weight_decay?"),
-        ("scheduler", {"type": "WarmupLR"}, "has a scheduler, but .* learning_rate.*; take it out of the JSON"),
+        ("scheduler", {"type": "WarmupLR"}, "has scheduler, .* learning_rate.*; take it out"),
     ],
 )
 def test_what_deepspeed_would_ignore_overwrite_or_stumble_over_is_one_sentence(changed, location, value, sentence):
@@ -220,6 +243,10 @@ def test_what_deepspeed_would_ignore_overwrite_or_stumble_over_is_one_sentence(c
     with pytest.raises(ConfigurationError, match=sentence) as raised:
         resolve(path=changed(location, value))
     assert "\n" not in str(raised.value)
+
+
+def test_what_is_switched_off_may_stay(changed):
+    resolve(path=changed("tensorboard", {"enabled": False}))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from launcher.settings.deepspeed_config import read_json
+from launcher.settings.json_keys import AUTOEP, KEYS, value_at
 from launcher.settings.memory_estimate import (
     Activations,
     Sizes,
@@ -53,6 +54,77 @@ def test_every_json_trains_two_ranks_that_share_the_experts(trained, name, stage
     # On a CPU all of them are bf16, or all fp32.
     assert losses == pytest.approx(trained.scalars("zero3")["train/loss"], rel=1e-2)
     assert losses[1] == pytest.approx(trained.scalars("zero3")["train/loss"][1], rel=1e-3)
+
+
+# Of every key that a JSON may hold, a value that is not DeepSpeed's default and changes nothing of what is computed.
+ANY_STAGE = {
+    "managed_gradient_accumulation": True, "gradient_allreduce_op": "mean", "communication_data_type": "fp32",
+    "data_types": {"grad_accum_dtype": "fp32"}, "use_data_before_expert_parallelism": True,
+    "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, "disable_python_gc": True,
+    "steps_per_print": 1, "log_level": "warning", "wall_clock_breakdown": True, "memory_breakdown": True, "dump_state": True,
+    "timers": {"throughput": {"enabled": False}}, "flops_profiler": {"enabled": True, "profile_step": 2},
+    "comms_logger": {"enabled": True, "verbose": False},
+    "zero_optimization": {
+        "reduce_bucket_size": 3000, "use_multi_rank_bucket_allreduce": False, "allgather_partitions": False,
+        "allgather_bucket_size": 3000, "overlap_comm": False, "load_from_fp32_weights": False, "sub_group_size": 2000,
+        "offload_param": {"device": "cpu", "pin_memory": False}, "round_robin_gradients": True, "parameter_alignment": True,
+        "ignore_unused_parameters": False, "memory_efficient_linear": False, "log_trace_cache_warnings": True,
+        "enable_sanity_checks": True, "stage3_prefetch_bucket_size": 1000, "stage3_param_persistence_threshold": 0,
+        "stage3_model_persistence_threshold": 1000, "stage3_max_live_parameters": 1000, "stage3_max_reuse_distance": 0,
+        "stage3_gather_16bit_weights_on_model_save": True, "stage3_use_all_reduce_for_fetch_params": True,
+        "stage3_allgather_sequential": True,
+    },
+    "expert_parallel": {"enabled": True, "autoep_size": "auto", "use_grouped_mm": False, **AUTOEP},
+    "activation_checkpointing": {
+        "enabled": True, "partition_activations": False, "cpu_checkpointing": False, "contiguous_memory_optimization": False,
+        "number_checkpoints": 2, "synchronize_checkpoint_boundary": True, "profile": True,
+    },
+    "optimizer": {"type": "Adam", "params": {
+        "lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "torch_adam": True, "fused": False,
+        "foreach": True, "adam_w_mode": True,
+    }},
+}  # fmt: skip
+OF_A_STAGE = {
+    1: {"prescale_gradients": True, "gradient_predivide_factor": 2.0},
+    2: {},
+    3: {"zero_optimization": {"contiguous_gradients": False, "reduce_scatter": False}},
+}
+# Of the run, and what other tests train with: test_fp16.py, test_bf16.py, and here, with an operator that is compiled.
+ELSEWHERE = {
+    "": {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"},
+    "fp16": set(KEYS["fp16"]), "bf16": set(KEYS["bf16"]), "zero_optimization": {"offload_optimizer"},
+    "zero_optimization.offload_optimizer": set(KEYS["zero_optimization.offload_optimizer"]),
+}  # fmt: skip
+
+
+def supported(stage: int) -> dict:
+    """The JSON's content with every key that goes with the stage."""
+    content = {**ANY_STAGE, **{key: value for key, value in OF_A_STAGE[stage].items() if key != "zero_optimization"}}
+    more = OF_A_STAGE[stage].get("zero_optimization", {})
+    return content | {"zero_optimization": {"stage": stage, **ANY_STAGE["zero_optimization"], **more}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_key_that_is_supported_leaves_what_is_computed(trainer, stage):
+    plain = trainer.deepspeed_config(f"plain-{stage}", zero_optimization={"stage": stage})
+    full = trainer.deepspeed_config(f"full-{stage}", **supported(stage))
+    overrides = ["expert_parallel_size=2", "micro_batch_rows=1", "max_steps=4"]
+    trainer.run(2, *(trainer.arguments(path.stem, *overrides, deepspeed_config=path) for path in (plain, full)))
+    for tag in ("train/loss", "train/grad_norm"):
+        expected, found = (trainer.scalars(path.stem)[tag] for path in (plain, full))
+        assert len(found) == 4 and found == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_supported_key_is_untried():
+    def tried(section: str) -> set[str]:
+        found = [value_at(supported(stage), section) if section else supported(stage) for stage in OF_A_STAGE]
+        return {key for content in found for key in content or {}}
+
+    for section, keys in KEYS.items():
+        assert set(keys) - {"fp16", "bf16"} == (tried(section) | ELSEWHERE.get(section, set())) - {"fp16", "bf16"}, (
+            section
+        )
 
 
 def test_what_auto_became_is_printed_by_one_rank(trained):

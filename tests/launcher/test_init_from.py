@@ -16,6 +16,7 @@ from launcher.config import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.export.export import load_run
 from launcher.run_folder import RunFolder
+from launcher.settings.json_keys import AUTOEP
 from launcher.settings.model_source import build_model, model_config
 from launcher.weight_files import WeightFiles, write_shards
 from model import LiquidConfig, LiquidForCausalLM
@@ -156,7 +157,7 @@ def test_a_rank_of_two_takes_less_than_60_percent_of_the_memory_of_one(tmp_path)
     peaks = {}
     for world_size in (1, 2):
         resolved["train_batch_size"] = world_size
-        resolved["expert_parallel"] |= {"autoep_size": world_size, "use_grouped_mm": False}
+        resolved["expert_parallel"] |= AUTOEP | {"autoep_size": world_size, "use_grouped_mm": False}
         command = [sys.executable, "-m", "partition_worker", str(tmp_path), json.dumps(resolved)]
         results = start(world_size, command, timeout=500)
         assert all(result.returncode == 0 for result in results), results[0].stdout

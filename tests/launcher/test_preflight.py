@@ -1,6 +1,7 @@
 """What can be known wrong before a GPU hour is spent."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -69,22 +70,23 @@ def test_each_kind_of_fault_has_its_line(preflight, arguments, check, level, par
 
 
 @pytest.mark.parametrize(
-    ("changes", "names"),
+    ("changes", "named"),
     [
-        ({"sequence_parallel_size": 2}, ["sequence_parallel_size", "sequence parallelism"]),
-        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, ["zero_hpz_partition_size", "hpZ"]),
-        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, ["zero_quantized_gradients"]),
-        ({"moe": {"enabled": True}, "sequence_parallel_size": 4}, ["native", "moe", "sequence_parallel_size"]),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size, which is not supported: rows are not cut over ranks"),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
+            "zero_optimization.zero_quantized_gradients",
+        ),
+        (
+            {"moe": {"enabled": True}},
+            "moe, which is not supported: the experts are spread by the expert_parallel section",
+        ),
     ],
 )
-def test_keys_that_autoep_refuses_under_zero_3_are_named(trainer, preflight, changes, names):
+def test_keys_that_are_not_supported_are_named_once(trainer, preflight, changes, named):
     code, lines = preflight(deepspeed_config=trainer.deepspeed_config("refused", **changes))
     assert code == 1
-    assert all(name in lines["DeepSpeed JSON"]["message"] for name in names)
-    stage_1 = {**changes, "zero_optimization": {**changes.get("zero_optimization", {}), "stage": 1}}
-    stage_1.pop("sequence_parallel_size", None)
-    _, lines = preflight(deepspeed_config=trainer.deepspeed_config("allowed", **stage_1))
-    assert lines["DeepSpeed JSON"]["level"] == GREEN
+    assert [check for check, line in lines.items() if named in line["message"]] == ["DeepSpeed JSON"]
 
 
 def test_data_that_is_not_whole_is_red(trainer, preflight, tmp_path):
@@ -105,7 +107,7 @@ def test_training_begins_with_the_cheap_checks(trainer):
     command = [sys.executable, "train.py", *trainer.arguments("refused", deepspeed_config=path)]
     result = fork_server.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 2
-    assert "error: the DeepSpeed JSON has zero_optimization.zero_quantized_gradients" in result.stderr
+    assert re.search("error: .*quantized.json has zero_optimization.zero_quantized_gradients, which", result.stderr)
     assert "Traceback" not in result.stderr and not (trainer.folder / "refused").exists()
 
 

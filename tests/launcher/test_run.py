@@ -210,7 +210,6 @@ def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
             {"enabled": True},
             r"was trained with precision fp32, and now it would be bf16.*\(precision.force=true",
         ),
-        ("optimizer", {"type": "SGD", "params": {}}, "was trained with optimizer AdamW, and now it would be SGD"),
     ],
 )
 def test_what_deepspeed_could_not_load_is_refused_in_a_sentence(copied, runs, section, values, sentence):
@@ -218,6 +217,15 @@ def test_what_deepspeed_could_not_load_is_refused_in_a_sentence(copied, runs, se
     overrides = [f"output={copied.path}", "expert_parallel_size=2", f"max_steps={STEPS + 5}", "precision.force=true"]
     with pytest.raises(ConfigurationError, match=f"{sentence}.*init_from"):
         make_plan(str(runs.config), overrides, str(path), Environment(0, 2, 0, 2, "test"))
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence(copied, runs):
+    """One that an earlier version took."""
+    description = yaml.safe_load((copied.path / "run.yaml").read_text())
+    description["deepspeed"]["optimizer"]["type"] = "SGD"
+    (copied.path / "run.yaml").write_text(yaml.safe_dump(description))
+    with pytest.raises(ConfigurationError, match="trained with optimizer SGD, and now it would be AdamW.*init_from"):
+        plan_for(copied, runs)
 
 
 def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, capsys):

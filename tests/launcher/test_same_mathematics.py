@@ -226,6 +226,9 @@ def test_the_bias_decides_for_many_tokens_from_the_first_step_on(config):
 def test_the_exported_weights_are_those_of_plain_pytorch(trainer, trained, plain):
     exported = load_run(trainer.folder / trained(REPRESENTATIVE[0])).state_dict()
     for name, parameter in plain[1]["parameters"].items():
+        tokens = (
+            len(exported["lm_head.weight"]) if name == "model.embed_tokens.weight" else None
+        )  # not what rounds it up
         torch.testing.assert_close(
-            exported[name], parameter, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+            exported[name], parameter[:tokens], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )

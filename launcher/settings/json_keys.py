@@ -1,0 +1,156 @@
+"""What a DeepSpeed JSON may hold: keys that were tried with this training loop, and values that it can take.
+
+DeepSpeed ignores unknown keys of some sections, answers those of others with a traceback, and takes values that change what
+is computed. So a key is either in these lists, each of which a test trains with, or it ends a run here by its name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+
+from launcher.errors import ConfigurationError
+
+SECTIONS = ("optimizer", "zero_optimization", "fp16", "bf16", "expert_parallel", "activation_checkpointing")
+# What AutoEP has to know of the model in `model/`: where its experts are, and how its router chooses.
+AUTOEP = {
+    "moe_layer_pattern": r"model\.layers\.\d+\.moe",
+    "router_pattern": "router",
+    "expert_pattern": "experts",
+    "expert_w1": "gate_up_proj",
+    "expert_w2": "down_proj",
+    "expert_w3": None,
+    "num_experts_attr": "num_experts",
+    "top_k_attr": "num_experts_per_tok",
+    "has_shared_experts": True,
+    "shared_experts_pattern": "shared_experts",
+    "score_func": "softmax",
+    "score_apply": "post",
+    "route_norm": True,
+}
+KEYS = {
+    "": (
+        *SECTIONS, "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+        "gradient_clipping", "managed_gradient_accumulation", "gradient_allreduce_op", "prescale_gradients",
+        "gradient_predivide_factor", "communication_data_type", "data_types", "use_data_before_expert_parallelism",
+        "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "disable_python_gc", "steps_per_print", "log_level",
+        "wall_clock_breakdown", "memory_breakdown", "dump_state", "timers", "flops_profiler", "comms_logger",
+    ),
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+        "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_optimizer",
+        "offload_param", "sub_group_size", "round_robin_gradients", "parameter_alignment", "ignore_unused_parameters",
+        "memory_efficient_linear", "log_trace_cache_warnings", "enable_sanity_checks", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+        "stage3_max_reuse_distance", "stage3_gather_16bit_weights_on_model_save", "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+    ),
+    "zero_optimization.offload_optimizer": ("device", "pin_memory"),
+    "zero_optimization.offload_param": ("device", "pin_memory"),
+    "fp16": (
+        "enabled", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis",
+        "min_loss_scale",
+    ),
+    "bf16": ("enabled",),
+    "expert_parallel": ("enabled", "autoep_size", "use_grouped_mm", *AUTOEP),
+    "activation_checkpointing": (
+        "enabled", "partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints",
+        "synchronize_checkpoint_boundary", "profile",
+    ),
+    "optimizer": ("type", "params"),
+    "optimizer.params": ("lr", "betas", "eps", "weight_decay", "torch_adam", "fused", "foreach", "adam_w_mode"),
+}  # fmt: skip
+# By DeepSpeed's name, and as they are written. Of the others, some have no kernel for a CPU, and the checkpoints of none
+# can be resumed on another number of ranks.
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
+# Why a key that DeepSpeed knows is not taken.
+NOT_TAKEN = {
+    "scheduler": "the rate of each step comes from the run's learning_rate, warmup_steps and schedule",
+    "tensorboard": "a run writes its figures for TensorBoard by itself",
+    "wandb": "a run writes its figures for TensorBoard by itself",
+    "csv_monitor": "a run writes its figures for TensorBoard by itself",
+    "comet": "a run writes its figures for TensorBoard by itself",
+    "checkpoint": "a run saves its checkpoints by itself: checkpoint_every, keep_checkpoints",
+    "datastates_ckpt": "a run saves its checkpoints by itself: checkpoint_every, keep_checkpoints",
+    "data_efficiency": "the batches come from the run's own data",
+    "dataloader_drop_last": "the batches come from the run's own data",
+    "vocabulary_size": "the tokenizer has it",
+    "moe": "the experts are spread by the expert_parallel section",
+    "pipeline": "the model is not cut into stages",
+    "tensor_parallel": "the model is not cut within its layers",
+    "sequence_parallel_size": "rows are not cut over ranks",
+    "hybrid_engine": "it is for inference between steps",
+    "torch_autocast": "the model computes in the precision of its weights, which bf16 or fp16 sets",
+    "compile": "it was never run with this model",
+    "zero_optimization.zero_hpz_partition_size": "expert parallelism under ZeRO-3 does not go with it",
+    "zero_optimization.zero_quantized_gradients": "expert parallelism under ZeRO-3 does not go with it",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has it",
+}
+# The only value that goes with this loop, and what another one would do.
+FIXED = {
+    "managed_gradient_accumulation": (True, "each micro-batch would be a step of the optimizer"),
+    "gradient_allreduce_op": ("mean", "the loss is scaled for a mean over the ranks"),
+    "activation_checkpointing.partition_activations": (False, "it is for tensor parallelism"),
+    "activation_checkpointing.cpu_checkpointing": (False, "DeepSpeed's checkpoint function fails with it here"),
+    "activation_checkpointing.contiguous_memory_optimization": (False, "it is for partitioned activations"),
+    "zero_optimization.offload_optimizer.device": ("cpu", "only the host's memory was tried"),
+    "zero_optimization.offload_param.device": ("cpu", "only the host's memory was tried"),
+    **{f"expert_parallel.{key}": (value, "the model has it so") for key, value in AUTOEP.items()},
+}
+# The same under ZeRO-1 and 2, and under ZeRO-2 and 3.
+FIXED_BELOW_3 = {
+    "zero_optimization.contiguous_gradients": (True, "gradients of experts come out wrong without it"),
+    "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way for experts under ZeRO-1 and 2"),
+}
+FIXED_ABOVE_1 = {
+    "prescale_gradients": (False, "DeepSpeed has it under ZeRO-1 alone"),
+    "gradient_predivide_factor": (1.0, "DeepSpeed has it under ZeRO-1 alone"),
+}
+
+
+def check_keys(content: dict, path: str) -> None:
+    """Raise `ConfigurationError` for a key that is not supported, and for a value that the loop cannot take."""
+    for section, keys in KEYS.items():
+        found = value_at(content, section) if section else content
+        for key, value in found.items() if isinstance(found, dict) else ():
+            is_off = isinstance(value, dict) and value.get("enabled") is False
+            if key not in keys and not is_off:
+                raise ConfigurationError(_refusal(f"{section}.{key}".lstrip("."), section, keys, path))
+    stage = value_at(content, "zero_optimization.stage")
+    fixed = FIXED | (FIXED_ABOVE_1 if stage in (2, 3) else {}) | (FIXED_BELOW_3 if stage in (1, 2) else {})
+    for location, (allowed, why) in fixed.items():
+        section, _, key = location.rpartition(".")
+        found = value_at(content, section) if section else content
+        if isinstance(found, dict) and key in found and found[key] != allowed:
+            raise ConfigurationError(
+                f"{location} is {json.dumps(found[key])} in {path}: {why}; leave it out, or write {json.dumps(allowed)}"
+            )
+
+
+def _refusal(location: str, section: str, known: tuple[str, ...], path: str) -> str:
+    if location in NOT_TAKEN:
+        return f"{path} has {location}, which is not supported: {NOT_TAKEN[location]}; take it out"
+    key = location.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, n=1)
+    if near:
+        return f"{path} has {location}, which is no key of it; did you mean {f'{section}.{near[0]}'.lstrip('.')}?"
+    return f"{path} has {location}, which is not supported: it was never tried with this training loop; take it out"
+
+
+def value_at(content: dict, location: str):
+    """Give the value at `section.key`; None if it is not there."""
+    for part in location.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return None
+        content = content[part]
+    return content
+
+
+def zero_stage(content: dict) -> int:
+    """The ZeRO stage of a JSON; DeepSpeed's default is 0."""
+    return value_at(content, "zero_optimization.stage") or 0
+
+
+def spreads_experts(content: dict) -> bool:
+    """Whether a JSON turns AutoEP on."""
+    return bool(value_at(content, "expert_parallel.enabled"))
