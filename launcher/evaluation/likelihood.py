@@ -87,7 +87,7 @@ def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | Non
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # above, a float overflows
         "bits_per_byte": nats / math.log(2) / max(1, sum(score.bytes for score in scores)),
         "token_accuracy": hits[0] / tokens,
-        **{f"top{top}_accuracy": hit / tokens for top, hit in zip(TOP, hits, strict=True)},
+        **{f"top{top}_accuracy": hit / tokens for top, hit in zip(TOP[1:], hits[1:], strict=True)},
         "sequence_accuracy": right / len(whole) if whole else None,
     }
 

@@ -15,8 +15,7 @@ LABELS = {
     "perplexity": ("perplexity (of a token)", "{:.3f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "cross_entropy": ("cross entropy, nats a token", "{:.4f}"),
-    "token_accuracy": ("tokens right", "{:.2%}"),
-    "top1_accuracy": ("token is the likeliest", "{:.2%}"),
+    "token_accuracy": ("the right token is the likeliest", "{:.2%}"),
     "top3_accuracy": ("among the 3 likeliest", "{:.2%}"),
     "top5_accuracy": ("among the 5 likeliest", "{:.2%}"),
     "top10_accuracy": ("among the 10 likeliest", "{:.2%}"),
@@ -32,6 +31,16 @@ LABELS = {
     "distinct_3": ("distinct triples of words", "{:.4f}"),
     "average_length": ("words of an answer", "{:.2f}"),
     "average_expected_length": ("words of a right answer", "{:.2f}"),
+}
+# What the table says if a figure is None.
+WITHOUT = {
+    "sequence_accuracy": "no whole answer",
+    "bleu": "no answer of 4 words",
+    "rouge2": "no answer of 2 words",
+    "meteor": "needs WordNet",
+    "distinct_1": "no word",
+    "distinct_2": "no answer of 2 words",
+    "distinct_3": "no answer of 3 words",
 }
 
 
@@ -73,6 +82,6 @@ def print_table(evaluation: Evaluation) -> None:
             table.add_row(f"[bold]{title}[/bold]", "", end_section=True)
         for name, value in figures.items():
             label, form = LABELS[name]
-            table.add_row(label, "not computed" if value is None else form.format(value))
+            table.add_row(label, WITHOUT[name] if value is None else form.format(value))
         table.add_section()
     Console().print(table)

@@ -19,11 +19,16 @@ ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
 def text_metrics(
     given: Sequence[str], expected: Sequence[str], scored: Sequence[dict[str, float]]
 ) -> dict[str, float | None]:
-    """All the figures of this file, by name; `scored` is what `rouge` finds; `meteor` is None without WordNet."""
+    """All the figures of this file, by name; `scored` is what `rouge` finds.
+
+    None: `meteor` without WordNet, and what counts several words in a row where no answer has as many.
+    """
+    has_pairs = any(len(text.split()) > 1 for text in expected)
+    means = {name: mean(score[name] for score in scored) for name in ROUGE.values()}
     return {
         "exact_match": mean(is_exact(*pair) for pair in zip(given, expected, strict=True)),
         "bleu": bleu(given, expected),
-        **{name: mean(score[name] for score in scored) for name in ROUGE.values()},
+        **means | ({} if has_pairs else {"rouge2": None}),
         "meteor": mean(meteor(given, expected)) if has_wordnet() else None,
         **{f"distinct_{n}": distinct(given, n) for n in (1, 2, 3)},
         "average_length": mean(len(text.split()) for text in given),
@@ -36,17 +41,21 @@ def is_exact(given: str, expected: str) -> bool:
     return given.strip() == expected.strip()
 
 
-def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words over all n-grams of words, in all texts together (Li et al. 2016); 0 without any."""
+def distinct(texts: Sequence[str], n: int) -> float | None:
+    """Different n-grams of words over all n-grams of words, in all texts together (Li et al. 2016); None without any."""
     grams = [gram for text in texts for words in [text.split()] for gram in zip(*(words[i:] for i in range(n)))]  # noqa: B905
-    return len(set(grams)) / len(grams) if grams else 0.0
+    return len(set(grams)) / len(grams) if grams else None
 
 
-def bleu(given: Sequence[str], expected: Sequence[str]) -> float:
-    """BLEU of the whole collection, 0 to 100, as sacrebleu has it by default (13a words, exponential smoothing)."""
+def bleu(given: Sequence[str], expected: Sequence[str]) -> float | None:
+    """BLEU of the whole collection, 0 to 100, as sacrebleu has it by default (13a words, exponential smoothing).
+
+    It multiplies shares of one to four words in a row: None if no given answer has four words.
+    """
     from sacrebleu.metrics import BLEU
 
-    return BLEU().corpus_score(list(given), [list(expected)]).score
+    found = BLEU().corpus_score(list(given), [list(expected)])
+    return None if 0 in found.totals else found.score
 
 
 def rouge(given: Sequence[str], expected: Sequence[str]) -> list[dict[str, float]]:

@@ -29,7 +29,9 @@ def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: Liqui
     sizes = model.config
     count = count_parameters(model)
     sources, data_lines = describe_data(config["data"])
+    is_apache = not config["init_from"] and not any(UNKNOWN in line for line in data_lines)  # no other licence is known
     front = {
+        "license": "apache-2.0" if is_apache else "unknown",  # as the hub's model cards name it
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["liquid", "mixture-of-experts"],
@@ -111,7 +113,7 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
         if tag.startswith("validation/"):
             earlier = [event for event in events.Scalars(tag) if event.step <= state.step]
             if earlier:
-                found[tag.removeprefix("validation/").replace("_", " ")] = earlier[-1]
+                found[_label(tag.removeprefix("validation/"))] = earlier[-1]
     if not found:
         return ["This run was not validated up to this checkpoint."]
     step = max(event.step for event in found.values())
@@ -123,6 +125,14 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
     )
     other = "" if step == state.step else f" The exported step {state.step:,} itself was not validated."
     return [f"On held-out questions, at step {step:,}.{other}{best}", "", *_table(values)]
+
+
+def _label(figure: str) -> str:
+    """What a figure of a validation is, in words."""
+    if figure.startswith("by_source/"):
+        return f"cross entropy of the questions from `{figure.removeprefix('by_source/')}`"
+    units = {"cross_entropy": ", nats a token", "perplexity": " of a token"}
+    return figure.replace("_", " ") + units.get(figure, "")
 
 
 def _use(custom_code: bool) -> list[str]:

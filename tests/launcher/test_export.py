@@ -128,7 +128,9 @@ def test_the_card_says_what_the_run_was(run, exported):
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     assert f"| Tokens | {state.tokens:,} |" in card and f"| Steps | {STEPS} of {STEPS} |" in card
     assert "| `sample` |" in card and "Apache-2.0" in card
-    shown = float(re.search(r"\| cross entropy \| ([\d.]+) \|", card)[1])
+    shown = float(re.search(r"\| cross entropy, nats a token \| ([\d.]+) \|", card)[1])
+    assert "| cross entropy of the questions from `mathstackexchange` |" in card
+    assert front["license"] == "apache-2.0"  # the sample's
     assert shown == pytest.approx(state.best_metric, abs=1e-4)
 
 
