@@ -1,11 +1,11 @@
-"""The built-in sample corpus: some 6,000 short questions and answers, enough to see a tiny model learn within minutes.
+"""The built-in sample corpus: some 7,500 short questions and answers, enough to see a tiny model learn within minutes.
 
 Rows have WebInstructSub's columns (`orig_question`, `orig_answer`, `question`, `answer`, `source`, `index`) and its
 kinds of dirt. Everything is drawn from `random.Random(SEED)`: the rows are the same on every machine.
 
 **Families.** Fact tables (`sample_facts.py`: capitals, elements, opposites, animals, months, definitions, ...) and
 number families computed here (sums, differences, times tables, equations, units, comparisons, parity, neighbors,
-weekdays some days on). A family is a list of facts and 4 to 6 phrasings; a fact has one answer in every phrasing.
+weekdays some days on). A family is a list of facts and 4 to 7 phrasings; a fact has one answer in every phrasing.
 
 **The split.** No held-out question occurs in training; each combines things that do, in one of two ways:
 
@@ -96,17 +96,18 @@ def _arithmetic_families() -> list[Family]:
     products = [Fact((str(a), str(b)), str(a * b)) for a in range(2, 11) for b in range(2, 11)]
     return [
         _mathematics("addition", (
-            "What is {} + {}?", "Add {} and {}.", "Compute {} + {}.", "{} plus {} is what?",
+            "What is {} + {}?", "What is {} plus {}?", "Add {} and {}.", "Compute {} + {}.", "{} plus {} is what?",
             "What do {} and {} add up to?", "A box holds {} red and {} blue pens. How many pens is that?",
-        ), sums, 2, known=0, new=10),
+        ), sums, 4, known=4, new=6),
         _mathematics("subtraction", (
-            "What is {} - {}?", "Compute {} - {}.", "{} minus {} is what?", "From {} take away {}. What is left?",
-            "What's the result of {} - {}?", "Of {} birds, {} fly away. How many birds stay?",
-        ), differences, 2, known=0, new=8),
+            "What is {} - {}?", "What is {} minus {}?", "Compute {} - {}.", "{} minus {} is what?",
+            "From {} take away {}. What is left?", "What's the result of {} - {}?",
+            "Of {} birds, {} fly away. How many birds stay?",
+        ), differences, 4, known=3, new=5),
         _mathematics("equations", (
             "Solve for x: x + {} = {}.", "Find x if x + {} = {}.", "If x + {} = {}, what is x?",
             "Which x makes x + {} = {} true?",
-        ), equations, 1, new=5),
+        ), equations, 2, new=4),
         _mathematics("times tables", (
             "What is {} × {}?", "Multiply {} by {}.", "Compute {} × {}.", "{} times {} is what?",
             "What's the product of {} and {}?",
@@ -132,19 +133,19 @@ def _number_families(generator: random.Random) -> list[Family]:
         _mathematics("next numbers", (
             "What number comes after {}?", "Which number follows {}?", "Count on by one from {}.",
             "What's one more than {}?",
-        ), following, 1, new=5),
+        ), following, 2, new=5),
         _mathematics("previous numbers", (
             "What number comes before {}?", "Which number precedes {}?", "Count back by one from {}.",
             "What's one less than {}?",
-        ), preceding, 1, new=4),
+        ), preceding, 2, new=4),
         _mathematics("larger numbers", (
             "Which is larger, {} or {}?", "Which number is greater: {} or {}?", "Name the larger of {} and {}.",
             "Of {} and {}, which is more?",
-        ), larger, 1, new=6),
+        ), larger, 2, new=6),
         _mathematics("signs", (
             "Which sign stands between {} and {}, < or >?", "Put < or > between {} and {}.",
             "Is it {} < {} or >?", "Compare {} with {}: < or >?",
-        ), signs, 1, new=5),
+        ), signs, 2, new=5),
     ]
 
 

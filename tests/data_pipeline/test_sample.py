@@ -70,7 +70,7 @@ def test_the_rows_have_the_columns_of_webinstruct(training, held_out):
 
 
 def test_there_are_as_many_rows_as_a_laptop_learns_in_minutes(training, held_out):
-    assert 4_000 <= len(training) <= 6_000
+    assert 6_000 <= len(training) <= 8_000
     assert 180 <= len(held_out) <= 220
     assert 0.60 <= sum(entry.kind == "known" for entry in split()[1]) / len(held_out) <= 0.72
 
