@@ -7,7 +7,7 @@ With nothing else given it trains the built-in sample (launcher/configs/sample.y
 
 from __future__ import annotations
 
-from launcher.loading import loaded  # before all that takes time to load
+from launcher.training.loading import loaded  # before all that takes time to load
 
 import argparse
 
@@ -16,28 +16,36 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.checkpoints.checkpoint import TrainState
-from launcher.checkpoints.restore import load_checkpoint
-from launcher.checkpoints.saver import CheckpointSaver
 from launcher.config import add_run_arguments
-from launcher.engine import build_engine, engine_values, limit_collectives, set_learning_rate, start_process_group
-from launcher.environment import detect_environment, export_for_torch
+from launcher.environment import detect_environment
 from launcher.errors import one_sentence_errors
-from launcher.guarding.data_loss import AgreedBatches
-from launcher.guarding.due_validations import DueValidations
-from launcher.guarding.failures import Failures, recognised_failures
-from launcher.guarding.guard import Guard, poison
-from launcher.guarding.leaving import end_process, leave_together
-from launcher.guarding.stopping import STOPPED_AT_A_SIGNAL, StopRequest
-from launcher.guarding.watchdog import Watchdog
-from launcher.plan import make_plan, share_plan
+from launcher.exit_codes import DONE, STOPPED
+from launcher.process import export_for_torch
 from launcher.run_folder import RunFolder
-from launcher.settings.data_source import open_run_data
-from launcher.settings.model_source import build_model
-from launcher.settings.schedule import learning_rate
-from launcher.watching.monitor import Monitor
-from launcher.watching.reduction import add_up
-from launcher.watching.validation import Validation, open_validation_data
+from launcher.training.checkpoints.checkpoint import TrainState
+from launcher.training.checkpoints.restore import load_checkpoint
+from launcher.training.checkpoints.saver import CheckpointSaver
+from launcher.training.engine import (
+    build_engine,
+    engine_values,
+    limit_collectives,
+    set_learning_rate,
+    start_process_group,
+)
+from launcher.training.monitoring.monitor import Monitor
+from launcher.training.monitoring.reduction import add_up
+from launcher.training.monitoring.validation import Validation, open_validation_data
+from launcher.training.plan import make_plan, share_plan
+from launcher.training.resilience.data_loss import AgreedBatches
+from launcher.training.resilience.due_validations import DueValidations
+from launcher.training.resilience.failures import Failures, recognised_failures
+from launcher.training.resilience.guard import Guard, poison
+from launcher.training.resilience.leaving import end_process, leave_together
+from launcher.training.resilience.stopping import StopRequest
+from launcher.training.resilience.watchdog import Watchdog
+from launcher.training.setup.data_source import open_run_data
+from launcher.training.setup.model_source import build_model
+from launcher.training.setup.schedule import learning_rate
 from model.loss import total_loss
 from model.metrics import count_tokens
 from model.moe import set_balancing_bias, updated_balancing_bias
@@ -61,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         failures.end(plan.step, error)  # where it has not got to its first step; the loop tells its own
         raise
-    return STOPPED_AT_A_SIGNAL if stopped else 0
+    return STOPPED if stopped else DONE
 
 
 def train(plan, run, environment, failures) -> bool:

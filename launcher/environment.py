@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 import socket
-import sys
-import time
 from collections.abc import Mapping, MutableMapping
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_pipeline.preparation.team import Member
 from launcher.errors import ConfigurationError
 from launcher.node_list import expand_node_list
 
 if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
     import torch
 
-LONGEST_COMPILATION = 600  # seconds; one operator takes about half a minute
 # SLURM numbers a job's steps from 0; what it starts itself, as a shell for salloc, has one of the last numbers.
 LAST_STEP = 0xFFFFFFF0
 
@@ -64,8 +56,8 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
         names, launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), "the deepspeed launcher or torchrun"
     elif "OMPI_COMM_WORLD_SIZE" in variables:
         return _meet_over_mpi(variables, int(variables["OMPI_COMM_WORLD_SIZE"]))
-    elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
-        _refuse_shell_of_srun(variables)
+    elif is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
+        refuse_shell_of_srun(variables)
         names, launcher = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"), "srun"
         _set_slurm_rendezvous(variables)
     elif int(variables.get("PMI_SIZE", "1")) > 1:  # after srun, whose PMI-2 plugin sets it too
@@ -105,7 +97,7 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
     """
     places = {}
     for launcher, names in PLACES.items():
-        if launcher == "srun" and not _is_task_of_srun(variables):
+        if launcher == "srun" and not is_task_of_srun(variables):
             continue
         if all(variables.get(name) for name in names):
             places[launcher] = tuple(_whole(variables, name) for name in names)
@@ -128,13 +120,13 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
         )
 
 
-def _is_task_of_srun(variables: Mapping[str, str]) -> bool:
+def is_task_of_srun(variables: Mapping[str, str]) -> bool:
     """Not so a job's batch script or salloc's shell, which have the job's number of tasks, but are none of them."""
     step = variables.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < LAST_STEP and "SLURM_NTASKS" in variables
 
 
-def _refuse_shell_of_srun(variables: Mapping[str, str]) -> None:
+def refuse_shell_of_srun(variables: Mapping[str, str]) -> None:
     """Raise `ConfigurationError` in the shell of `srun --pty bash`: the shells of srun's other tasks have ended already.
 
     A second srun in that shell hands the shell's variables on, but not its terminal.
@@ -160,39 +152,13 @@ def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
         variables["MASTER_PORT"] = str(15000 + (int(job) * 64 + int(restart) * 8 + int(step)) % 15000)
 
 
-def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, bool]:
-    """This job's share of a preparation, and whether it shares the machine with others of mpirun.
-
-    The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array. LFM_MPI, which
-    names a plug-in to `slurm/prepare.sbatch`, has MPI say the place in srun's, too.
-    Raises `ConfigurationError` where MPI cannot be used, and in a shell of srun's that is one of several tasks.
-    """
-    variables = os.environ if variables is None else variables
-    rank, size, by_mpirun = 0, 1, False
-    if "OMPI_COMM_WORLD_SIZE" in variables:
-        rank, size, by_mpirun = *_mpi_place(int(variables["OMPI_COMM_WORLD_SIZE"])), True
-    elif _is_task_of_srun(variables) and int(variables["SLURM_NTASKS"]) > 1:
-        _refuse_shell_of_srun(variables)
-        rank, size = int(variables["SLURM_PROCID"]), int(variables["SLURM_NTASKS"])
-        if variables.get("LFM_MPI"):
-            rank, size = _mpi_place(size)
-    elif int(variables.get("PMI_SIZE", "1")) > 1:
-        rank, size, by_mpirun = *_mpi_place(int(variables["PMI_SIZE"])), True
-    task, tasks = 0, 1
-    if "SLURM_ARRAY_TASK_ID" in variables:
-        named = [int(variables[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "STEP", "COUNT")]
-        tasks = named[3]
-        task = (named[0] - named[1]) // named[2] % tasks  # a list such as 1,2,10 has gaps
-    return Member(task * size + rank, tasks * size), by_mpirun
-
-
 def _whole(variables: Mapping[str, str], name: str) -> int:
     if not variables[name].isdigit():
         raise ConfigurationError(f"{name} is {variables[name]!r}, which is no number; unset it")
     return int(variables[name])
 
 
-def _mpi_place(expected: int) -> tuple[int, int]:
+def mpi_place(expected: int) -> tuple[int, int]:
     everyone, MPI = _mpi_world(expected)
     place = everyone.rank, everyone.size
     MPI.Finalize()  # the ranks share work through files; finalizing at the end would make a failing rank wait for all
@@ -235,72 +201,6 @@ def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
     # SLURM writes "4(x2),3": this node's share is at most the largest, which is all that thread counts need.
     tasks = variables.get("SLURM_STEP_TASKS_PER_NODE")
     return str(max(int(part.split("(")[0]) for part in tasks.split(","))) if tasks else None
-
-
-def export_for_torch(environment: Environment) -> None:
-    """Set what torch and DeepSpeed read from the environment: rendezvous, cores, where compiled operators lie."""
-    # DeepSpeed takes LOCAL_RANK for the number of the GPU.
-    local_rank = environment.local_rank if environment.device.type == "cpu" else environment.device.index
-    os.environ.update(RANK=str(environment.rank), WORLD_SIZE=str(environment.world_size), LOCAL_RANK=str(local_rank))
-    if environment.world_size == 1:
-        # Nobody else joins, so any port will do, and two runs on one machine need not agree on theirs.
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    if environment.device.type == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            import torch
-
-            # By default every process takes all cores, and they fight.
-            torch.set_num_threads(_cores_of_a_process(environment))
-        _keep_freed_memory()
-    _export_for_compiler()
-
-
-def _cores_of_a_process(environment: Environment) -> int:
-    seen = len(os.sched_getaffinity(0))
-    if environment.launcher == "srun" and (of_task := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
-        return min(int(of_task), seen)  # where SLURM binds tasks to cores, those that it sees are its own already
-    return max(1, seen // environment.local_world_size)
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step, as CUDA's allocator does.
-
-    By default each large tensor is mapped, filled page by page with zeros and unmapped again, which can take a CPU as
-    long as the arithmetic. Whoever sets glibc's own variables decides otherwise.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    trim_threshold, mmap_max = -1, -4  # from malloc.h
-    mallopt(trim_threshold, -1)  # never
-    mallopt(mmap_max, 0)
-
-
-def _export_for_compiler() -> None:
-    """DeepSpeed compiles operators at run time: keep them with the environment that they were compiled for."""
-    binaries = str(Path(sys.executable).parent)
-    path = os.environ.get("PATH", os.defpath)
-    if binaries not in path.split(os.pathsep):
-        os.environ["PATH"] = binaries + os.pathsep + path  # ninja, where the environment is not activated
-    operators = Path(sys.prefix) / "torch_extensions"
-    if operators.is_dir() or os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(operators))
-    _remove_stale_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", operators)))
-
-
-def _remove_stale_locks(operators: Path) -> None:
-    """Whoever loads an operator holds a lock file meanwhile; one left by a killed process would be waited for for ever."""
-    for lock in operators.glob("*/lock"):
-        with suppress(FileNotFoundError):  # its holder, or another rank, was quicker
-            age = time.time() - lock.stat().st_mtime
-            if age > LONGEST_COMPILATION:
-                lock.unlink()
-            else:
-                print(
-                    f"{lock} is {age:.0f} s old: another process compiles that operator, or was interrupted; if none is at "
-                    "work, delete this file, or the start waits for it for ever",
-                    file=sys.stderr,
-                )
 
 
 def free_port() -> int:

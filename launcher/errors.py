@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from data_pipeline.errors import DataError
+from launcher.exit_codes import FAILED, INTERRUPTED, LOST, WRONG_INPUT
 
 
 class ConfigurationError(Exception):
@@ -21,9 +22,6 @@ class HardwareError(Exception):
     """A rank, a machine or the connection between them is lost; exit code 77, and starting again goes on."""
 
 
-COMMUNICATION_OR_HARDWARE = 77  # its exit code
-
-
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """End the program with one sentence where the user caused the error, or with Ctrl-C; the rest keeps its traceback."""
@@ -31,13 +29,13 @@ def one_sentence_errors() -> Iterator[None]:
         yield
     except (ConfigurationError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(WRONG_INPUT)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(FAILED)
     except HardwareError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(COMMUNICATION_OR_HARDWARE)
+        sys.exit(LOST)

@@ -17,11 +17,11 @@ from typing import IO
 import yaml
 
 from data_pipeline.errors import DataError
-from data_pipeline.shards.format import sync_folder
 from launcher.attempts import add_attempt, code_version, differences
 from launcher.config import RunConfig, as_dict
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
+from launcher.files import replace_text
 from model import LiquidConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
@@ -231,18 +231,3 @@ def _who() -> dict:
         "host": socket.gethostname(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)

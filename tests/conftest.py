@@ -10,7 +10,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 CLUSTER = "tests/cluster/"
-LONGEST = (CLUSTER, "tests/test_main_job.py", "tests/launcher/test_kills.py", "tests/launcher/test_faults.py")
+LONGEST = (
+    CLUSTER,
+    "tests/test_main_job.py",
+    "tests/launcher/training/test_kills.py",
+    "tests/launcher/training/test_faults.py",
+)
 
 
 def pytest_addoption(parser):

@@ -34,10 +34,10 @@ PROJECT = Path(__file__).parents[1]
 LARGEST_REQUEST = 2**20
 LONGEST_FORK = 120.0  # seconds; the first one waits for the imports
 PRELOADED = (
-    "launcher.accelerator",  # before DeepSpeed
+    "launcher.training.accelerator",  # before DeepSpeed
     "deepspeed.runtime.zero.stage3", "deepspeed.runtime.zero.stage_1_and_2", "torch._dynamo", "train",
-    "data_pipeline.checking.verification", "data_pipeline.preparation.prepare", "launcher.evaluation.evaluation",
-    "launcher.export.export", "launcher.preflight.nodes", "launcher.serving.server",
+    "data_pipeline.checking.verification", "data_pipeline.preparation.prepare", "launcher.tools.evaluation.evaluation",
+    "launcher.tools.export.export", "launcher.training.preflight.nodes", "launcher.tools.serving.server",
 )  # fmt: skip
 
 
@@ -250,7 +250,7 @@ def main() -> None:
     """Import what the processes of tests need, and serve."""
     for name in PRELOADED:
         importlib.import_module(name)
-    with sys.modules["launcher.engine"].muon_not_compiled():
+    with sys.modules["launcher.training.engine"].muon_not_compiled():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     gc.freeze()  # a collection in a child would copy the pages that all of them share
     serve(socket.socket(fileno=int(sys.argv[1])))

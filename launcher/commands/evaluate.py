@@ -40,8 +40,9 @@ def add_evaluate(commands) -> None:
 
 
 def _evaluate(options) -> None:
-    from launcher.environment import detect_environment, export_for_torch
+    from launcher.environment import detect_environment
     from launcher.errors import ConfigurationError
+    from launcher.process import export_for_torch
 
     for name, least in (("limit", 1), ("answers", 0), ("show", 0), ("samples", 0), ("batch_size", 1)):
         value = getattr(options, name)
@@ -50,11 +51,11 @@ def _evaluate(options) -> None:
     environment = detect_environment()
     export_for_torch(environment)
 
-    from launcher.evaluation.evaluation import Team, evaluate
-    from launcher.evaluation.held_out import data_of_run, open_held_out
-    from launcher.evaluation.results import print_table, write_results
-    from launcher.evaluation.text_metrics import NO_WORDNET
-    from launcher.inference.generation import Decoding, load_model
+    from launcher.tools.evaluation.evaluation import Team, evaluate
+    from launcher.tools.evaluation.held_out import data_of_run, open_held_out
+    from launcher.tools.evaluation.results import print_table, write_results
+    from launcher.tools.evaluation.text_metrics import NO_WORDNET
+    from launcher.tools.inference.generation import Decoding, load_model
 
     data = options.data or (None if options.questions else data_of_run(Path(options.model)))
     decoding = Decoding(max_new_tokens=options.max_new_tokens)

@@ -37,7 +37,7 @@ def add_export(commands) -> None:
 
 
 def _export(options) -> None:
-    from launcher.export.export import export
+    from launcher.tools.export.export import export
 
     # An exit, so that what is half written is cleared away.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

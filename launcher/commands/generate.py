@@ -41,7 +41,7 @@ def add_generate(commands) -> None:
 
 def _generate(options) -> None:
     from launcher.errors import ConfigurationError
-    from launcher.inference.questions import cleaned, is_text, told_if_changed
+    from launcher.tools.inference.questions import cleaned, is_text, told_if_changed
 
     if options.question and options.file:
         raise ConfigurationError("questions are on the command line and in --file; give one of the two")
@@ -59,7 +59,7 @@ def _generate(options) -> None:
     import torch
     from tqdm import tqdm
 
-    from launcher.inference.generation import Decoding, answer, load_model, stream
+    from launcher.tools.inference.generation import Decoding, answer, load_model, stream
 
     decoding = Decoding(
         options.max_new_tokens, options.temperature, options.top_p, options.beams, options.repetition_penalty
@@ -78,7 +78,7 @@ def _generate(options) -> None:
 
 def _read_questions(file: str | None) -> list[str]:
     """The questions of a file, or of the standard input, empty lines left out."""
-    from launcher.inference.questions import read_lines, read_objects
+    from launcher.tools.inference.questions import read_lines, read_objects
 
     if file is None or Path(file).suffix != ".jsonl":
         return [line for _, line in read_lines(file)]

@@ -34,15 +34,16 @@ def add_preflight(commands) -> None:
 
 
 def _preflight(options) -> int:
-    from launcher.environment import detect_environment, export_for_torch
+    from launcher.environment import detect_environment
+    from launcher.process import export_for_torch
 
     with redirect_stdout(sys.stderr):  # importing may print, and stdout is for the answer
         environment = detect_environment()
         export_for_torch(environment)
-        from launcher.engine import start_process_group
-        from launcher.preflight.checks import check_run
-        from launcher.preflight.findings import RED, as_json, print_table, worst
-        from launcher.preflight.nodes import check_nodes
+        from launcher.training.engine import start_process_group
+        from launcher.training.preflight.checks import check_run
+        from launcher.training.preflight.findings import RED, as_json, print_table, worst
+        from launcher.training.preflight.nodes import check_nodes
 
         arguments = (options.config, options.overrides, options.deepspeed_config)
         world = world_of(options, environment)
@@ -50,7 +51,7 @@ def _preflight(options) -> int:
         here = environment.world_size > 1 or "SLURM_JOB_ID" in os.environ or world == environment
         findings, nodes = check_run(*arguments, world, here), [socket.gethostname()]
         if environment.world_size > 1:
-            from launcher.guarding.leaving import leave_together
+            from launcher.training.resilience.leaving import leave_together
 
             start_process_group(environment)
             findings, nodes = check_nodes(environment, *_shared_paths(options), findings)
@@ -66,7 +67,7 @@ def _preflight(options) -> int:
 
 
 def _save(path: Path, report: str) -> None:
-    from launcher.run_folder import replace_text
+    from launcher.files import replace_text
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from launcher.environment import detect_member
+from launcher.team_member import detect_member
 
 LED = "allenai/led-base-16384"
 EPILOG = """\

@@ -19,7 +19,7 @@ def add_report(commands) -> None:
 
 
 def _report(options) -> None:
-    from launcher.watching.report import write_report
+    from launcher.tools.report import write_report
 
     run = Path(options.run_folder)
     print(f"the report is in {write_report(run, Path(getattr(options, 'out', run / 'report.html')))}")

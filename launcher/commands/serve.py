@@ -52,11 +52,11 @@ def _serve(options) -> None:
 
     import uvicorn
 
-    from launcher.inference.generation import load_model
-    from launcher.serving.connections import ImpatientProtocol
-    from launcher.serving.requests import Limits
-    from launcher.serving.server import build_app
-    from launcher.serving.worker import Worker
+    from launcher.tools.inference.generation import load_model
+    from launcher.tools.serving.connections import ImpatientProtocol
+    from launcher.tools.serving.requests import Limits
+    from launcher.tools.serving.server import build_app
+    from launcher.tools.serving.worker import Worker
 
     listener = _listen(options.host, options.port)
     limits = Limits(

@@ -58,8 +58,8 @@ def add_submit(commands) -> None:
 
 
 def _submit(options) -> None:
-    from launcher.submission.sbatch import check_sbatch, of_script, stages
-    from launcher.submission.site import read_site, write_site
+    from launcher.cluster.sbatch import check_sbatch, of_script, stages
+    from launcher.cluster.site import read_site, write_site
 
     if options.site:
         print(f"noted in {write_site(options.site)}")
@@ -102,9 +102,9 @@ def _checked(found, options):
 
 
 def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
+    from launcher.cluster.batch_job import run_folder
+    from launcher.cluster.sweep import sweep, table_job, write_runs
     from launcher.errors import ConfigurationError
-    from launcher.submission.batch_job import run_folder
-    from launcher.submission.sweep import sweep, table_job, write_runs
 
     output = Path(run_folder(arguments))
     runs, job = sweep(options.sweep, arguments, output, site, _resources(options))
@@ -124,7 +124,7 @@ def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
 
 
 def _show_table(output: Path) -> None:
-    from launcher.submission.sweep import table
+    from launcher.cluster.sweep import table
 
     text = table(output)
     (output / "table.md").write_text(text)

@@ -8,16 +8,16 @@ newest whole checkpoint, which hashes all of its files, until the engine has it.
 
 from __future__ import annotations
 
-import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
 
 import os
 import shutil
 from pathlib import Path
 
-from launcher.checkpoints.checkpoint import TrainState, find_checkpoint
-from launcher.checkpoints.restore import load_checkpoint
-from launcher.checkpoints.saver import CheckpointSaver
 from launcher.run_folder import RunFolder
+from launcher.training.checkpoints.checkpoint import TrainState, find_checkpoint
+from launcher.training.checkpoints.restore import load_checkpoint
+from launcher.training.checkpoints.saver import CheckpointSaver
 from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns
 from tests.benchmarks.training_step import Loop, build_training
 

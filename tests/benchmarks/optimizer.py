@@ -7,7 +7,7 @@ DeepSpeed's own FusedAdam is compared only if it is compiled already: that takes
 
 from __future__ import annotations
 
-import launcher.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
 
 import functools
 import os
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from launcher.environment import detect_environment, export_for_torch
+from launcher.environment import detect_environment
+from launcher.process import export_for_torch
 from model import LiquidConfig, LiquidForCausalLM
 from tests.benchmarks.measurement import Goal, Options, Row, rates, seconds_of, take_turns
 

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # when run as a sc
 
 from launcher.config import RunConfig
 from launcher.errors import one_sentence_errors
-from launcher.settings.schedule import learning_rate
+from launcher.training.setup.schedule import learning_rate
 from tests.benchmarks.quality_data import (
     CURVE_BATCHES,
     TOKENS_PER_STEP,

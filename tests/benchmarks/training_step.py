@@ -186,9 +186,9 @@ def build_model(loop: Loop) -> tuple:
 def build_training(loop: Loop) -> tuple:
     """Join the other ranks and hand the model to DeepSpeed; returns the engine, a batch and its counts."""
     from launcher.config import RunConfig
-    from launcher.engine import build_engine, start_process_group
     from launcher.environment import detect_environment, export_for_torch
-    from launcher.settings.deepspeed_config import resolve_deepspeed_config
+    from launcher.training.engine import build_engine, start_process_group
+    from launcher.training.setup.deepspeed_config import resolve_deepspeed_config
 
     environment = detect_environment()
     export_for_torch(environment)

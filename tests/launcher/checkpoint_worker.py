@@ -14,9 +14,9 @@ from pathlib import Path
 from unittest.mock import patch
 
 import train
-from launcher.checkpoints.saver import CheckpointSaver, FileWriter
 from launcher.errors import one_sentence_errors
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.checkpoints.saver import CheckpointSaver, FileWriter
+from launcher.training.resilience.leaving import end_process, leave_together
 
 LEFT_FREE = 30_000  # bytes: enough for some of a checkpoint's files
 
@@ -62,7 +62,7 @@ def kill_before(name: str):
 
     @contextmanager
     def fault(saver: CheckpointSaver) -> Iterator[None]:
-        patch(f"launcher.checkpoints.saver.{name}", lambda *_: os.kill(os.getpid(), signal.SIGKILL)).start()
+        patch(f"launcher.training.checkpoints.saver.{name}", lambda *_: os.kill(os.getpid(), signal.SIGKILL)).start()
         yield
 
     return fault

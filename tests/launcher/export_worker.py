@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.resilience.leaving import end_process, leave_together
 
 TOKENS = torch.randint(4, 1900, (2, 40), generator=torch.Generator().manual_seed(0))
 

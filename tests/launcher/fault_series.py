@@ -11,7 +11,7 @@ from pathlib import Path
 
 from forked_ranks import RANKS, train_forked
 
-import launcher.checkpoints.saver as saver
+import launcher.training.checkpoints.saver as saver
 import train
 
 build_engine, train_step, write_file = train.build_engine, train.train_step, saver.FileWriter.save

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-import launcher.guarding.guard
-import launcher.guarding.watchdog
 import launcher.run_folder
+import launcher.training.resilience.guard
+import launcher.training.resilience.watchdog
 import train
-from launcher.checkpoints.checkpoint import complete_checkpoints, find_checkpoint
 from launcher.errors import one_sentence_errors
-from launcher.guarding.failures import recognised_failures
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.checkpoints.checkpoint import complete_checkpoints, find_checkpoint
+from launcher.training.resilience.failures import recognised_failures
+from launcher.training.resilience.leaving import end_process, leave_together
 
 build_engine, train_step = train.build_engine, train.train_step
 
@@ -79,17 +79,17 @@ def build_with_faults(faults: list[dict]):
         train_step(engine, batches, state, *others)
 
     train.build_engine, train.train_step = build, step
-    launcher.guarding.guard.find_checkpoint = find_after_damage
+    launcher.training.resilience.guard.find_checkpoint = find_after_damage
 
 
 def main() -> int:
     arguments, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     if options.get("claim_fp16"):
         get_accelerator().is_fp16_supported = lambda: True
-    launcher.guarding.watchdog.GRACE = options.get("grace", launcher.guarding.watchdog.GRACE)
+    launcher.training.resilience.watchdog.GRACE = options.get("grace", launcher.training.resilience.watchdog.GRACE)
     launcher.run_folder.STATUS_EVERY = options.get("status_every", launcher.run_folder.STATUS_EVERY)
     if options.get("save_always"):
-        launcher.guarding.guard.Guard.may_save = lambda *_: True
+        launcher.training.resilience.guard.Guard.may_save = lambda *_: True
     build_with_faults(options.get("faults", []))
     with one_sentence_errors(), recognised_failures():
         code = train.main(arguments)

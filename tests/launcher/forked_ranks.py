@@ -9,12 +9,12 @@ from typing import NoReturn
 
 import psutil
 
-import launcher.guarding.failures
+import launcher.training.resilience.failures
 import train
 from launcher.environment import free_port
 from launcher.errors import one_sentence_errors
-from launcher.guarding.failures import recognised_failures
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.resilience.failures import recognised_failures
+from launcher.training.resilience.leaving import end_process, leave_together
 
 RANKS = 2
 PR_SET_CHILD_SUBREAPER = 36  # what the ranks leave behind becomes this process's child, and is seen
@@ -53,7 +53,7 @@ def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: 
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    launcher.guarding.failures.GRACE = 3.0  # both ranks are on this machine
+    launcher.training.resilience.failures.GRACE = 3.0  # both ranks are on this machine
     before(rank)
     with one_sentence_errors(), recognised_failures():
         code = train.main(arguments)

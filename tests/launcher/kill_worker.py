@@ -15,10 +15,10 @@ from pathlib import Path
 
 from forked_ranks import RANKS, train_forked
 
-import launcher.checkpoints.saver as saver
+import launcher.training.checkpoints.saver as saver
 import train
-from launcher.checkpoints.checkpoint import find_checkpoint
 from launcher.run_folder import RunFolder
+from launcher.training.checkpoints.checkpoint import find_checkpoint
 
 # What the killed rank has begun, and up to how many seconds ago. Every kind comes in turn, at random ranks and times.
 KINDS = {"steps": 1.0, "save": 0.15, "hashing": 0.01, "steps ": 1.0, "publishing": 0.02, "start": 3.0}

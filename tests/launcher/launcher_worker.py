@@ -7,7 +7,7 @@ from deepspeed.accelerator import get_accelerator
 
 import model.loss
 import train
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.resilience.leaving import end_process, leave_together
 
 
 def main() -> None:

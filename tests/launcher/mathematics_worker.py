@@ -15,7 +15,7 @@ from deepspeed.utils import groups, safe_get_full_grad
 import model.loss
 import train
 from data_pipeline.loading.loader import BatchStream
-from launcher.guarding.leaving import end_process, leave_together
+from launcher.training.resilience.leaving import end_process, leave_together
 
 STEPS = 10
 GRADIENTS_OF = (1, 2)

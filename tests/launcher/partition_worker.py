@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
-from launcher.engine import build_engine, fill_from_rank_0, start_process_group
-from launcher.environment import detect_environment, export_for_torch
+from launcher.environment import detect_environment
+from launcher.process import export_for_torch
+from launcher.training.engine import build_engine, start_process_group
+from launcher.training.weight_broadcast import fill_from_rank_0
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from launcher.export.export import load_run
+from launcher.tools.export.export import load_run
 
 
 def tensors(content, name: str = "") -> dict[str, torch.Tensor]:

@@ -56,7 +56,7 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("output=$LFM_UNSET/x", r"output in the override .* names the variable \$LFM_UNSET, which is not set"),
         ("output=", "output is empty; name one"),
         ("data=", "data is empty; name one"),
-        ("profile.steps=[298, 301]", r"profile.steps is \[298, 301\], but the run ends at max_steps 300"),
+        ("profile.steps=[398, 401]", r"profile.steps is \[398, 401\], but the run ends at max_steps 400"),
     ],
 )
 def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):

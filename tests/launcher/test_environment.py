@@ -10,8 +10,10 @@ import time
 
 import pytest
 
-from launcher.environment import Environment, _cores_of_a_process, detect_environment, detect_member, free_port
+from launcher.environment import Environment, detect_environment, free_port
 from launcher.errors import ConfigurationError
+from launcher.process import _cores_of_a_process
+from launcher.team_member import detect_member
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 ARRAY = {
@@ -142,7 +144,8 @@ def test_srun_torchrun_and_deepspeed_give_the_same_losses(trainer):
 )
 def test_mpi_that_cannot_be_used_is_one_sentence(detect, variables):
     """Without an MPI library, or with one that never heard of who started it, nothing may work alone in silence."""
-    code = f"from launcher.environment import {detect} as d; from launcher.errors import one_sentence_errors as o\n"
+    module = "launcher.team_member" if detect == "detect_member" else "launcher.environment"
+    code = f"from {module} import {detect} as d; from launcher.errors import one_sentence_errors as o\n"
     code += "with o(): d()"
     environment = {**os.environ, **variables}
     environment.pop("RANK", None)
@@ -181,7 +184,7 @@ def test_a_process_of_srun_takes_the_cores_that_slurm_gave_it(monkeypatch):
 
 
 def test_a_step_that_got_no_variables_of_the_shell_starts():
-    code = "from launcher.environment import *; export_for_torch(detect_environment())"
+    code = "from launcher.process import *; from launcher.environment import *; export_for_torch(detect_environment())"
     subprocess.run([sys.executable, "-c", code], env={}, check=True, timeout=60)
 
 
@@ -205,7 +208,7 @@ def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
         lock.parent.mkdir()
         lock.touch()
         os.utime(lock, (time.time() - age,) * 2)
-    code = "from launcher.environment import *; export_for_torch(detect_environment())"
+    code = "from launcher.process import *; from launcher.environment import *; export_for_torch(detect_environment())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["compiling"]
     # One that may still be at work, or was interrupted just now, is told of: nothing else would say why a start hangs.

@@ -57,7 +57,7 @@ def test_submit_fetch_and_a_batch_jobs_decisions_import_no_torch(tmp_path):
     commands = {
         "submit": ([*LFM, "submit", "--dry-run", "train"], 0),
         "fetch": ([*LFM, "fetch", "--out", str(tmp_path / "hub")], 2),  # nobody listens there
-        "batch job": ([sys.executable, "-m", "launcher.submission.batch_job", "folder", "--deepspeed_config", "x.json"], 0),
+        "batch job": ([sys.executable, "-m", "launcher.cluster.batch_job", "folder", "--deepspeed_config", "x.json"], 0),
     }  # fmt: skip
     for name, (command, code) in commands.items():
         modules, _ = imported(command, code, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1")

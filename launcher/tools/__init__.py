@@ -1,0 +1,1 @@
+"""What comes after training: evaluation, generation, serving, export, the report."""

@@ -1,0 +1,189 @@
+"""What a model is asked: rows for the teacher-forced figures, and questions with their right answers.
+
+Both come from one source: a shard folder, a JSON-lines file or the sample's held-out split. Questions that are not in
+shards are laid out and packed here as `lfm prepare` would.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data_pipeline.loading.collate import END, START
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.loading.remote import is_remote
+from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
+from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
+from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
+from launcher.errors import ConfigurationError
+from launcher.run_folder import RunFolder
+from launcher.tools.inference.questions import cleaned, read_objects, told_if_changed
+from launcher.training.setup.data_source import held_out_location
+
+ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
+SHORTEST_ROW = 256  # tokens of the rows that questions are packed into here
+
+
+class Rows(Protocol):
+    """Packed rows by number, as `data_pipeline.loading.reader.ShardFolder` has them."""
+
+    num_rows: int
+    pad_token_id: int
+    fingerprint: str
+    location: str
+
+    def gather(self, rows: np.ndarray) -> PackedRows: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its right answer, and how the model reads it: the ids `<s> question <sep>`."""
+
+    question: str
+    expected: str
+    prompt: list[int]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """All that one evaluation asks; every process makes the same."""
+
+    rows: Rows
+    numbers: np.ndarray  # of the rows that count
+    questions: list[Question]
+
+
+class PackedQuestions:
+    """Questions and answers packed into rows in memory."""
+
+    def __init__(self, location: str, pairs: list[dict], tokenizer: PreTrainedTokenizerBase, longest: int):
+        documents = [_encode(tokenizer, pair) for pair in pairs]
+        lengths = np.array([len(ids) for ids, _ in documents])
+        seq_len = int(min(longest, max(SHORTEST_ROW, lengths.max())))
+        packed = pack(
+            Documents(
+                ids=np.concatenate([ids for ids, _ in documents]),
+                lengths=lengths,
+                answer_starts=np.array([start for _, start in documents]),
+                sources=np.zeros(len(documents), dtype=np.int64),
+                input_rows=np.arange(len(documents)),
+            ),
+            seq_len, tokenizer.pad_token_id, np.int64,
+        )  # fmt: skip
+        self.location = location
+        self.num_rows = len(packed.tokens)
+        self.pad_token_id = tokenizer.pad_token_id
+        self.fingerprint = hashlib.sha256(packed.tokens.tobytes() + packed.spans.tobytes()).hexdigest()
+        self._packed, self._first_spans = packed, np.concatenate(([0], packed.pieces.cumsum()))
+
+    def gather(self, rows: np.ndarray) -> PackedRows:
+        spans = [self._packed.spans[self._first_spans[row] : self._first_spans[row + 1]] for row in rows]
+        return PackedRows(self._packed.tokens[rows], np.concatenate(spans), self._packed.pieces[rows])
+
+
+def open_held_out(
+    data: str | None, questions: str | None, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None
+) -> HeldOut:
+    """Open the shard folder `data` (its `validation/` where it has one), or else read `questions`.
+
+    longest: the model's positions. limit: so many rows (of a shard folder) or questions at most, spread over all.
+    Raises `ConfigurationError` where they are not for this tokenizer or this model, and `DataError` for a damaged folder.
+    """
+    if data is not None:
+        return _open_shards(Path(data), tokenizer, longest, limit)
+    pairs = read_questions(questions)
+    pairs = _cleaned({index + 1: pairs[index] for index in spread(len(pairs), limit)}, questions)
+    asked = [Question(pair["question"], pair["answer"], encode_prompt(tokenizer, pair["question"])) for pair in pairs]
+    rows = PackedQuestions(questions, pairs, tokenizer, longest)
+    return HeldOut(rows, np.arange(rows.num_rows), asked)
+
+
+def _cleaned(pairs: dict[int, dict], source: str) -> list[dict]:
+    """The pairs, given by their numbers, cleaned as the training text was; a note says how many of their texts that changed."""
+    result, changed = [], 0
+    for number, pair in pairs.items():
+        texts = {
+            name: cleaned(pair[name], f"the {name} of pair {number} of {source}") if pair[name].strip() else ""
+            for name in ("question", "answer")
+        }
+        changed += any(told_if_changed(pair[name], text) for name, text in texts.items())
+        result.append(texts)
+    if changed:
+        print(f"note: cleaning changed {changed} of {len(pairs)} pairs, as it did the training text", file=sys.stderr)
+    return result
+
+
+def data_of_run(model: Path) -> str:
+    """The folder of the held-out rows that a run's validations look at.
+
+    Raises `ConfigurationError` where `model` is no run folder, or its run has no such rows on this machine.
+    """
+    if not (model / "run.yaml").is_file():
+        raise ConfigurationError(
+            f"{model} is no run folder, which would name its data; give --data FOLDER, --questions FILE.jsonl or "
+            "--questions sample"
+        )
+    config = RunFolder(model).read_description()["config"]
+    data = held_out_location(config["data"], config.get("validation_data"))
+    if data is None or is_remote(data):
+        raise ConfigurationError(f"the run {model} has no held-out rows on this machine; give --data or --questions")
+    return data
+
+
+def spread(count: int, limit: int | None) -> np.ndarray:
+    """Numbers below `count`, in order: all, or `limit` of them spread evenly, since neighbours are of one kind."""
+    wanted = count if limit is None else min(limit, count)
+    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
+
+
+def read_questions(source: str) -> list[dict]:
+    """Rows with `question` and `answer`: the sample's held-out split (`sample`) or a JSON-lines file."""
+    if source == "sample":
+        from data_pipeline.sources.sample import held_out_rows
+
+        return held_out_rows()
+    return read_objects(source, "question", "answer")
+
+
+def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None) -> HeldOut:
+    if (folder / VALIDATION_FOLDER / INDEX_NAME).is_file():
+        folder = folder / VALIDATION_FOLDER
+    rows = ShardFolder(folder)
+    if rows.tokenizer_fingerprint != fingerprint(tokenizer.backend_tokenizer):
+        raise ConfigurationError(
+            f"{folder} was prepared with another tokenizer than the model's; prepare it with --tokenizer and the model's folder"
+        )
+    if rows.seq_len > longest:
+        raise ConfigurationError(
+            f"{folder} has rows of {rows.seq_len} tokens and the model takes {longest}; prepare it with --seq-len {longest}"
+        )
+    if rows.num_rows == 0:
+        raise ConfigurationError(f"{folder} has no rows; prepare it from more, or with a larger --validation-share")
+    numbers = spread(rows.num_rows, limit)
+    return HeldOut(rows, numbers, _questions_in(rows, numbers, tokenizer))
+
+
+def _questions_in(rows: ShardFolder, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
+    """The documents that lie whole in one of the rows: of a longer one nobody knows the whole answer."""
+    found = []
+    for number in numbers:
+        read = rows.gather(np.array([number]))
+        tokens = read.tokens[0].tolist()
+        for span in read.spans:
+            start, answer, end = (int(span[column]) for column in (START, ANSWER_START, END))
+            if span[OFFSET] == 0 and start < answer < end and tokens[end - 1] == tokenizer.eos_token_id:
+                question = decode_answer(tokenizer, tokens[start + 1 : answer - 1])
+                found.append(Question(question, decode_answer(tokenizer, tokens[answer:end]), tokens[start:answer]))
+    return found
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, pair: dict) -> tuple[np.ndarray, int]:
+    """A document's ids, and where in them its answer begins."""
+    prompt = encode_prompt(tokenizer, pair["question"])
+    return np.array([*prompt, *encode_answer(tokenizer, pair["answer"])], dtype=np.int64), len(prompt)

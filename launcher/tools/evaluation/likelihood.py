@@ -1,0 +1,105 @@
+"""What a model makes of the right answers: every token of them predicted from the right ones before it.
+
+Counted are the answers' tokens and the `</s>` that ends each, in any piece of a document; questions, `<sep>` and padding
+are read and not counted. All figures are sums over documents in the order of the rows, so that they do not depend on who
+looked at which row.
+
+Legend: B rows, T tokens, N documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from data_pipeline.loading.collate import IGNORE_INDEX, Pieces, collate
+from data_pipeline.shards.packing import PackedRows
+from launcher.training.monitoring.validation import score_tokens
+from model import LiquidForCausalLM
+
+TOP = (1, 3, 5, 10)
+
+
+@dataclass(frozen=True)
+class DocumentScore:
+    """One document (or piece) in a row: sums over its answer's tokens.
+
+    nats: of -log p. tokens, bytes: of the answer (its `</s>` is a token without bytes). among_top: how many tokens were
+    among the 1, 3, 5 and 10 likeliest. is_whole: neither its beginning nor its end lies in another row.
+    """
+
+    nats: float
+    tokens: int
+    bytes: int
+    among_top: tuple[int, ...]
+    is_whole: bool
+
+
+@torch.inference_mode()
+def score_rows(
+    model: LiquidForCausalLM, rows: PackedRows, pad_token_id: int, bytes_of: np.ndarray
+) -> list[list[DocumentScore]]:
+    """Score each row's documents that have a token of an answer. `bytes_of` `[vocab]`: the bytes of each token's text."""
+    collated = collate(rows, pad_token_id, "answer")
+    ids, positions = (torch.from_numpy(array).to(model.device) for array in (collated[0], collated[2]))
+    logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
+    # Shifted to the tokens they are about; nothing predicts a row's first.
+    loss = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    place = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    ids, asked = collated[0].reshape(-1), collated[1].reshape(-1) != IGNORE_INDEX
+    begin_id, end_id = model.config.bos_token_id, model.config.eos_token_id
+    pieces, seq_len = Pieces(rows), rows.tokens.shape[1]
+    scores: list[list[DocumentScore]] = [[] for _ in rows.tokens]
+    for start, end in zip(pieces.starts.tolist(), pieces.ends.tolist(), strict=True):
+        where = np.flatnonzero(asked[start:end]) + start
+        if len(where):
+            scores[start // seq_len].append(
+                DocumentScore(
+                    nats=math.fsum(loss[where]),
+                    tokens=len(where),
+                    bytes=int(bytes_of[ids[where]].sum()),
+                    among_top=tuple(int((place[where] < top).sum()) for top in TOP),
+                    is_whole=bool(ids[start] == begin_id and ids[end - 1] == end_id),
+                )
+            )
+    return scores
+
+
+def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | None]:
+    """The figures of all documents together, by name.
+
+    Perplexity is exp of the mean over tokens. Bits per byte: all nats, those of `</s>` included, over the bytes of the
+    answers' text. Sequence accuracy: of the whole documents, the share whose every answer token was the likeliest; None
+    without one.
+    """
+    nats, tokens = math.fsum(score.nats for score in scores), sum(score.tokens for score in scores)
+    whole = [score for score in scores if score.is_whole]
+    hits = [sum(score.among_top[place] for score in scores) for place in range(len(TOP))]
+    right = sum(score.among_top[0] == score.tokens for score in whole)
+    return {
+        "cross_entropy": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # above, a float overflows
+        "bits_per_byte": nats / math.log(2) / max(1, sum(score.bytes for score in scores)),
+        "token_accuracy": hits[0] / tokens,
+        **{f"top{top}_accuracy": hit / tokens for top, hit in zip(TOP[1:], hits[1:], strict=True)},
+        "sequence_accuracy": right / len(whole) if whole else None,
+    }
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+    """How many bytes of text each id stands for, int64 `[vocab_size]`; none for special tokens.
+
+    A byte-level BPE spells each byte as one character, which is what `lfm prepare` insists on.
+    """
+    special = set(tokenizer.all_special_ids)
+    lengths = np.zeros(vocab_size, dtype=np.int64)
+    for text, index in tokenizer.get_vocab().items():
+        if index not in special:
+            lengths[index] = len(text)
+    return lengths

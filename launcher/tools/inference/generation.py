@@ -1,0 +1,158 @@
+"""Questions in, answers out: from an exported folder or straight from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
+from launcher.errors import ConfigurationError
+from launcher.tools.export.export import load_run
+from launcher.tools.inference.questions import cleaned
+from model import LiquidForCausalLM
+
+LEAST_TEMPERATURE = 1e-5  # below it logits that are divided by it could overflow
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written.
+
+    max_new_tokens: of an answer at most. temperature: 0, or below 1e-5, takes the likeliest token, above it tokens are
+    drawn, out of the likeliest that have `top_p` of the probability together. num_beams: answers that are followed at
+    once; the likeliest is given. repetition_penalty: above 1, tokens that were there already become less likely (Keskar
+    et al. 2019).
+    Raises `ConfigurationError` for what has no meaning.
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        for is_right, name, must in (
+            (self.max_new_tokens >= 1, "max_new_tokens", "be at least 1"),
+            (0 <= self.temperature < float("inf"), "temperature", "be 0 (the likeliest token) or above"),
+            (0 < self.top_p <= 1, "top_p", "lie above 0 and be at most 1"),
+            (self.num_beams >= 1, "num_beams", "be at least 1"),
+            (0 < self.repetition_penalty < float("inf"), "repetition_penalty", "be above 0; 1 changes nothing"),
+        ):
+            if not is_right:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must {must}")
+        if self.top_p < 1 and self.temperature == 0:
+            raise ConfigurationError(f"top_p {self.top_p} draws tokens; give a temperature above 0, such as 1, with it")
+
+    def arguments(self) -> dict:
+        """The same for transformers' `generate`."""
+        draws = self.temperature >= LEAST_TEMPERATURE
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if draws else {}
+        return {
+            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": draws,
+            "repetition_penalty": self.repetition_penalty, **drawn,
+        }  # fmt: skip
+
+    def within(self, model: LiquidForCausalLM, prompt_length: int) -> Decoding:
+        """The same with answers no longer than the model's positions leave room for."""
+        room = model.config.max_position_embeddings - prompt_length
+        return replace(self, max_new_tokens=max(1, min(self.max_new_tokens, room)))
+
+
+def load_model(
+    path: str | Path, device: torch.device | None = None
+) -> tuple[LiquidForCausalLM, PreTrainedTokenizerBase]:
+    """The model and the tokenizer of an exported folder or of a run's newest checkpoint.
+
+    device: by default the first GPU, or else the CPU. Raises `ConfigurationError` where `path` is neither.
+    """
+    path = Path(path)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return LiquidForCausalLM.from_pretrained(path).eval().to(device), AutoTokenizer.from_pretrained(path)
+    if (path / "run.yaml").is_file():
+        return load_run(path).to(device), AutoTokenizer.from_pretrained(path / "model")
+    raise ConfigurationError(f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """A question as the model reads it, cleaned as the training text was: `<s> question <sep>`.
+
+    Raises `ConfigurationError` for a question of which cleaning leaves nothing.
+    """
+    return encode_prompt(tokenizer, cleaned(question))
+
+
+def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int, name: str = "a question") -> None:
+    """Raise `ConfigurationError` where a prompt and its answer would be longer than the model's positions."""
+    positions = model.config.max_position_embeddings
+    if len(prompt) + max_new_tokens > positions:
+        room = positions - len(prompt)
+        raise ConfigurationError(
+            f"{name} has {len(prompt)} tokens, which with {max_new_tokens} for the answer is more than the model's "
+            f"{positions} positions; shorten it{f', or ask for at most {room} new tokens' if room > 0 else ''}"
+        )
+
+
+@torch.inference_mode()
+def answer(
+    model: LiquidForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[str],
+    decoding: Decoding = Decoding(),
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[str]:
+    """One answer a question.
+
+    Raises `ConfigurationError` for a question of which cleaning leaves nothing, or that leaves no room in the model's
+    positions.
+    """
+    prompts = [prompt_ids(tokenizer, question) for question in questions]
+    for prompt in prompts:
+        check_room(model, prompt, decoding.max_new_tokens)
+    answers = [""] * len(prompts)
+    for chosen in batches_of_like_length(prompts, batch_size):
+        texts = answer_prompts(model, tokenizer, [prompts[index] for index in chosen], decoding)
+        for index, text in zip(chosen, texts, strict=True):
+            answers[index] = text
+        if progress is not None:
+            progress(len(chosen))
+    return answers
+
+
+def batches_of_like_length(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Which prompts to answer together: batches of about equal lengths waste little on padding."""
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
+@torch.inference_mode()
+def answer_prompts(
+    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], decoding: Decoding
+) -> list[str]:
+    """The answers to one batch of prompts, padded on the left."""
+    width = max(map(len, prompts))
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+    mask = (torch.arange(width) >= width - lengths).long()
+    output = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **decoding.arguments())
+    return [decode_answer(tokenizer, row) for row in output[:, width:].tolist()]
+
+
+@torch.inference_mode()
+def stream(model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, question: str, decoding: Decoding) -> None:
+    """Print the answer while it is written. Raises `ConfigurationError` as `answer` does, and for beams."""
+    if decoding.num_beams > 1:
+        raise ConfigurationError("beams are chosen between at the end, so there is nothing to stream; use num_beams 1")
+    prompt = prompt_ids(tokenizer, question)
+    check_room(model, prompt, decoding.max_new_tokens)
+    ids = torch.tensor([prompt], device=model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **decoding.arguments())

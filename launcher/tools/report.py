@@ -1,0 +1,173 @@
+"""`lfm report RUN`: one HTML page of a run that needs nothing else, no network and no script.
+
+Imports stand inside the functions: `lfm --help` must not wait for matplotlib.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from pathlib import Path
+
+# A plot for each: its title, and the tags in it (`*` at the end: all that begin so). Plots without any are left out.
+PLOTS = (
+    ("Loss", ("train/loss", "train/cross_entropy", "validation/cross_entropy")),
+    ("Loss terms", ("train/focal", "train/reconstruction", "train/budget", "train/expert_usage", "train/z_loss")),
+    ("Validation loss by source", ("validation/by_source/*",)),
+    (
+        "Held-out tokens and answers right",
+        ("validation/token_accuracy", "validation/top5_accuracy", "validation/sequence_accuracy"),
+    ),
+    ("Learning rate", ("train/learning_rate",)),
+    ("Gradient norm", ("train/grad_norm",)),
+    ("Gradient norm by group", ("grad_norm/*",)),
+    ("Loss scale", ("train/loss_scale",)),
+    ("Tokens per second", ("perf/tokens_per_second",)),
+    ("Utilisation", ("perf/mfu", "perf/hfu")),
+    (
+        "Seconds of a step",
+        ("perf/data_seconds", "perf/forward_seconds", "perf/backward_seconds", "perf/optimizer_seconds"),
+    ),
+    ("Memory, gigabytes", ("perf/memory_gigabytes",)),
+    ("Busiest expert over its fair share", (r"moe/layer_*load_max_over_mean",)),
+    ("Router entropy", (r"moe/layer_*router_entropy",)),
+    ("Retained embedding ratio", ("model/retained_ratio",)),
+)
+LOGARITHMIC = {"Gradient norm", "Gradient norm by group", "Loss scale"}
+LEGEND_AT_MOST = 12  # curves
+STYLE = (
+    "body{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em;color:#222}"
+    "h2{border-bottom:1px solid #ccc;margin-top:2em}.plots{display:flex;flex-wrap:wrap;gap:12px}"
+    ".plots figure{margin:0;flex:1 1 480px}svg{width:100%;height:auto}"
+    "table{border-collapse:collapse}th{background:#f6f6f6}"
+    "td,th{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}"
+    "pre{background:#f6f6f6;padding:1em;overflow:auto;max-height:32em}"
+    "img{image-rendering:pixelated;min-width:240px;border:1px solid #ccc}"
+)
+
+
+def write_report(run: Path, out: Path) -> Path:
+    """Write the page and return its path.
+
+    Raises `ConfigurationError` where `run` is no run or has taken no step, or `out` cannot be written.
+    """
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from launcher.errors import ConfigurationError
+    from launcher.files import replace_text
+
+    if not (run / "run.yaml").is_file():
+        raise ConfigurationError(f"{run} is not a run folder (it has no run.yaml); name the output of a training run")
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 1, "tensors": 0})
+    if (run / "tensorboard").is_dir():
+        events.Reload()
+    tags = events.Tags()
+    if "train/loss" not in tags["scalars"]:
+        raise ConfigurationError(f"{run} has not taken a step yet, so that there is nothing to report")
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    sections = [
+        f"<h1>{html.escape(run.name)}</h1>",
+        _state(run),
+        "<h2>Curves</h2><div class=plots>" + "".join(_plots(scalars)) + "</div>",
+        *_expert_load(events, tags),
+        *_answers(events, tags),
+        "<h2>Environment and configuration</h2><pre>" + html.escape((run / "run.yaml").read_text()) + "</pre>",
+    ]
+    page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
+    try:
+        replace_text(out, page + "\n".join(sections) + "\n")
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write the report to {out}: {error.strerror}; name another file with --out"
+        ) from error
+    return out
+
+
+def _state(run: Path) -> str:
+    path = run / "status.json"
+    if not path.is_file():
+        return "<p>No status yet.</p>"
+    status = json.loads(path.read_text())
+    reason = f", because: {html.escape(status['reason'])}" if status.get("reason") else ""
+    return f"<p>State: <b>{html.escape(status['state'])}</b> at step {status['step']:,}{reason}.</p>"
+
+
+def _plots(scalars: dict[str, list[tuple[int, float]]]):
+    """Each plot as an inline SVG, from matplotlib: its text stays text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter, MaxNLocator
+
+    for title, wanted in PLOTS:
+        patterns = [re.compile(re.escape(tag).replace(r"\*", ".*")) for tag in wanted]
+        chosen = [tag for pattern in patterns for tag in sorted(scalars) if pattern.fullmatch(tag)]
+        if not chosen:
+            continue
+        figure = Figure(figsize=(6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for tag in chosen:
+            steps, values = zip(*scalars[tag], strict=True)
+            label = _short(tag).replace("$", r"\$")  # no formula
+            axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
+        axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if title in LOGARITHMIC:
+            axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted(LogFormatter(minor_thresholds=(2, 0.4)))  # 3.6, not 3.6 × 10⁰
+        axes.grid(alpha=0.3)
+        if 1 < len(chosen) <= LEGEND_AT_MOST:
+            # Below the plot, where it hides no curve.
+            figure.legend(loc="outside lower center", ncols=min(2, len(chosen)), fontsize="small", frameon=False)
+        file = io.StringIO()
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        svg = file.getvalue()
+        yield f"<figure>{svg[svg.index('<svg') :]}</figure>"
+
+
+def _short(tag: str) -> str:
+    """A curve's name in a plot's legend."""
+    layer = re.fullmatch(r"moe/layer_(\d+)/.*", tag)
+    if layer:
+        return f"layer {int(layer[1])}"
+    for group in ("validation/by_source/", "grad_norm/"):  # a source keeps its name as it is
+        if tag.startswith(group):
+            return tag.removeprefix(group)
+    return tag.removeprefix("train/").removeprefix("perf/").removesuffix("_seconds").replace("/", " ").replace("_", " ")
+
+
+def _expert_load(events, tags) -> list[str]:
+    if "moe/load" not in tags["images"]:
+        return []
+    from launcher.training.monitoring.expert_load import LEGEND
+
+    image = events.Images("moe/load")[-1]
+    data = base64.b64encode(image.encoded_image_string).decode()
+    return [
+        f"<h2>Expert load at step {image.step:,}</h2><p>{LEGEND}</p>"
+        f'<img alt="expert load" src="data:image/png;base64,{data}" width="{image.width}">'
+    ]
+
+
+def _answers(events, tags) -> list[str]:
+    """The newest sampled answers, which TensorBoard holds as a Markdown table."""
+    tag = "validation/answers/text_summary"
+    if tag not in tags["tensors"]:
+        return []
+    newest = events.Tensors(tag)[-1]
+    lines = newest.tensor_proto.string_val[0].decode().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
+    # A | in a text is written as its entity already.
+    table = "".join(
+        "<tr>" + "".join(f"<{kind}>{_escaped(cell)}</{kind}>" for cell in row) + "</tr>"
+        for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)
+    )
+    return [f"<h2>Answers to held-out questions at step {newest.step:,}</h2><table>{table}</table>"]
+
+
+def _escaped(cell: str) -> str:
+    return html.escape(cell.replace("&#124;", "|"))

@@ -1,0 +1,181 @@
+"""The one thread that runs the model: requests are answered one after another, and a few may wait."""
+
+from __future__ import annotations
+
+import asyncio
+import codecs
+import copy
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from launcher.tools.serving.requests import ChatRequest, Limits, RequestError
+from model import LiquidForCausalLM
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for (Radford et al. 2019): printable ones for themselves."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+BYTES = _bytes_of_characters()
+
+
+class TextPieces:
+    """Token ids to text that can be shown: no half characters, nothing of or behind a stop text.
+
+    A token is some bytes of UTF-8. It may hold the tail of one character and the head of the next, so what is incomplete
+    waits as bytes. `finish_reason` is `stop` once a stop text or the end of the answer was met.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._special = set(tokenizer.all_special_ids)
+        self._held = ""
+        self.finish_reason: str | None = None
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; possibly nothing."""
+        if self.finish_reason is not None:
+            return ""
+        if token == self._tokenizer.eos_token_id:
+            self.finish_reason = "stop"
+            return self._flush()
+        return self._until_stop(self._decoder.decode(self._bytes_of(token)))
+
+    def end(self) -> str:
+        """What was held back, at the end of an answer that was cut."""
+        if self.finish_reason is not None:
+            return ""
+        self.finish_reason = "length"
+        return self._flush()
+
+    def _flush(self) -> str:
+        reason, self.finish_reason = self.finish_reason, None
+        shown = self._until_stop(self._decoder.decode(b"", final=True))
+        if self.finish_reason is None:
+            self.finish_reason = reason
+            shown, self._held = shown + self._held, ""
+        return shown
+
+    def _bytes_of(self, token: int) -> bytes:
+        if token in self._special:
+            return b""
+        return bytes(BYTES[character] for character in self._tokenizer.convert_ids_to_tokens(token))
+
+    def _until_stop(self, text: str) -> str:
+        text = self._held + text
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.finish_reason, self._held = "stop", ""
+            return text[: min(found)]
+        # What may yet become a stop text waits.
+        keep = max(
+            (size for stop in self._stop for size in range(len(stop)) if size and text.endswith(stop[:size])), default=0
+        )
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+class Job(BaseStreamer, StoppingCriteria):
+    """One request while it is answered: takes tokens from `generate` and tells it when to end."""
+
+    def __init__(self, request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: Limits):
+        self.request = request
+        self.deadline = time.monotonic() + limits.seconds
+        self.cancelled = False
+        self.completion_tokens = 0
+        self.text = TextPieces(tokenizer, request.stop)
+        self._loop = asyncio.get_running_loop()
+        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._read_prompt = False
+        self.done: Future | None = None
+
+    @property
+    def is_late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._read_prompt:  # `generate` shows the prompt first
+            self._read_prompt = True
+            return
+        self.completion_tokens += 1
+        self._send(self.text.add(int(value)))
+
+    def end(self) -> None:
+        self._send(self.text.end())
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        ended = self.cancelled or self.is_late or self.text.finish_reason is not None
+        return torch.full((len(input_ids),), ended, device=input_ids.device)
+
+    def _send(self, piece: str | None) -> None:
+        if piece != "":
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
+
+    def finished(self, _) -> None:
+        self._send(None)
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer's text as it comes. Raises `RequestError` where it did not come in time."""
+        try:
+            while (piece := await self._pieces.get()) is not None:
+                yield piece
+            await asyncio.wrap_future(self.done)  # raises what went wrong
+            if self.is_late and self.text.finish_reason in (None, "length") and not self._is_full():
+                raise RequestError(
+                    503, "the answer took longer than this server allows; ask for fewer tokens", code="timeout"
+                )
+        finally:
+            self.cancelled = True
+
+    def _is_full(self) -> bool:
+        return self.completion_tokens >= self.request.decoding.max_new_tokens
+
+
+class Worker:
+    """Runs jobs in the order in which they came."""
+
+    def __init__(self, model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits):
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
+        # Requests are read while the thread decodes, and a tokenizer cannot be set and used at a time.
+        self.reading_tokenizer = copy.deepcopy(tokenizer)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
+        self._jobs: set[Job] = set()
+
+    def submit(self, request: ChatRequest) -> Job:
+        """Queue a request; raises `RequestError` 429 where too many wait already."""
+        if len(self._jobs) > self.limits.waiting:  # one of them is not waiting
+            raise RequestError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded")
+        job = Job(request, self.tokenizer, self.limits)
+        self._jobs.add(job)
+        job.done = self._thread.submit(self._run, job)
+        job.done.add_done_callback(job.finished)
+        loop = asyncio.get_running_loop()
+        job.done.add_done_callback(lambda _: loop.call_soon_threadsafe(self._jobs.discard, job))
+        return job
+
+    @torch.inference_mode()
+    def _run(self, job: Job) -> None:
+        if job.cancelled or job.is_late:
+            return
+        if job.request.decoding.temperature > 0:
+            torch.seed() if job.request.seed is None else torch.manual_seed(job.request.seed)
+        ids = torch.tensor([job.request.prompt], device=self.model.device)
+        self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), streamer=job, stopping_criteria=StoppingCriteriaList([job]),
+            **job.request.decoding.arguments(),
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """End what is running at its next token."""
+        for job in list(self._jobs):
+            job.cancelled = True
+        self._thread.shutdown(cancel_futures=True)

@@ -1,0 +1,249 @@
+"""Saving without waiting for the disk, and without ending the run where the disk does not take it.
+
+DeepSpeed writes `<tag>.partial/` while training waits. Then each rank hashes and syncs its own files in a thread. At the
+first step boundary where all ranks have, rank 0 writes the manifest, renames the folder and replaces `latest`; only then
+are older checkpoints deleted. Whatever fails on any rank fails that one save, on all ranks together.
+"""
+
+from __future__ import annotations
+
+import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from data_pipeline.files import sync_folder
+from launcher.errors import ConfigurationError
+from launcher.files import replace_text
+from launcher.run_folder import RunFolder
+from launcher.training.checkpoints.checkpoint import TrainState, best_checkpoint, complete_checkpoints
+from launcher.training.checkpoints.manifest import MANIFEST, describe_durably, write_manifest
+from launcher.training.checkpoints.universal import note_train_state
+
+
+class FileWriter(TorchCheckpointEngine):
+    """Writes DeepSpeed's files of one save, and remembers the first failure instead of raising it.
+
+    A rank that left DeepSpeed's save early would leave the others waiting in its collectives. `files`: the names that
+    this rank has written; `error`: why it could not write one, or None.
+    """
+
+    def __init__(self, config: deepspeed.DeepSpeedConfig):
+        super().__init__(config)
+        self.files: list[str] = []
+        self.error: str | None = None
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = str(error)
+
+    def save(self, state_dict: dict, path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            super().save(state_dict, path)
+        except (OSError, RuntimeError) as error:
+            self.error = f"{os.path.basename(path)}: {_reason(error, path)}"
+            for name in (*self.files, os.path.basename(path)):  # others want what they take of a full disk
+                Path(path).with_name(name).unlink(missing_ok=True)
+        else:
+            self.files.append(os.path.basename(path))
+
+
+def _reason(error: Exception, path: str) -> str:
+    """What the system says: torch only knows that the file has become shorter than it should, so one more write asks."""
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 20))
+    except OSError as cause:
+        return cause.strerror or str(cause)
+    return str(error).splitlines()[0]
+
+
+@dataclass
+class PendingSave:
+    """A save whose files DeepSpeed has written: `described` is this rank's part of the manifest, and an error or None."""
+
+    tag: str
+    manifest: dict
+    described: Future[tuple[dict, str | None]]
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run; every method is called by all ranks at the same step boundary.
+
+    seconds_blocked: for how long training has waited for the newest save so far.
+    """
+
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        run: RunFolder,
+        data_fingerprint: str,
+        keep: int,
+        say: Callable[[str], None],
+    ):
+        self.seconds_blocked = 0.0
+        self._engine = engine
+        self._run = run
+        self._fingerprint = data_fingerprint
+        self._keep = keep
+        self._say = say
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: PendingSave | None = None
+        self._failure: str | None = None  # of the newest save
+        # DeepSpeed's recovery scripts refuse experts that are parallel under ZeRO-3, which `lfm export` does not, and
+        # rank 0 alone would fail in copying them.
+        engine._copy_recovery_script = lambda folder: None
+
+    def save(self, state: TrainState) -> float | None:
+        """Write the files of the checkpoint of `state.step`, if there are none yet; a pending save is settled first.
+
+        Returns the seconds that training waited, None where the checkpoint was there already.
+        """
+        begun = time.perf_counter()
+        self.settle()
+        tag = f"step-{state.step:08d}"
+        if self._is_saved(tag, state.step):
+            return None
+        started = time.perf_counter()
+        partial = self._run.checkpoints / f"{tag}.partial"
+        writer = self._engine.checkpoint_engine = FileWriter(self._engine._config)
+        # The other ranks wait for rank 0 inside save_checkpoint before they write.
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of an attempt that failed; what stays is overwritten
+        self._engine.save_checkpoint(str(self._run.checkpoints), tag=partial.name, save_latest=False)
+        manifest = {
+            "train_state": asdict(state),
+            "data_fingerprint": self._fingerprint,
+            "world_size": dist.get_world_size(),
+            "expert_parallel_size": self._engine.config.get("expert_parallel", {}).get("autoep_size", 1),
+        }
+        described = self._thread.submit(_describe_written, partial, writer)
+        self._pending = PendingSave(tag, manifest, described)
+        self.seconds_blocked = time.perf_counter() - started
+        return time.perf_counter() - begun
+
+    def note(self, state: TrainState) -> None:
+        """Write into the checkpoint of `state.step` what was found out of it since: its validation, and so which is best."""
+        if dist.get_rank() != 0:
+            return
+        folder = self._run.checkpoints / f"step-{state.step:08d}"
+        try:
+            note_train_state(folder, asdict(state))
+            delete_old(self._run, self._keep)
+        except (OSError, ValueError) as error:  # the other ranks do not wait to hear of it
+            self._say(f"the validation could not be noted in {folder}: {error}; the next checkpoint will have it")
+
+    def _is_saved(self, tag: str, step: int) -> bool:
+        """Whether nothing is to be saved, as rank 0 sees it: replacing a checkpoint would leave none for a moment."""
+        saved = torch.tensor(float(step == 0 or (self._run.checkpoints / tag / MANIFEST).is_file()))
+        saved = saved.to(self._engine.device)
+        dist.broadcast(saved, src=0)
+        return bool(saved.item())
+
+    def publish_when_written(self) -> None:
+        """Make the pending save a checkpoint if all ranks' files are on the disk by now."""
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        unwritten = torch.tensor(float(not self._pending.described.done()), device=self._engine.device)
+        dist.all_reduce(unwritten)
+        self.seconds_blocked += time.perf_counter() - started
+        if unwritten.item() == 0:
+            self.settle()
+
+    def settle(self, last: bool = False) -> None:
+        """Wait for the pending save, if there is one, and make it a checkpoint, or remove it where a rank has failed.
+
+        `last`: none comes after it, so a failure is `finish`'s to tell.
+        """
+        if self._pending is None:
+            return
+        started = time.perf_counter()
+        pending, self._pending = self._pending, None
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, pending.described.result())
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error]
+        verdict = [errors[0] if errors else None]
+        if dist.get_rank() == 0:
+            if not errors:
+                files = {name: description for part, _ in parts for name, description in part.items()}
+                verdict = [self._publish(pending, files)]
+            if verdict[0]:
+                shutil.rmtree(self._run.checkpoints / f"{pending.tag}.partial", ignore_errors=True)
+        dist.broadcast_object_list(verdict, src=0)
+        self._failure = verdict[0] and f"{pending.tag} could not be saved to {self._run.checkpoints} ({verdict[0]})"
+        self.seconds_blocked += time.perf_counter() - started
+        if self._failure and not last:
+            self._say(f"checkpoint {self._failure}; training goes on, and the next one is tried when it is due")
+        elif not self._failure:
+            self._say(f"checkpoint {pending.tag} is saved; training waited {self.seconds_blocked:.2f} s for it")
+
+    def finish(self) -> None:
+        """Wait for the last save. Raises `ConfigurationError` where it failed: the run's end would be lost."""
+        self.settle(last=True)
+        self._thread.shutdown()
+        if self._failure:
+            complete = complete_checkpoints(self._run)
+            newest = f"{complete[0].name} is the newest whole one" if complete else "there is none yet"
+            raise ConfigurationError(
+                f"the last checkpoint, {self._failure}; {newest}: free space there and start again to go on from it"
+            )
+
+    def _publish(self, pending: PendingSave, files: dict[str, dict]) -> str | None:
+        """Rank 0: manifest, rename, `latest`, retention, in this order; returns why that failed, or None."""
+        folder = self._run.checkpoints / pending.tag
+        partial = folder.with_name(f"{pending.tag}.partial")
+        try:
+            write_manifest(partial, {**pending.manifest, "files": files})
+            if folder.exists():
+                shutil.rmtree(folder)  # it has lost its manifest
+            os.rename(partial, folder)
+            sync_folder(self._run.checkpoints)
+            replace_text(self._run.latest, f"{pending.tag}\n")
+        except OSError as error:
+            return f"rank 0: {error.strerror or error}"
+        try:
+            delete_old(self._run, self._keep)
+        except OSError as error:
+            self._say(f"an old checkpoint could not be deleted: {error}")
+        return None
+
+
+def _describe_written(partial: Path, writer: FileWriter) -> tuple[dict, str | None]:
+    if writer.error is None:
+        try:
+            return describe_durably(partial, writer.files), None
+        except OSError as error:  # some file systems find out only now that there is no space
+            writer.error = str(error)
+    return {}, writer.error
+
+
+def delete_old(run: RunFolder, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and the best, and converted ones whose checkpoint is gone."""
+    complete = complete_checkpoints(run)
+    best = best_checkpoint(complete)
+    for old in complete[keep:]:
+        if old != best:
+            _delete(old)
+    for universal in run.checkpoints.glob("universal-*[0-9]"):
+        if not run.checkpoints.joinpath(universal.name.removeprefix("universal-")).exists():
+            _delete(universal)
+
+
+def _delete(folder: Path) -> None:
+    # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
+    shutil.rmtree(folder.rename(folder.with_suffix(".partial")))

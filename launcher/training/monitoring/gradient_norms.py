@@ -1,0 +1,57 @@
+"""The norm of the gradient of each group of layers, wherever ZeRO keeps the pieces."""
+
+from __future__ import annotations
+
+import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_grad
+
+# The first that matches a parameter's name is its group.
+GROUPS = {
+    "norms": ("norm.weight",),
+    "embedding": ("embed_tokens.", "liquid_embedding.", "lm_head."),
+    "attention": (".attention.",),
+    "convolution": (".convolution.",),
+    "memory": (".memory.",),
+    "router": (".moe.router.",),
+    "experts": (".moe.",),
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter, before or after AutoEP renames it."""
+    for group, parts in GROUPS.items():
+        # `attention_norm.weight` and `norm.weight` are both norms.
+        if any(part in f".{name}" for part in parts):
+            return group
+    raise ValueError(f"the parameter {name} is in no group; launcher/training/monitoring/gradient_norms.py names them")
+
+
+@torch.no_grad()
+def gradient_norms(engine) -> dict[str, float]:
+    """The gradient's norm by group, called by all ranks between a step's last backward and `engine.step()`.
+
+    Under ZeRO every number of the gradient is on one rank only, the experts' too, so that squares add up over all ranks.
+    Before clipping; without the loss scale. Empty where ZeRO is off: every rank then has the whole gradient.
+    """
+    if engine.zero_optimization_stage() == 0:
+        return {}
+    squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=engine.device)
+    places = {group: place for place, group in enumerate(GROUPS)}
+    for name, parameter in engine.module.named_parameters():
+        piece = _own_piece(parameter)
+        if piece is not None:
+            squares[places[group_of(name)]] += torch.linalg.vector_norm(piece.float()).double().square()
+    dist.all_reduce(squares)
+    scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+    return dict(zip(GROUPS, (squares.sqrt() / scale).tolist(), strict=True))
+
+
+def _own_piece(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+    """The part of a parameter's averaged gradient that this rank's optimizer uses; None where it has none."""
+    if hasattr(parameter, "ds_id"):  # ZeRO-3
+        return safe_get_local_grad(parameter)
+    mapping = getattr(parameter, "_hp_mapping", None)  # ZeRO-1 and ZeRO-2
+    return None if mapping is None else mapping.get_lp_grad_fragment(parameter._index_in_param_group)

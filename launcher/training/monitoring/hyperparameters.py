@@ -1,0 +1,32 @@
+"""The run's keys as TensorBoard's hparams tab compares them between runs."""
+
+from __future__ import annotations
+
+from torch.utils.tensorboard.summary import hparams
+
+from launcher.config import RunConfig, as_dict
+from launcher.training.monitoring.event_writer import EventWriter
+
+METRICS = ("train/loss", "train/cross_entropy", "validation/cross_entropy", "validation/sequence_accuracy")
+
+
+def write_hyperparameters(writer: EventWriter, config: RunConfig, step: int) -> None:
+    """Write every key of the run, sections as `section.key`, and the curves to judge it by.
+
+    Into the run's own event file: `SummaryWriter.add_hparams` would make a second folder, which TensorBoard takes for
+    another run.
+    """
+    experiment, session, _ = hparams(_flat(as_dict(config)), dict.fromkeys(METRICS, 0.0))
+    for summary in (experiment, session):
+        writer.add_summary(summary, step)
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, bool | str | float]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            known = isinstance(value, bool | int | float | str)
+            flat[f"{prefix}{name}"] = value if known else str(value)  # lists and None
+    return flat

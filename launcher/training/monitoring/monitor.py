@@ -1,0 +1,196 @@
+"""What a person sees of a run: TensorBoard, and lines on the console."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from launcher.config import RunConfig
+from launcher.training.monitoring.answers import SampledAnswer, answers_as_text
+from launcher.training.monitoring.console import RunConsole
+from launcher.training.monitoring.event_writer import EventWriter
+from launcher.training.monitoring.expert_load import LEGEND, load_image
+from launcher.training.monitoring.hyperparameters import write_hyperparameters
+from launcher.training.monitoring.layer_watch import LayerWatch
+from launcher.training.monitoring.profiler import StepProfiler
+from launcher.training.monitoring.step_timer import StepTimer
+from launcher.training.monitoring.throughput import peak_flops, token_flops, utilisation
+from launcher.training.monitoring.validation import ValidationResult
+from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN, weight_of
+from model.metrics import load_max_over_mean
+
+SOURCES = 8  # whose validation losses are curves; all of them are in a table
+RUN_FILE = "run.yaml"  # beside the TensorBoard folder (launcher/run_folder.py)
+
+
+class Monitor:
+    """Rank 0's view of the run; the other ranks make one with `active=False` that only takes part in adding up."""
+
+    def __init__(self, folder: Path, first_step: int, config: RunConfig, active: bool):
+        self.active = active
+        self.config = config
+        self.folder = folder
+        self.layers: LayerWatch | None = None
+        self.profiler: StepProfiler | None = None
+        self.started = time.perf_counter()
+        if not active:
+            return
+        # purge_step hides the points that a run wrote after the checkpoint it resumes from: one point a step.
+        self.console = RunConsole(first_step, config.max_steps)
+        self.writer = EventWriter(folder, first_step, self.say)
+        self.run_file = _as_code((folder.parent / RUN_FILE).read_text())
+        self._describe(first_step)
+        if config.profile.steps is not None:
+            self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
+
+    def watch(self, engine, seq_len: int) -> None:
+        """Look inside the engine's model from now on, and time its steps; called by all ranks.
+
+        seq_len: of the rows, for counting FLOPs. Raises `ConfigurationError` where `monitor.layers` names no layer.
+        """
+        self.device = engine.device
+        self.timer = StepTimer(engine.device)
+        self.layers = LayerWatch(engine, self.config.monitor)
+        self.flops = token_flops(engine.module.config, seq_len)
+        given = self.config.monitor.peak_teraflops
+        self.peak = (
+            1e12 * given if given else peak_flops(engine.device, engine.fp16_enabled() or engine.bfloat16_enabled())
+        )
+
+    def step_begins(self, step: int) -> None:
+        self.layers.step_begins(step)
+        if self.profiler is not None:
+            self.profiler.step_begins(step)
+        self.started = time.perf_counter()
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add to the seconds of a part of the step, `perf/PART_seconds`."""
+        # Who does not show them would never take them from the timer, whose CUDA events would pile up.
+        with self.timer.timed(part) if self.active else nullcontext():
+            yield
+
+    def backward_ended(self) -> None:
+        """Look at the gradients, where this is a step to look at; called by all ranks after each backward."""
+        self.layers.backward_ended()
+
+    def step_ended(
+        self, step: int, totals: dict[str, torch.Tensor], supervised: float, tokens: float, values: dict[str, float]
+    ) -> None:
+        """Record one step: its loss and routing sums over all ranks and what they are divided by, and other values."""
+        if not self.active:
+            return
+        seconds = time.perf_counter() - self.started
+        values = {**self._losses(totals, supervised, tokens), **values}
+        values["model/retained_ratio"] = totals["retained_ratio"].item() / tokens
+        values["perf/tokens_per_second"] = tokens / seconds
+        values["perf/step_seconds"] = seconds
+        values |= {f"perf/{part}_seconds": spent for part, spent in self.timer.take().items()}
+        values["perf/memory_gigabytes"] = memory_used(self.device) / 1e9
+        if self.peak is not None:
+            recomputes = self.config.activation_checkpointing
+            values |= utilisation(self.flops, recomputes, tokens / seconds, dist.get_world_size(), self.peak)
+        values["train/perplexity"] = math.exp(min(values["train/cross_entropy"], 700.0))
+        for layer, imbalance in enumerate(load_max_over_mean(totals["load"]).tolist()):
+            values[f"moe/layer_{layer:02d}/load_max_over_mean"] = imbalance
+        for layer, entropy in enumerate((totals["router_entropy"] / tokens).tolist()):
+            values[f"moe/layer_{layer:02d}/router_entropy"] = entropy
+        for tag, value in (values | self.layers.values).items():
+            self.writer.add_scalar(tag, value, step)
+        if self.layers.looks_at(step):
+            self.writer.add_image("moe/load", load_image(totals["load"]), step)
+        self.console.step(step, values)
+        for warning in self.layers.warnings:
+            self.say(f"step {step}: {warning}")
+        if self.profiler is not None and (trace := self.profiler.step_ended(step)):
+            self.say(f"the profile is in {trace}")
+
+    def validated(
+        self, step: int, result: ValidationResult, is_best: bool, answers: list[SampledAnswer], seconds: float
+    ) -> None:
+        """Show what a validation of `seconds` found, and a few held-out questions with the model's answers."""
+        if not self.active:
+            return
+        self.writer.add_scalar("perf/validation_seconds", seconds, step)
+        shares = {
+            "token_accuracy": result.token_accuracy,
+            "top5_accuracy": result.top5_accuracy,
+            "sequence_accuracy": result.sequence_accuracy,
+        }
+        values = {"cross_entropy": result.cross_entropy, "perplexity": result.perplexity}
+        values |= {name: share for name, share in shares.items() if share is not None}
+        values |= {f"by_source/{name}": loss for name, (loss, _) in list(result.by_source.items())[:SOURCES]}
+        for name, value in values.items():
+            self.writer.add_scalar(f"validation/{name}", value, step)
+        rows = [f"| {name} | {loss:.4f} | {tokens:,} |" for name, (loss, tokens) in result.by_source.items()]
+        table = "\n".join(["| source | cross entropy | tokens |", "|---|---|---|", *rows])
+        self.writer.add_text("validation/by_source", table, step)
+        if answers:
+            self.writer.add_text("validation/answers", answers_as_text(answers), step)
+        said = "  ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in shares.items() if share is not None)
+        best = "  (the best so far)" if is_best else ""
+        self.say(
+            f"validation at step {step}: cross entropy {result.cross_entropy:.4f}  perplexity {result.perplexity:.2f}  "
+            f"{said}{best}"
+        )
+
+    def say(self, message: str) -> None:
+        """Print a line, on rank 0."""
+        if self.active:
+            self.console.say(message)
+
+    def goes_back_to(self, step: int) -> None:
+        """The steps after `step` are taken again: TensorBoard forgets their points."""
+        if self.active:
+            self.writer.forget_after(step)
+            self.console.goes_on_from(step)
+            if step < self.described_at:
+                self._describe(step + 1)
+
+    def saved(self, step: int, seconds: float | None) -> None:
+        """Show how long training waited for a save, None where there was none to make, and flush all points so far."""
+        if self.active and seconds is not None:
+            self.writer.add_scalar("perf/save_seconds", seconds, step)
+        self.flush()
+
+    def flush(self) -> None:
+        """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""
+        if self.active:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.active:
+            self.writer.close()
+
+    def _describe(self, step: int) -> None:
+        """Write what does not change from step to step, at one step that TensorBoard must not forget."""
+        self.described_at = step
+        self.writer.add_text("run/run.yaml", self.run_file, step)
+        self.writer.add_text("moe/load/legend", LEGEND, step)
+        write_hyperparameters(self.writer, self.config, step)
+
+    def _losses(self, totals: dict[str, torch.Tensor], supervised: float, tokens: float) -> dict[str, float]:
+        """Each loss term as the mean that training minimises, and their weighted sum."""
+        terms = {term: totals[term].item() / supervised for term in PER_SUPERVISED_TOKEN}
+        terms |= {term: totals[term].item() / tokens for term in PER_TOKEN}
+        loss = sum(weight_of(term, self.config.loss) * value for term, value in terms.items())
+        return {"train/loss": loss, **{f"train/{term}": value for term, value in terms.items()}}
+
+
+def memory_used(device: torch.device) -> float:
+    """The most bytes that were allocated so far: on CUDA those of its tensors, elsewhere this process's RAM."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _as_code(text: str) -> str:
+    """Text as Markdown that shows it as it is, for TensorBoard."""
+    return "\n".join(f"    {line}" for line in text.splitlines())

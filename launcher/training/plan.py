@@ -1,0 +1,195 @@
+"""What a run is going to do, decided by rank 0 before the others join.
+
+Whatever a user can have got wrong is found here, once, before a process group exists: one rank prints one sentence, and
+nobody waits in a collective for a rank that has given up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from data_pipeline.loading.remote import is_remote
+from launcher.config import RunConfig, load_run_config
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+from launcher.run_folder import RunFolder
+from launcher.training.checkpoints.checkpoint import find_checkpoint, has_checkpoints, read_train_state
+from launcher.training.checkpoints.going_back import go_back, still_to_do
+from launcher.training.checkpoints.manifest import read_manifest
+from launcher.training.checkpoints.states import check_states
+from launcher.training.checkpoints.universal import for_ranks
+from launcher.training.monitoring.validation import open_validation_data
+from launcher.training.preflight.checks import check_start
+from launcher.training.setup.data_source import open_run_data
+from launcher.training.setup.deepspeed_config import SHARED_NUMBERS, resolve_deepspeed_config
+from launcher.training.setup.model_source import model_config
+from model.configuration import LiquidConfig, own_fields
+
+# Numbers of the resolved JSON that come from the run's keys, which are told, or from the number of ranks.
+FOLLOWS_FROM_OTHERS = {*SHARED_NUMBERS, "gradient_accumulation_steps"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user.
+
+    step: of the checkpoint; 0 where there is none.
+    """
+
+    config: RunConfig
+    deepspeed: dict
+    checkpoint: Path | None
+    step: int
+    notes: list[str]
+
+
+def make_plan(
+    config_path: str, overrides: list[str], deepspeed_path: str, environment: Environment
+) -> tuple[Plan, RunFolder]:
+    """Check everything that can be known now, prepare missing data, claim the run folder and choose the checkpoint.
+
+    Raises `ConfigurationError` or `DataError`.
+    """
+    config = load_run_config(config_path, overrides)
+    run = RunFolder(config.output)
+    try:
+        return _plan(config, run, deepspeed_path, environment), run
+    except BaseException as error:
+        run.refuse(error)
+        raise
+
+
+def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: Environment) -> Plan:
+    if isinstance(config.data, str) and not is_remote(config.data):
+        _prepare_if_missing(config)
+    data = open_run_data(config)
+    open_validation_data(config, data)
+    sizes = model_config(config, data, run if has_checkpoints(run) else None)
+    resolved, config, notes = resolve_deepspeed_config(deepspeed_path, config, environment, sizes.num_experts)
+    notes += check_start(config, resolved, sizes, environment)
+    run.claim()
+    resume, obeyed = still_to_do(run, config.resume)
+    checkpoint, passed_over = find_checkpoint(run, resume)
+    schedule_end, step = config.schedule.steps or config.max_steps, 0
+    if checkpoint is not None:
+        _check_resumable(checkpoint, run, config, sizes, data.fingerprint)
+        _check_engine(run, resolved)
+        began_with = run.began_with()
+        if config.init_from not in (None, began_with):
+            notes.append(f"init_from={config.init_from} is not read: {run.path} goes on from its own checkpoint")
+        config.init_from = began_with
+        schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
+        checkpoint, renamed = go_back(run, checkpoint, config.resume)
+        step = read_train_state(checkpoint).step
+        notes += [*obeyed, *passed_over, f"resuming from {checkpoint}", *renamed]
+        if step >= config.max_steps:
+            notes.append(f"{run.path} is at step {step} already; set max_steps above that to go on")
+        if config.max_steps > schedule_end:
+            notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
+    if config.warmup_steps > schedule_end:
+        notes.append(
+            f"the schedule ends at step {schedule_end}, in the warm-up of {config.warmup_steps} steps: the rate never "
+            "gets to learning_rate; lower warmup_steps"
+        )
+    # Written down, so that raising max_steps later does not bend the curve that was begun.
+    config.schedule.steps = schedule_end
+    changed = run.describe(config, resolved, environment, checkpoint.name if checkpoint else None)
+    if checkpoint is not None:
+        notes += _changes(changed)
+    run.keep_model_files(sizes, data.tokenizer_path)
+    if checkpoint is not None:  # after run.yaml: another start need not load a universal one
+        experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
+        checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
+        check_states(checkpoint)
+        notes += [converted] if converted else []
+    return Plan(config, resolved, checkpoint, step, notes)
+
+
+def _changes(changed: dict[str, list]) -> list[str]:
+    """A note on the run's keys, the JSON's and the versions that are not as at the start before, if there are any."""
+    told = []
+    for name, (before, now) in changed.items():
+        section, _, key = name.partition(".")
+        if section == "deepspeed" and key in FOLLOWS_FROM_OTHERS:
+            continue
+        shown = {"config": key, "deepspeed": f"{key} in the DeepSpeed JSON", "versions": f"{key}'s version"}
+        if name != "config.resume":
+            told.append(f"{shown.get(section, name)} {before} -> {now}")
+    return [f"not as at the start before this one: {', '.join(told)}"] if told else []
+
+
+def share_plan(plan: Plan | None) -> Plan:
+    """Give every rank the plan of rank 0."""
+    shared = [plan]
+    dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def _check_resumable(
+    checkpoint: Path, run: RunFolder, config: RunConfig, sizes: LiquidConfig, fingerprint: str
+) -> None:
+    """Raise `ConfigurationError` where a checkpoint is of another model, corpus, batch or order of rows than this run."""
+    before = run.model_config()
+    for name in own_fields():
+        if getattr(before, name) != getattr(sizes, name):
+            raise ConfigurationError(
+                f"{run.path} was trained with {name} {getattr(before, name)} and this model has {getattr(sizes, name)}; "
+                "take the model that it began with, or set another output"
+            )
+    manifest = read_manifest(checkpoint)
+    if manifest["data_fingerprint"] != fingerprint:
+        raise ConfigurationError(
+            f"{checkpoint} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
+            f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
+        )
+    described = run.read_description()["config"]
+    for name, harm in (("global_batch_rows", "bend its curve"), ("seed", "repeat some rows and leave others out")):
+        if described[name] != getattr(config, name):
+            raise ConfigurationError(
+                f"{run.path} was trained with {name} {described[name]} and now it is {getattr(config, name)}, which would "
+                f"{harm}; set {name}={described[name]}, or another output"
+            )
+
+
+def _check_engine(run: RunFolder, resolved: dict) -> None:
+    """Raise `ConfigurationError` if DeepSpeed could not load the run's checkpoints under this resolved JSON."""
+    before = run.read_description().get("deepspeed", {})
+    for what, read in (("ZeRO stage", _stage), ("precision", _precision), ("optimizer", _optimizer)):
+        if before and read(before) != read(resolved):
+            hint = " (precision.force=true keeps a JSON's precision on a CPU)" if what == "precision" else ""
+            raise ConfigurationError(
+                f"{run.path} was trained with {what} {read(before)}, and now it would be {read(resolved)}, under which its "
+                f"checkpoints cannot be loaded; take a DeepSpeed JSON with the former{hint}, or export the run and begin "
+                "another one with init_from"
+            )
+
+
+def _stage(resolved: dict) -> int:
+    return resolved["zero_optimization"]["stage"]
+
+
+def _precision(resolved: dict) -> str:
+    return next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), "fp32")
+
+
+def _optimizer(resolved: dict) -> str:
+    name = str(resolved["optimizer"]["type"])
+    return "AdamW" if name.lower() == "adam" else name  # the moments are the same
+
+
+def _prepare_if_missing(config: RunConfig) -> None:
+    """Make the data folder where the configuration says how and it is not there yet."""
+    if config.prepare is not None and not (Path(config.data) / "index.json").exists():
+        # Here, since most starts find their data: polars and the tokenizers take their time to import.
+        from data_pipeline.preparation.prepare import prepare
+        from data_pipeline.preparation.settings import Settings
+
+        print(f"preparing {config.prepare.source} into {config.data}", flush=True)
+        wanted = config.prepare
+        settings = Settings(
+            tokenizer=wanted.tokenizer, seq_len=wanted.seq_len, validation_share=wanted.validation_share
+        )
+        prepare(wanted.source, config.data, settings)

@@ -1,0 +1,228 @@
+"""The DeepSpeed JSON with every `"auto"` resolved: from the run configuration, the world and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from launcher.config import RunConfig
+from launcher.environment import Environment
+from launcher.errors import ConfigurationError
+from launcher.training.setup.json_keys import AUTOEP, OPTIMIZERS, SECTIONS, check_keys
+
+# Where a number in the JSON and a key of the run configuration say the same thing.
+SHARED_NUMBERS = {
+    "train_batch_size": "global_batch_rows",
+    "train_micro_batch_size_per_gpu": "micro_batch_rows",
+    "gradient_clipping": "gradient_clipping",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.weight_decay": "weight_decay",
+    "expert_parallel.autoep_size": "expert_parallel_size",
+    "activation_checkpointing.enabled": "activation_checkpointing",
+}
+
+# What else may be "auto".
+FILLED = {*SHARED_NUMBERS, "gradient_accumulation_steps", "expert_parallel.use_grouped_mm"}
+
+
+def resolve_deepspeed_config(
+    path: str | Path, config: RunConfig, environment: Environment, num_experts: int
+) -> tuple[dict, RunConfig, list[str]]:
+    """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and what a user should be told.
+
+    A number in the JSON wins over a default of the run configuration. Raises `ConfigurationError` for a missing or
+    broken file, for keys and sections that are wrong or missing, for different numbers in both places, for an `"auto"`
+    that nothing fills, and for a batch that does not divide.
+    """
+    resolved = read_json(path)
+    automatic = _automatic(resolved)
+    _check_keys(resolved, automatic, str(path))
+    config = _agree(resolved, config, str(path))
+    notes = []
+    _resolve_precision(resolved, config, environment, notes)
+    _resolve_optimizer(resolved, environment, notes)
+    _resolve_batch(resolved, config, environment)
+    _resolve_experts(resolved, config, environment, num_experts, notes)
+    filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic if keys[0] in resolved]
+    return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
+
+
+def _automatic(content, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Where `content` says `"auto"`, as the keys that lead there."""
+    if isinstance(content, dict):
+        return [place for key, value in content.items() for place in _automatic(value, (*keys, key))]
+    return [keys] if content == "auto" else []
+
+
+def _at(content: dict, keys: tuple[str, ...]) -> str:
+    return json.dumps(functools.reduce(dict.__getitem__, keys, content))
+
+
+def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> None:
+    """Raise `ConfigurationError` for what DeepSpeed would ignore, overwrite, or answer with a traceback."""
+    for name in SECTIONS:
+        if not isinstance(content.get(name, {}), dict):
+            raise ConfigurationError(f"{name} in {path} must be an object with keys, not {json.dumps(content[name])}")
+    check_keys(content, path)
+    for keys in automatic:
+        if (place := ".".join(keys)) not in FILLED:
+            raise ConfigurationError(f'{place} is "auto" in {path}, and nothing fills it; write its value there')
+    kind = content.get("optimizer", {}).get("type")
+    if not kind:
+        raise ConfigurationError(f'{path} has no optimizer.type; write one, such as "optimizer": {{"type": "AdamW"}}')
+    if str(kind).lower() not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"optimizer.type is {json.dumps(kind)} in {path}; only {' and '.join(OPTIMIZERS.values())} are supported"
+        )
+    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+        raise ConfigurationError(
+            f"{path} has no zero_optimization.stage of 1, 2 or 3, without which DeepSpeed takes steps whose gradients "
+            "are not finite; set one of these"
+        )
+    if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
+        raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
+
+
+def read_json(path: str | Path) -> dict:
+    """The object in a JSON file, or a `ConfigurationError` that says what is wrong with it."""
+    try:
+        content = json.loads(Path(path).read_text(), object_pairs_hook=_unique_keys)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot read the DeepSpeed configuration {path}: {error.strerror}; ds_configs/zero3.json is the usual one"
+        ) from error
+    except ValueError as error:  # no JSON, or not even text
+        raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold a JSON object")
+    return content
+
+
+def _as_typed(value, wanted, location: str, path: str):
+    """A value of the JSON in the type of the run's key: DeepSpeed would take 4.0 rows, or a number in quotes, and fail."""
+    if value == "auto" or value is None:
+        return "auto"
+    numbers = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = (
+        isinstance(value, bool)
+        if isinstance(wanted, bool)
+        else numbers and (type(wanted) is float or value == int(value))
+    )
+    if not fits:
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(wanted)]
+        raise ConfigurationError(f'{location} is {json.dumps(value)} in {path}; it must be {kind}, or "auto"')
+    return type(wanted)(value)
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice} is there twice")
+    return content
+
+
+def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
+    """Fill every `"auto"` from the run configuration; let the JSON's own numbers win where that is unambiguous."""
+    from_json = {}
+    for location, key in SHARED_NUMBERS.items():
+        *parents, last = location.split(".")
+        section = resolved
+        for parent in parents:
+            if parent == "expert_parallel" and parent not in section:
+                break  # `_resolve_experts` says that experts are not spread
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigurationError(f"{parent} in {path} must be an object with keys, not {section!r}")
+        else:
+            wanted = getattr(config, key)
+            section[last] = _as_typed(section.get(last, "auto"), wanted, location, path)
+            # What the JSON leaves out is "auto" as well: DeepSpeed's own default would be neither place's number.
+            if section.get(last, "auto") == "auto":
+                section[last] = wanted
+            elif section[last] != wanted and key in config.explicit:
+                raise ConfigurationError(
+                    f"{location} is {section[last]} in {path} but {key} is {wanted} in the run configuration; "
+                    'make them equal, or write "auto" in the JSON'
+                )
+            else:
+                from_json[key] = section[last]
+    return dataclasses.replace(config, **from_json)
+
+
+def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
+    """On a CPU train in bf16 where that is native, else in fp32, instead of a half precision that would be slower."""
+    asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), None)
+    if environment.device.type != "cpu" or asked is None or config.precision.force:
+        return
+    native = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if asked == native:
+        return
+    del resolved[asked]
+    if native == "bf16":
+        resolved["bf16"] = {"enabled": True}
+    used = "bf16, which it computes natively" if native == "bf16" else "fp32"
+    notes.append(f"this is a CPU, where {asked} is slow: training in {used} (precision.force=true keeps {asked})")
+
+
+def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str]) -> None:
+    """On a CPU take torch's AdamW: DeepSpeed's needs a compiler, and a resumed run would differ in the last bits."""
+    parameters = resolved["optimizer"]["params"]
+    if environment.device.type != "cpu" or parameters.get("torch_adam"):
+        return
+    if "offload_optimizer" in resolved["zero_optimization"]:
+        return
+    parameters.update(torch_adam=True, fused=True)
+    notes.append("this is a CPU: the optimizer is torch's fused AdamW, as with torch_adam and fused in the JSON")
+
+
+def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:
+    world, rows = environment.world_size, config.global_batch_rows
+    share, rest = divmod(rows, world)
+    if rest:
+        raise ConfigurationError(
+            f"global_batch_rows is {rows}, which does not divide over {world} processes; "
+            f"the nearest that do are {max(1, share) * world} and {(share + 1) * world}"
+        )
+    micro = max(size for size in range(1, min(share, config.micro_batch_rows) + 1) if share % size == 0)
+    accumulation = share // micro
+    if resolved.get("gradient_accumulation_steps", "auto") not in ("auto", accumulation):
+        raise ConfigurationError(
+            f"gradient_accumulation_steps is {resolved['gradient_accumulation_steps']} in the JSON, but {rows} rows over "
+            f'{world} processes in micro-batches of {micro} make {accumulation}; write "auto" there'
+        )
+    resolved.update(
+        train_batch_size=rows, train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=accumulation
+    )
+
+
+def _resolve_experts(
+    resolved: dict, config: RunConfig, environment: Environment, num_experts: int, notes: list[str]
+) -> None:
+    experts = resolved.get("expert_parallel")
+    if not experts or not experts.get("enabled"):
+        resolved.pop("expert_parallel", None)
+        if config.expert_parallel_size > 1:
+            notes.append(
+                f"expert_parallel_size {config.expert_parallel_size} counts for nothing: the JSON's expert_parallel "
+                f"section is {'not enabled' if experts else 'missing'}, so that each rank has all the experts"
+            )
+        return
+    wanted = experts["autoep_size"]
+    world = environment.world_size
+    fits = [size for size in range(1, wanted + 1) if world % size == 0 and num_experts % size == 0]
+    if not fits:
+        raise ConfigurationError(f"expert_parallel_size is {wanted}; it must be at least 1")
+    if fits[-1] != wanted:
+        notes.append(
+            f"expert_parallel_size {wanted} does not fit {world} process{'es' * (world > 1)} and {num_experts} experts: "
+            f"using {fits[-1]}"
+        )
+    experts.update(AUTOEP, autoep_size=fits[-1])
+    if experts.get("use_grouped_mm") == "auto":
+        experts["use_grouped_mm"] = environment.device.type == "cuda"

@@ -1,0 +1,189 @@
+"""What becomes of a batch job, by what its run folder tells."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launcher.cluster.batch_job import Attempts, begin, check, end, run_folder
+from launcher.config import load_run_config
+from launcher.errors import ConfigurationError
+from train import parse_arguments
+
+HOSTS = ["node1", "node2"]
+
+
+@pytest.fixture
+def attempts(tmp_path) -> Attempts:
+    attempts = Attempts(tmp_path / "run", "7", 1)
+    assert begin(attempts, HOSTS) == "go"
+    return attempts
+
+
+def status(attempts: Attempts, state: str, **facts) -> None:
+    facts = {"state": state, "step": 3, "reason": "", "job": "7", "restart": 1, **facts}
+    (attempts.folder / "status.json").write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize(
+    ("state", "facts", "code", "signal", "verdict"),
+    [
+        ("done", {}, 0, "", "done"),
+        ("done", {}, 137, "", "done"),  # the first rank to leave made srun kill the rest
+        ("stopped", {}, 137, "USR1", "retry"),
+        ("stopped", {}, 75, "", "retry"),  # the ranks alone heard of it
+        ("failed", {}, 1, "", "fail"),
+        ("failed", {}, 1, "USR1", "fail"),
+        ("failed", {"suspects": ["node2"]}, 137, "", "retry node2"),
+        ("failed", {"suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
+        ("failed", {"suspects": ["node2"]}, 77, "USR1", "retry"),  # the signal killed a rank that did not listen yet
+        ("failed", {"suspects": []}, 77, "", "retry"),
+        ("failed", {"suspects": []}, 137, "", "fail"),
+        ("failed", {"suspects": ["node1.cluster.example"]}, 143, "", "retry node1"),
+        ("running", {}, 137, "", "fail"),
+        ("running", {}, 76, "", "retry"),
+        ("done", {"restart": 0}, 1, "", "fail"),  # an earlier attempt's
+        ("done", {"job": "6"}, 2, "", "fail"),
+        ("stopped", {"restart": 0}, 138, "USR1", "retry"),  # asked while Python was starting
+        ("starting", {}, 138, "USR1", "retry"),  # asked while rank 0 was planning
+        ("starting", {}, 1, "", "fail"),
+        ("starting", {}, 77, "", "retry"),
+        ("stopped", {"restart": 0}, 138, "", "fail"),
+        ("stopped", {"restart": 0}, 2, "USR1", "fail"),
+    ],
+)
+def test_the_runs_own_word_counts_before_sruns(attempts, state, facts, code, signal, verdict):
+    status(attempts, state, **facts)
+    assert end(attempts, code, signal, HOSTS) == verdict
+
+
+def preflight(attempts: Attempts, level: str, suspects: list[str] | None) -> None:
+    (attempts.folder / "preflight.json").write_text(json.dumps({"level": level, "suspects": suspects, "checks": []}))
+
+
+@pytest.mark.parametrize(
+    ("level", "suspects", "verdict"),
+    [
+        ("green", [], "go"),
+        ("yellow", [], "go"),
+        ("red", None, "fail"),
+        ("red", ["node2.cluster.example"], "retry node2"),
+        ("red", [], "retry"),
+    ],
+)
+def test_preflight_ends_a_job_for_its_settings_alone(attempts, level, suspects, verdict):
+    preflight(attempts, level, suspects)
+    assert check(attempts, 1, HOSTS) == verdict
+
+
+def test_a_preflight_that_was_cut_short_ends_nothing(attempts, capsys):
+    preflight(attempts, "red", None)
+    assert begin(attempts, HOSTS) == "go"  # and what an earlier start found does not count
+    assert check(attempts, 137, HOSTS) == "go"
+    assert "came to no end (code 137)" in capsys.readouterr().err
+
+
+def test_three_sets_of_broken_machines_are_enough(attempts):
+    for verdict in ("retry node2", "retry node2", "hold"):
+        preflight(attempts, "red", ["node2"])
+        assert check(attempts, 1, HOSTS) == verdict
+        begin(attempts, HOSTS)
+
+
+def test_stacks_of_this_attempt_tell_of_a_hang(attempts, capsys):
+    status(attempts, "running")
+    stacks = attempts.folder / "stacks"
+    stacks.mkdir()
+    (stacks / "rank-0.txt").touch()  # a killed rank leaves an empty one
+    (stacks / "rank-1.txt").write_text("Thread 1")
+    os.utime(stacks / "rank-1.txt", (time.time() - 3600,) * 2)
+    assert end(attempts, 137, "", HOSTS) == "fail"
+    (stacks / "rank-1.txt").write_text("Thread 2")
+    os.utime(stacks / "rank-1.txt", (time.time() + 1,) * 2)  # the kernel's own clock for files may lag by milliseconds
+    assert end(attempts, 137, "", HOSTS) == "retry"
+    assert "the run hung" in capsys.readouterr().err
+
+
+def test_three_starts_without_a_new_checkpoint_are_the_last(attempts):
+    for _ in range(2):  # of three starts; SLURM restarts a job whose node has died, and no end is noted
+        assert begin(attempts, HOSTS) == "go"
+    (attempts.folder / "latest").write_text("step-00000010\n")
+    assert end(attempts, 76, "", HOSTS) == "retry"  # the third has got on
+    for _ in range(2):
+        assert begin(attempts, HOSTS) == "go"
+        assert end(attempts, 76, "", HOSTS) == "retry"
+    other = Attempts(attempts.folder, "8", 0)
+    assert begin(other, HOSTS) == "go"  # another job counts for itself
+    with open(attempts.folder / "jobs.jsonl", "a") as file:
+        file.write('{"event": "beg\n')  # a power cut
+    assert begin(attempts, HOSTS) == "go"
+    assert end(attempts, 76, "", HOSTS) == "hold"
+    assert begin(attempts, HOSTS) == "go"  # released, the job has three starts again
+    for _ in range(2):
+        assert begin(attempts, HOSTS) == "go"
+    assert begin(attempts, HOSTS) == "hold"
+
+
+def test_a_full_disk_does_not_keep_a_job_from_its_way_back(attempts, capsys):
+    status(attempts, "stopped")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((attempts.folder / "jobs.jsonl").stat().st_size, limits[1]))
+        verdict = end(attempts, 75, "USR1", HOSTS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert verdict == "retry"
+    assert "warning: cannot write" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_or_wrong_is_not_held(attempts):
+    for _ in range(2):
+        begin(attempts, HOSTS)
+    assert end(attempts, 1, "", HOSTS) == "fail"
+    status(attempts, "done")
+    assert end(attempts, 0, "", HOSTS) == "done"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["max_steps=3"],
+        ["output=runs/a b; c", "max_steps=3"],
+        ["output=runs/a", "--config", "CONFIG", "output=runs/b=c"],
+        ["--config", "CONFIG"],
+        ["seed=1", "--config", "EMPTY"],
+        ["output='runs/in quotes'"],
+    ],
+)
+def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
+    (tmp_path / "CONFIG").write_text("output: runs/named\nmax_steps: 3\n")
+    (tmp_path / "EMPTY").write_text("max_steps: 3\n")
+    words = [str(tmp_path / word) if word.isupper() else word for word in words]
+    options = parse_arguments(["--deepspeed_config", "x.json", *words])
+    expected = load_run_config(options.config, options.overrides).output
+    assert run_folder(["--deepspeed_config", "x.json", *words]) == expected
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence():
+    with pytest.raises(ConfigurationError, match="cannot read the run configuration /nowhere.yaml: No such file"):
+        run_folder(["--config", "/nowhere.yaml"])
+
+
+def test_the_batch_script_gets_one_word(tmp_path):
+    command = [sys.executable, "-m", "launcher.cluster.batch_job"]
+    arguments = ["--deepspeed_config", "ds_configs/zero3.json", "max_steps=3", f"output={tmp_path}/a b"]
+    variables = {**os.environ, "SLURM_JOB_ID": "5"}
+    answers = [
+        subprocess.run([*command, *rest], env=variables, capture_output=True, text=True, timeout=60, check=True).stdout
+        for rest in (
+            ["folder", *arguments],
+            ["begins", f"{tmp_path}/a b", "node1"],
+            ["ended", f"{tmp_path}/a b", "1", "", "node1"],
+        )
+    ]
+    assert answers == [f"{tmp_path}/a b\n", "go\n", "fail\n"]
