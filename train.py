@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
-from launcher.config import add_run_arguments
+from launcher.config_file import add_run_arguments
 from launcher.environment import detect_environment
 from launcher.errors import one_sentence_errors
 from launcher.exit_codes import DONE, STOPPED
@@ -210,7 +210,7 @@ def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Run keys (data, output, model, max_steps, resume, ...): launcher/config.py and the README.",
+        epilog="Run keys (data, output, model, max_steps, resume, ...): launcher/configs/README.md.",
     )  # fmt: skip
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher

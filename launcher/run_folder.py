@@ -18,7 +18,8 @@ import yaml
 
 from data_pipeline.errors import DataError
 from launcher.attempts import add_attempt, code_version, differences
-from launcher.config import RunConfig, as_dict
+from launcher.config import RunConfig
+from launcher.config_file import as_dict
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.files import replace_text

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from launcher.config import add_run_arguments, load_run_config
+from launcher.config_file import add_run_arguments, load_run_config
 from launcher.errors import ConfigurationError, one_sentence_errors
 from launcher.exit_codes import HUNG, LOST
 

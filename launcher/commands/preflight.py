@@ -11,7 +11,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from launcher.commands.parsing import command
-from launcher.config import add_run_arguments
+from launcher.config_file import add_run_arguments
 from launcher.errors import ConfigurationError
 
 
@@ -103,7 +103,7 @@ def world_of(options, environment, variables=os.environ):
 def _shared_paths(options) -> tuple[str | None, str | None]:
     """The run folder and the data's index, for all nodes to see; None where there is none to look at."""
     from data_pipeline.loading.remote import is_remote
-    from launcher.config import load_run_config
+    from launcher.config_file import load_run_config
 
     try:
         config = load_run_config(options.config, options.overrides)

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data_pipeline.loading.remote import is_remote
-from launcher.config import RunConfig, load_run_config
+from launcher.config import RunConfig
+from launcher.config_file import load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import train
-from launcher.config import DEFAULT_CONFIG, load_run_config
+from launcher.config_file import DEFAULT_CONFIG, load_run_config
 
 PROJECT = Path(__file__).parents[2]
 HALF = 15  # steps, long enough that the files are on the disk before they end

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import yaml
 
-from launcher.config import CONFIG_FOLDER, DEFAULT_CONFIG, RunConfig, as_dict, load_run_config
+from launcher.config import RunConfig
+from launcher.config_file import CONFIG_FOLDER, DEFAULT_CONFIG, as_dict, key_table, load_run_config
 from launcher.errors import ConfigurationError
+from launcher.run_keys import keys_of
 from model.loss import LossWeights
 from train import parse_arguments
 
@@ -29,6 +31,18 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         assert as_dict(load_run_config(tmp_path / "again.yaml")) == as_dict(config)
 
 
+def test_the_page_of_keys_is_made_from_their_declarations():
+    page = (CONFIG_FOLDER / "README.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n\n{key_table()}"), "run `python -m launcher.config_file` and put its table into the page"
+
+
+def test_every_key_is_declared_with_its_meaning():
+    names = {name for name, _, declared in keys_of(RunConfig) if declared.meaning}
+    fields = {field.name for field in dataclasses.fields(RunConfig) if field.init}
+    assert fields == {name for name in names if "." not in name}
+    assert {"loss.focal", "data[].weight", "prepare.seq_len", "profile.steps"} <= names
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
@@ -47,10 +61,12 @@ def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
         ("seed=99999999999999999999", "seed is 99999999999999999999; it must be at least 0 and below"),
         ("step_timeout_seconds=1e10", "step_timeout_seconds is 1e.10; it must be above 0 and at most 2,592,000"),
         ("learning_rate=.nan", "learning_rate is nan; it must be above 0"),
-        ("weight_decay=-3", "weight_decay is -3.0; it must be at least 0"),
+        ("weight_decay=-3", "weight_decay is -3; it must be at least 0"),
         ("balancing_rate=-0.1", "balancing_rate is -0.1; it must be at least 0"),
-        ("loss.focal_gamma=-1", "loss.focal_gamma is -1.0; it must be at least 0"),
-        ("schedule.minimum_ratio=7", "schedule.minimum_ratio is 7.0; it must be in"),
+        ("loss.focal_gamma=-1", "loss.focal_gamma is -1; it must be at least 0"),
+        ("schedule.minimum_ratio=7", "schedule.minimum_ratio is 7; it must be at least 0 and at most 1"),
+        ("data=[{path: a, weight: 0}]", r"data\[0\].weight is 0; it must be above 0"),
+        ("prepare.validation_share=1", "prepare.validation_share is 1; it must be at least 0 and below 1"),
         ("loss_on=question", "loss_on is 'question'; it must be 'all' or 'answer'"),
         ("profile.steps=[1", "the value of profile.steps is not valid YAML"),
         ("output=$LFM_UNSET/x", r"output in the override .* names the variable \$LFM_UNSET, which is not set"),

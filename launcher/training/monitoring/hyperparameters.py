@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.utils.tensorboard.summary import hparams
 
-from launcher.config import RunConfig, as_dict
+from launcher.config import RunConfig
+from launcher.config_file import as_dict
 from launcher.training.monitoring.event_writer import EventWriter
 
 METRICS = ("train/loss", "train/cross_entropy", "validation/cross_entropy", "validation/sequence_accuracy")

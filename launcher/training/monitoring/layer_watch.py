@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from launcher.config import Watching
+from launcher.config import Monitor
 from launcher.training.monitoring.activation_monitor import ActivationMonitor
 from launcher.training.monitoring.gradient_norms import gradient_norms
 
@@ -12,7 +12,7 @@ from launcher.training.monitoring.gradient_norms import gradient_norms
 class LayerWatch:
     """Looks at the steps whose number divides by `settings.every` (0: at none); the same calls on all ranks."""
 
-    def __init__(self, engine, settings: Watching):
+    def __init__(self, engine, settings: Monitor):
         self.engine = engine
         self.every = settings.every
         self.values: dict[str, float] = {}

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from launcher.cluster.batch_job import Attempts, begin, check, end, run_folder
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from train import parse_arguments
 

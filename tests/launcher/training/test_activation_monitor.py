@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
-from launcher.config import RunConfig, load_run_config
+from launcher.config import RunConfig
+from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.training.monitoring.activation_monitor import ActivationMonitor, Statistics
 from launcher.training.monitoring.gradient_norms import GROUPS, group_of

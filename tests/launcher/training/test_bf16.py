@@ -13,7 +13,7 @@ import json, sys
 import torch
 import train
 from data_pipeline.loading.reader import ShardFolder
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.training.setup.deepspeed_config import resolve_deepspeed_config
 from launcher.training.engine import build_engine, start_process_group
 from launcher.environment import detect_environment

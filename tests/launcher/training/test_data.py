@@ -8,7 +8,8 @@ from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.config import WeightedData, load_run_config
+from launcher.config import WeightedData
+from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.training.checkpoints.checkpoint import read_manifest
 from launcher.training.setup.data_source import open_run_data

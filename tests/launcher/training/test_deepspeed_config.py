@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.config import DEFAULT_CONFIG, load_run_config
+from launcher.config_file import DEFAULT_CONFIG, load_run_config
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.training.setup.deepspeed_config import resolve_deepspeed_config

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from data_pipeline.loading.reader import ShardFolder
 from launcher.cli import main as lfm
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 from launcher.tools.export.export import load_run

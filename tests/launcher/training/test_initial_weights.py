@@ -15,7 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import train
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.training.engine import start_process_group
 from launcher.environment import detect_environment
 from launcher.process import export_for_torch

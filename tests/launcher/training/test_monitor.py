@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from torch.utils.flop_counter import FlopCounterMode
 
 from launcher.cli import main as lfm
-from launcher.config import RunConfig, load_run_config
+from launcher.config import RunConfig
+from launcher.config_file import load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
 from launcher.training.monitoring.expert_load import CELL, load_image

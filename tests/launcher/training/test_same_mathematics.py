@@ -15,7 +15,8 @@ import torch
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
-from launcher.config import RunConfig, load_run_config
+from launcher.config import RunConfig
+from launcher.config_file import load_run_config
 from launcher.tools.export.export import load_run
 from launcher.training.checkpoints.checkpoint import TrainState
 from launcher.training.setup.model_source import build_model

@@ -15,7 +15,7 @@ from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
 from launcher.tools.export.export import load_run
@@ -30,7 +30,7 @@ REPEATS = """
 import gc, json, sys
 import torch
 import train
-from launcher.config import load_run_config
+from launcher.config_file import load_run_config
 from launcher.training.setup.data_source import open_run_data
 from launcher.training.setup.deepspeed_config import resolve_deepspeed_config
 from launcher.training.engine import build_engine, start_process_group
