@@ -1,17 +1,17 @@
 # make train   set up, train the built-in sample, export it, answer held-out questions
 # make test    set up, run the fast tests            make test-all   the slow ones
 # make setup   set up only (in .venv)                make lint       ruff
-# make bench   measure speed and memory beside other tools: about 10 minutes; the table goes to tests/benchmarks/README.md
+# make bench   compare speed and memory with other tools: about 10 minutes; writes the table in tests/benchmarks/README.md
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# Processes that share the tests. Many start two ranks of their own, so more than the cores slow one another down.
+# Parallel test processes. Many tests start two ranks, so more processes than cores slow each other down.
 TEST_WORKERS ?= 2
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
-# The stamp is written last and named after what was asked for: a broken or outdated environment has none.
+# The stamp is written last, and its name holds a hash of the requirements, so a broken or outdated environment has none.
 STAMP := $(VENV)/complete-$(shell cat constraints.txt setup.cfg | sha256sum | cut -c 1-16)
 EXTRAS := $(subst complete,extras,$(STAMP))
 BENCH := $(subst complete,bench,$(STAMP))
@@ -24,7 +24,7 @@ help:
 
 setup: $(STAMP)
 
-# No prerequisites: the name holds the content's hash, and a checkout that only touches times need not install again.
+# No prerequisites: a checkout that changes only file times must not trigger a new installation.
 $(STAMP):
 	@sh launcher/check_machine.sh "$(PYTHON)"
 	"$(PYTHON)" -m venv --clear $(VENV)
@@ -53,12 +53,13 @@ $(EXTRAS): $(STAMP)
 
 lint: setup
 	ruff check .
+	ruff format --check .
 
 bench: $(BENCH)
 	python -m tests.benchmarks $(BENCH_OPTIONS)
 
-# The second line leaves out what these declare: older numpy, transformers and dateutil than ours, torchvision, and clients
-# of clouds. What they import is in the extra.
+# The second command uses --no-deps, since these packages declare older versions of numpy, transformers and dateutil,
+# torchvision, and cloud clients. The `bench` extra has what they import.
 $(BENCH): $(STAMP)
 	python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test,bench]'
 	python -m pip install --disable-pip-version-check --constraint constraints.txt --no-deps \

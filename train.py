@@ -10,14 +10,17 @@ from __future__ import annotations
 from launcher.training.loading import loaded  # before all that takes time to load
 
 import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.prefetch import Prefetcher
+from launcher.config import RunConfig
 from launcher.config_file import add_run_arguments
-from launcher.environment import detect_environment
+from launcher.environment import Environment, detect_environment
 from launcher.errors import one_sentence_errors
 from launcher.exit_codes import DONE, STOPPED
 from launcher.process import export_for_torch
@@ -34,8 +37,9 @@ from launcher.training.engine import (
 )
 from launcher.training.monitoring.monitor import Monitor
 from launcher.training.monitoring.reduction import add_up
+from launcher.training.monitoring.start_summary import start_summary
 from launcher.training.monitoring.validation import Validation, open_validation_data
-from launcher.training.plan import make_plan, share_plan
+from launcher.training.plan import Plan, make_plan, share_plan
 from launcher.training.resilience.data_loss import AgreedBatches
 from launcher.training.resilience.due_validations import DueValidations
 from launcher.training.resilience.failures import Failures, recognised_failures
@@ -50,10 +54,14 @@ from model.loss import total_loss
 from model.metrics import count_tokens
 from model.moe import set_balancing_bias, updated_balancing_bias
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 loaded()
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Train as the command line says; return the exit code."""
     options = parse_arguments(arguments)
     environment = detect_environment()
     export_for_torch(environment)
@@ -67,13 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         stopped = train(plan, run, environment, failures)
     except BaseException as error:
-        failures.end(plan.step, error)  # where it has not got to its first step; the loop tells its own
+        failures.end(plan.step, error)  # before the first step; later failures are reported by the loop
         raise
     return STOPPED if stopped else DONE
 
 
-def train(plan, run, environment, failures) -> bool:
-    """Build what `plan` says and take its steps; tells whether a signal has stopped them."""
+def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failures) -> bool:
+    """Build what `plan` says and take its steps; return whether a signal has stopped them."""
     config = plan.config
     data = open_run_data(config)
     stream = BatchStream(
@@ -92,15 +100,16 @@ def train(plan, run, environment, failures) -> bool:
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
     monitor.watch(engine, data.seq_len)
     validation = Validation(config, open_validation_data(config, data), environment.rank, environment.world_size)
-    for note in plan.notes:
-        monitor.say(note)
+    for line in [*plan.notes, *start_summary(config, plan.deepspeed, model.config, data, environment)]:
+        monitor.say(line)
 
-    def report(reason: str) -> None:  # where the end is so sudden that nothing below is reached
+    def report(reason: str) -> None:
+        """Note why the run ends, if the process ends so suddenly that nothing below is reached."""
         if environment.is_main:
             run.write_status("failed", state.step, reason)
 
     checkpoints = CheckpointSaver(engine, run, data.fingerprint, config.keep_checkpoints, monitor.say)
-    # Only now: while ranks still wait for one another, a signal should end them at once, not at a step boundary.
+    # Until here a signal ends the process at once. From now on ranks stop together at a step boundary.
     stop = StopRequest(report)
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
@@ -109,7 +118,7 @@ def train(plan, run, environment, failures) -> bool:
     first_step = state.step + 1
     try:
         watchdog.begins("waiting for the other ranks", first=True)
-        dist.barrier()  # a signal that kills a rank before it listens has to find the run still `starting`
+        dist.barrier()  # all ranks handle signals now, so the run no longer counts as `starting`
         if environment.is_main and (state.step < config.max_steps or validations.is_missed(state)):
             run.write_status("running", state.step)
         validations.make_up(state)
@@ -119,7 +128,8 @@ def train(plan, run, environment, failures) -> bool:
             run.note_step(state.step)
             checkpoints.publish_when_written()
             if guard.wants_rollback(state):
-                watchdog.begins(f"going back from step {state.step}", first=True)  # verifies it all, may convert it
+                # This verifies the whole checkpoint and may convert it, so it has the first step's time limit.
+                watchdog.begins(f"going back from step {state.step}", first=True)
                 state = guard.roll_back(state)
                 continue
             validations.validate_if_due(state)
@@ -148,62 +158,115 @@ def train(plan, run, environment, failures) -> bool:
     return bool(stop.agreed)
 
 
-def train_step(engine, batches, state, config, monitor, stop, guard) -> None:
-    """Take one global batch through the engine and advance `state`.
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This rank's micro-batches of one step, and what all ranks together know of the step.
 
-    The loss is a mean over the global batch's tokens, so their number is agreed on before the first backward, and with
-    it whether to stop. DeepSpeed averages gradients over ranks and micro-batches; the factor `scale` makes that a sum.
+    supervised: tokens with a label, over all ranks. tokens: those that are not padding. bad_rows: rows of bad shards.
+    is_lost: whether a rank could not read its rows. must_stop: whether a rank was asked to stop.
     """
+
+    micro_batches: list[dict[str, torch.Tensor]]
+    supervised: float
+    tokens: float
+    bad_rows: float
+    is_lost: bool
+    must_stop: bool
+
+
+def train_step(
+    engine: DeepSpeedEngine,
+    batches: AgreedBatches,
+    state: TrainState,
+    config: RunConfig,
+    monitor: Monitor,
+    stop: StopRequest,
+    guard: Guard,
+) -> None:
+    """Take one global batch through the engine and advance `state`."""
     monitor.step_begins(state.step + 1)
-    micro_batches = [{name: rows.to(engine.device) for name, rows in batch.items()} for batch in batches.next_step()]
-    pad = engine.module.config.pad_token_id
-    flags = {"stop": stop.requested(engine.device), "lost": batches.lost(engine.device)}
+    batch = agree_on_batch(engine, batches, stop)
+    stop.agreed = batch.must_stop or batch.is_lost
+    if batch.is_lost:
+        return  # the checkpoint is that of the step before
+    state.step += 1
+    state.position = batches.position
+    if batch.supervised == 0:
+        monitor.say(f"step {state.step} is skipped: its batch has no supervised token (loss_on={config.loss_on})")
+        # A batch of bad shards alone has no text, and is no fault of the run's settings.
+        state.skipped_in_a_row += int(batch.tokens > 0)
+        return
+
+    set_learning_rate(engine, learning_rate(config, state.step - 1))
+    totals = forward_backward(engine, batch, state, config, monitor)
+    state.tokens += int(batch.tokens)
+    state.running_means = state.running_means.updated(
+        (totals["routing"] / batch.tokens).float(), (totals["retained_ratio"] / batch.tokens).float()
+    )
+    balance_experts(engine, state, config, totals)
+    loss = total_loss(totals, config.loss, batch.supervised, batch.tokens).item()
+    values = engine_values(engine) | guard.observe(state, loss)
+    values["balance/bias_max"] = torch.tensor(state.balancing_bias).abs().max().item()
+    values["data/bad_shard_rows"] = batch.bad_rows
+    values["perf/data_seconds"] = batches.seconds_waited
+    monitor.step_ended(state.step, totals, batch.supervised, batch.tokens, values)
+
+
+def agree_on_batch(engine: DeepSpeedEngine, batches: AgreedBatches, stop: StopRequest) -> GlobalBatch:
+    """Move the next micro-batches to the device, and add up over all ranks what must be known before the first backward.
+
+    The loss is a mean over the global batch's tokens, so their number is needed first.
+    """
+    device, pad = engine.device, engine.module.config.pad_token_id
+    micro_batches = [{name: rows.to(device) for name, rows in batch.items()} for batch in batches.next_step()]
+    flags = {"stop": stop.requested(device), "lost": batches.lost(device)}
     counts = add_up([
         count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches
     ])  # fmt: skip
-    supervised, tokens, stop.agreed = (counts[name].item() for name in ("supervised", "tokens", "stop"))
-    if counts["lost"] > 0:
-        stop.agreed = 1.0  # with a checkpoint of the step before, whose state this is
-        return
-    state.step += 1
-    state.position = batches.position
-    if supervised == 0:
-        monitor.say(f"step {state.step} is skipped: its batch has no supervised token (loss_on={config.loss_on})")
-        state.skipped_in_a_row += int(tokens > 0)  # not where all its rows are of bad shards
-        return
-    set_learning_rate(engine, learning_rate(config, state.step - 1))
+    supervised, tokens, bad_rows, lost, asked = (
+        counts[name].item() for name in ("supervised", "tokens", "bad_rows", "lost", "stop")
+    )
+    return GlobalBatch(micro_batches, supervised, tokens, bad_rows, lost > 0, asked > 0)
 
-    scale = dist.get_world_size() * len(micro_batches)
-    means, sums = state.running_means, []
-    for batch in micro_batches:
+
+def forward_backward(
+    engine: DeepSpeedEngine, batch: GlobalBatch, state: TrainState, config: RunConfig, monitor: Monitor
+) -> dict[str, torch.Tensor]:
+    """Run all micro-batches and the optimizer; return the loss and routing sums over all ranks.
+
+    DeepSpeed averages gradients over ranks and micro-batches; the factor `scale` turns that mean into a sum.
+    """
+    scale = dist.get_world_size() * len(batch.micro_batches)
+    sums = []
+    for rows in batch.micro_batches:
         with monitor.timed("forward"):
-            output = engine(**batch, running_means=means)
+            output = engine(**rows, running_means=state.running_means)
         with monitor.timed("backward"):
-            engine.backward(scale * poison(total_loss(output.loss_sums, config.loss, supervised, tokens)))
+            loss = total_loss(output.loss_sums, config.loss, batch.supervised, batch.tokens)
+            engine.backward(scale * poison(loss))
         monitor.backward_ended()
         with monitor.timed("optimizer"):
             engine.step()
         sums.append(output.loss_sums | output.statistics)
-    totals = add_up(sums)
+    return add_up(sums)
 
-    state.tokens += int(tokens)
-    state.running_means = means.updated(
-        (totals["routing"] / tokens).float(), (totals["retained_ratio"] / tokens).float()
-    )
-    bias = torch.tensor(state.balancing_bias)
-    # Also where fp16's gradients overflowed and the weights stayed; not where the forward did, whose choices mean nothing.
+
+def balance_experts(
+    engine: DeepSpeedEngine, state: TrainState, config: RunConfig, totals: dict[str, torch.Tensor]
+) -> None:
+    """Move each router's bias towards experts that got less than their share of the tokens.
+
+    The update also runs after an fp16 overflow, whose step leaves the weights as they are. It is skipped if the forward
+    pass was not finite, because its routing is meaningless.
+    """
     if totals["routing"].isfinite().all():
-        bias = updated_balancing_bias(bias, totals["load"], config.balancing_rate)
+        bias = updated_balancing_bias(torch.tensor(state.balancing_bias), totals["load"], config.balancing_rate)
         set_balancing_bias(engine.module, bias)
         state.balancing_bias = bias.tolist()
-    values = {**engine_values(engine), "balance/bias_max": bias.abs().max().item()}
-    values |= {"data/bad_shard_rows": counts["bad_rows"].item(), "perf/data_seconds": batches.seconds_waited}
-    values |= guard.observe(state, total_loss(totals, config.loss, supervised, tokens).item())
-    monitor.step_ended(state.step, totals, supervised, tokens, values)
 
 
 def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
-    """The rows of a micro-batch that are all padding, as those of a bad shard come where `on_bad_shard` is skip."""
+    """Count the rows of a micro-batch that are all padding: those of bad shards, if `on_bad_shard` is skip."""
     return (batch["input_ids"] == pad).all(dim=1).sum()
 
 

@@ -1,1 +1,1 @@
-"""Everything around the process: configuration, the DeepSpeed engine, checkpoints, monitoring and the `lfm` command."""
+"""Train a model with DeepSpeed and use it: configuration, checkpoints, monitoring and the `lfm` command."""

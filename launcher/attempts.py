@@ -1,4 +1,4 @@
-"""`attempts.jsonl`: a line for each start of a run and for each end, so that what was changed between them is not lost."""
+"""Keep `attempts.jsonl`, with a line for each start and each end of a run and for what changed between starts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def add_attempt(folder: Path, event: str, facts: dict) -> None:
-    """Append a line: `begins` or `ended`, and what is known of it.
+    """Append a line with the event, `begins` or `ended`, and its facts.
 
-    Where the disk does not take it, a line on stderr says so: the run, or the error that ends it, is more important.
+    If it cannot be written, only warn on stderr: the run, or the error that ends it, is more important.
     """
     path = folder / "attempts.jsonl"
     try:
@@ -23,9 +23,9 @@ def add_attempt(folder: Path, event: str, facts: dict) -> None:
 
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, list]:
-    """Where two descriptions of a run differ, as `{"section.key": [before, now]}`; None for a key that is not there."""
+    """Return the differences of two run descriptions as `{"section.key": [before, now]}`; a missing key gives None."""
     found = {}
-    for name in dict.fromkeys((*before, *now)):  # in their order
+    for name in dict.fromkeys((*before, *now)):  # keeps their order
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             found |= differences(old, new, f"{prefix}{name}.")
@@ -35,7 +35,7 @@ def differences(before: dict, now: dict, prefix: str = "") -> dict[str, list]:
 
 
 def code_version() -> dict:
-    """The commit of this code, and whether files that it tracks were changed since; None where nothing is known."""
+    """Return this code's commit and whether tracked files were changed since; None for each if unknown."""
     commit = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {"commit": commit or None, "uncommitted_changes": None if changed is None else changed != ""}

@@ -1,6 +1,6 @@
-"""The `lfm` command: everything but training itself, which is `deepspeed train.py`.
+"""Run the `lfm` command, which does everything but training itself (`deepspeed train.py`).
 
-Imports stand inside the commands: `lfm --help` must not wait for torch.
+Heavy imports are inside the commands, so that `lfm --help` does not import torch.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ COMMANDS = (
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     if options.command != "fetch":
-        # transformers draws a bar for every file that it reads or writes, here over in an instant.
+        # transformers shows a progress bar for every file; these files are read and written in an instant.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with one_sentence_errors():
         return options.run(options) or 0
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """As train.py does, take `key=value` before and after options: argparse gives up after the first group of them."""
+    """Accept `key=value` before and after options, as train.py does; argparse accepts only one group of them."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not (hasattr(options, "overrides") and all("=" in text and text[0] != "-" for text in rest)):
@@ -59,7 +59,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lfm",
-        description="Prepare data for, and use, a Liquid Foundation Model.",
+        description="Prepare data for a Liquid Foundation Model, and use the trained model.",
         epilog="Training: deepspeed train.py --deepspeed_config ds_configs/zero3.json [--config run.yaml] [key=value ...]",
     )
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")

@@ -1,4 +1,4 @@
-"""The keys of a run: what each means, its default and its bounds. `launcher/configs/README.md` is made from this file."""
+"""Declare the keys of a run with meaning, default and bounds; `launcher/configs/README.md` is generated from them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field
 from launcher.errors import ConfigurationError
 from launcher.run_keys import check_values, key
 
-LONGEST_TIMEOUT = 30 * 24 * 3600  # seconds; far larger ones overflow in the libraries that wait
+LONGEST_TIMEOUT = 30 * 24 * 3600  # seconds; much larger values overflow in the libraries that use it
 
 
 @dataclass
@@ -17,7 +17,7 @@ class Prepare:
     source: str = key("sample", "what `lfm prepare` reads: `sample`, a dataset on the Hugging Face hub, or files")
     tokenizer: str = key("train", "`train`, a tokenizer folder, or a name on the hub")
     seq_len: int = key(256, "tokens in a row", at_least=1)
-    validation_share: float = key(0.0, "share of the questions that are held out", at_least=0, below=1)
+    validation_share: float = key(0.0, "share of the questions to hold out for validation", at_least=0, below=1)
 
 
 @dataclass
@@ -30,18 +30,18 @@ class WeightedData:
 
 @dataclass
 class DataCache:
-    """Where shards behind a URL are kept."""
+    """The local cache of shards behind a URL."""
 
     folder: str | None = key(None, "a folder on the machine's own disk; by default among its temporary files")
-    gigabytes: float = key(50.0, "how much is kept", above=0)
+    gigabytes: float = key(50.0, "size of the cache", above=0)
 
 
 @dataclass
 class Loss:
     """Weights of the loss terms beside the cross entropy, and the focal term's exponent (`model/loss.py`).
 
-    The defaults are the model's own. They are written out here because importing the model imports torch, for which no
-    command that only reads a configuration should wait.
+    The defaults are the model's own. They are repeated here because importing the model imports torch, and a command
+    that only reads a configuration should not wait for that.
     """
 
     focal: float = key(0.1, "weight of the focal loss", at_least=0)
@@ -71,28 +71,30 @@ class Precision:
 
 @dataclass
 class Spike:
-    """When a loss counts as a spike."""
+    """The definition of a loss spike."""
 
-    window: int = key(50, "how many earlier losses are looked at", at_least=2)
-    factor: float = key(10.0, "how many median absolute deviations above their median a spike is", above=0)
+    window: int = key(50, "number of earlier losses to compare with", at_least=2)
+    factor: float = key(
+        10.0, "a spike is this many median absolute deviations above the median of those losses", above=0
+    )
 
 
 @dataclass
 class Monitor:
-    """What is measured inside the model."""
+    """The measurements inside the model."""
 
-    every: int = key(100, "steps between two looks at activations, their gradients, gradient norms and expert load; 0: never",
+    every: int = key(100, "steps between measuring activations, their gradients, gradient norms and expert load; 0: never",
                      at_least=0)  # fmt: skip
     layers: list[str] = key(
         lambda: [r"model\.liquid_embedding", r"model\.layers\.\d+", r"model\.norm"],
-        "whose activations: regular expressions of module names",
+        "modules whose activations are measured: regular expressions of module names",
     )
-    peak_teraflops: float | None = key(None, "of one device, for MFU; known for common GPUs", above=0)
+    peak_teraflops: float | None = key(None, "peak teraflops of one device, for MFU; known for common GPUs", above=0)
 
 
 @dataclass
 class Profile:
-    """Which steps are profiled."""
+    """The steps that are profiled."""
 
     steps: list[int] | None = key(
         None, "`[first, last]`: a torch profiler's trace of rank 0, in `profile/` of the run folder"
@@ -101,7 +103,7 @@ class Profile:
 
 @dataclass
 class RunConfig:
-    """All that a run depends on beside the DeepSpeed JSON."""
+    """Everything that a run depends on beside the DeepSpeed JSON."""
 
     data: str | list[WeightedData] = key(
         "data/sample", "a shard folder, the URL of one, or a list of `{path, weight}` to mix", not_empty=True
@@ -136,8 +138,8 @@ class RunConfig:
     checkpoint_every: int = key(500, "steps between two checkpoints", at_least=1)
     keep_checkpoints: int = key(2, "checkpoints to keep beside the best", at_least=1)
     global_batch_rows: int = key(16, "packed rows in a step, over all ranks", at_least=1)
-    micro_batch_rows: int = key(16, "at most so many rows at once on one rank", at_least=1)
-    loss_on: str = key("all", "which tokens count", one_of=("all", "answer"))
+    micro_batch_rows: int = key(16, "most rows that one rank processes at once", at_least=1)
+    loss_on: str = key("all", "which tokens the loss counts", one_of=("all", "answer"))
     loss: Loss = key(Loss, "weights of the loss terms beside the cross entropy")
     learning_rate: float = key(1e-3, "the highest learning rate", above=0)
     warmup_steps: int = key(100, "steps of linear warm-up", at_least=0)
@@ -150,7 +152,7 @@ class RunConfig:
         at_least=1,
     )
     balancing_rate: float = key(
-        1e-3, "how far a step moves the router's bias towards experts with less than their share; 0: not", at_least=0
+        1e-3, "how far a step moves the router's bias towards experts with less than their share; 0: off", at_least=0
     )
     activation_checkpointing: bool = key(True, "recompute activations in the backward pass")
     precision: Precision = key(Precision, "half precision on a CPU")
@@ -159,7 +161,7 @@ class RunConfig:
         at_least=0,
     )  # fmt: skip
     on_spike: str = key(
-        "mark", "what to do about a loss spike: mark it, or roll back to the last checkpoint and pass over those rows",
+        "mark", "what to do about a loss spike: mark it, or roll back to the last checkpoint and skip those rows",
         one_of=("mark", "rollback"),
     )  # fmt: skip
     spike: Spike = key(Spike, "when a loss counts as a spike")
@@ -169,7 +171,7 @@ class RunConfig:
     )  # fmt: skip
     monitor: Monitor = key(Monitor, "what is measured inside the model")
     profile: Profile = key(Profile, "which steps are profiled")
-    # The keys that a file or an override set, as opposed to these defaults: only such a key can contradict the JSON.
+    # The keys that a file or an override set. Only these can contradict the JSON; defaults cannot.
     explicit: frozenset[str] = field(default=frozenset(), init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

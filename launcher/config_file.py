@@ -19,14 +19,14 @@ from launcher.errors import ConfigurationError
 from launcher.run_keys import table
 
 NULL = ("", "null", "~", "None")
-# Whose `~` and variables are expanded when they are read. (`data_cache.folder` keeps its variables: they are each machine's.)
+# Keys whose `~` and variables are expanded on reading. `data_cache.folder` is not one of them: each machine expands it.
 PATH_KEYS = re.compile(r"data|data\[\d+\]\.path|validation_data|output|model|init_from|prepare\.(source|tokenizer)")
 CONFIG_FOLDER = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
 
 
 class _Once(argparse.Action):
-    """An option whose second value would silently take the place of the first."""
+    """Refuse an option that is given twice, because argparse would silently drop its first value."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         if getattr(namespace, f"given_{self.dest}", False):
@@ -36,7 +36,7 @@ class _Once(argparse.Action):
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name a run configuration: `--config`, and `key=value` overrides."""
+    """Add `--config` and the `key=value` overrides to a parser."""
     parser.add_argument(
         "--config", action=_Once, default=str(DEFAULT_CONFIG), help="run configuration, YAML (default: the sample)"
     )
@@ -46,8 +46,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (`loss.focal=0.2` reaches into a section).
 
-    A value is read as its key's type: text stays as it stands (`output=1.10`), and a path's `~` and variables are expanded.
-    The file may be a run's own run.yaml, whose configuration it then repeats. The file's `prepare` is for the file's
+    A value is read as its key's type: text is kept as written (`output=1.10`), and `~` and variables in paths are
+    expanded. The file may also be the run.yaml of a run, to repeat that run. The file's `prepare` belongs to the file's
     `data`: if only `data` is overridden, nothing is prepared.
     Raises `ConfigurationError` for a missing or unreadable file, an unknown key (naming the nearest one) or a value of
     the wrong type.
@@ -77,7 +77,7 @@ def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose values stay text: what 1.10, 010, 12:30 or 2024_01 mean is for the key's type to say."""
+    """Load YAML with all values as text; the key's type decides what 1.10, 010, 12:30 or 2024_01 mean."""
 
     def construct_mapping(self, node, deep=False):
         mapping = {}
@@ -85,14 +85,14 @@ class _TextLoader(yaml.BaseLoader):
             key = self.construct_object(key_node, deep=True)
             if key in mapping:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key} is there twice", key_node.start_mark
+                    None, None, f"the key {key} is given twice", key_node.start_mark
                 )
             mapping[key] = self.construct_object(value_node, deep=True)
         return mapping
 
 
 def read_yaml(path: str | Path) -> dict:
-    """The mapping in a YAML file, its values as text; `ConfigurationError` if it is missing or not a mapping."""
+    """Read the mapping in a YAML file, with text values. Raises `ConfigurationError` if it is missing or no mapping."""
     try:
         content = yaml.load(Path(path).read_text(), _TextLoader)
     except OSError as error:
@@ -110,12 +110,12 @@ def read_yaml(path: str | Path) -> dict:
 
 
 def as_dict(config: RunConfig) -> dict:
-    """The configuration as plain values, ready for YAML."""
+    """Return the configuration as plain values for YAML."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name != "explicit"}
 
 
 def _parse_value(key: str, value: str):
-    """An override's value: text as it stands if that is what the key takes, else YAML (lists and sections)."""
+    """Parse an override's value: plain text if the key takes text, else YAML (lists and sections)."""
     if _takes_text(key) and not (key == "data" and value.startswith("[")):
         return value
     try:
@@ -135,13 +135,13 @@ def _takes_text(key: str) -> bool:
 
 @dataclass
 class _Origin:
-    """Where a key's value was given: in the file, or in one of the overrides, which are kept by key."""
+    """The source of each key's value: the file, or one of the overrides (by key)."""
 
     path: str
     overrides: dict[str, str] = field(default_factory=dict)
 
     def of(self, key: str) -> str:
-        """Its name for a message; an override may have given the key, the section it is in, or a key inside it."""
+        """Name a key's source for a message; an override may set the key, its section, or a key inside it."""
         for given, override in self.overrides.items():
             if f"{key}.".startswith((f"{given}.", f"{given}[")) or given.startswith(f"{key}."):
                 return f"the override {override}"
@@ -158,7 +158,7 @@ def _build(cls: type, fields: dict, prefix: str, origin: _Origin):
             where = origin.of(f"{prefix}{name}")
             raise ConfigurationError(f"unknown key {prefix}{name} in {where}; did you mean {prefix}{nearest[0]}?")
         values[name] = _convert(hints[name], value, f"{prefix}{name}", origin)
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # neither is there
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory]  # both are MISSING
     if missing := [name for name in required if name not in values]:
         raise ConfigurationError(f"{prefix}{missing[0]} is missing in {origin.of(prefix.rstrip('.'))}")
     return cls(**values)
@@ -205,7 +205,7 @@ def _truth(text: str) -> bool | None:
 
 
 def _expanded(path: str, key: str, origin: _Origin) -> str:
-    """A path as a shell would have it, which does not look behind the `=` of an override."""
+    """Expand `~` and variables in a path, as a shell does; shells do not expand them after the `=` of an override."""
     expanded = os.path.expandvars(os.path.expanduser(path))
     if missing := re.search(r"\$\{?\w+\}?", expanded):
         raise ConfigurationError(f"{key} in {origin.of(key)} names the variable {missing[0]}, which is not set")
@@ -213,7 +213,7 @@ def _expanded(path: str, key: str, origin: _Origin) -> str:
 
 
 def key_table() -> str:
-    """The table of all keys in `launcher/configs/README.md`."""
+    """Return the table of all keys for `launcher/configs/README.md`."""
     return table(RunConfig)
 
 

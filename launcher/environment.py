@@ -1,4 +1,4 @@
-"""Who am I: the launcher's variables turned into rank, world and device."""
+"""Find this process's rank, world size and device from the launcher's environment variables."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from launcher.errors import ConfigurationError
 from launcher.node_list import expand_node_list
 
-if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does without
+if TYPE_CHECKING:  # takes seconds to import, and `lfm prepare` does not need it
     import torch
 
-# SLURM numbers a job's steps from 0; what it starts itself, as a shell for salloc, has one of the last numbers.
+# SLURM numbers a job's steps from 0. Steps that it starts itself, such as the shell of salloc, use the highest numbers.
 LAST_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
 class Environment:
-    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size` on its machine, its `device`."""
+    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size` on its machine, and `device`."""
 
     rank: int
     world_size: int
@@ -34,7 +34,7 @@ class Environment:
 
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        # A launcher may show each process its own GPU alone, or all of them.
+        # A launcher may show each process only its own GPU, or all of them.
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
 
     @property
@@ -43,12 +43,12 @@ class Environment:
 
 
 def detect_environment(variables: MutableMapping[str, str] | None = None) -> Environment:
-    """Read the variables of the deepspeed launcher, torchrun, SLURM's srun or mpirun; a lone process is a world of one.
+    """Read the variables of the deepspeed launcher, torchrun, SLURM's srun or mpirun; a single process is a world of one.
 
-    Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`; under srun one that is not set
-    is derived from the job. Raises `ConfigurationError` where a launcher's variables are incomplete or no numbers,
-    where those of two launchers contradict each other, where MPI cannot be used, and in a shell of srun's that is one of
-    several tasks.
+    Under mpirun the ranks agree on a rendezvous over MPI and write it to `variables`. Under srun a rendezvous that is not
+    set is derived from the job.
+    Raises `ConfigurationError` if a launcher's variables are incomplete or not numbers, if two launchers' variables
+    contradict each other, if MPI cannot be used, or in an `srun --pty` shell of several tasks.
     """
     variables = os.environ if variables is None else variables
     _refuse_contradictions(variables)
@@ -73,14 +73,14 @@ def detect_environment(variables: MutableMapping[str, str] | None = None) -> Env
     rank, world_size, local_rank = (_whole(variables, name) for name in names)
     if not 0 <= rank < world_size:
         raise ConfigurationError(
-            f"{names[0]} is {rank}, which is not below {names[1]}, {world_size}; unset both where no launcher set them, or "
+            f"{names[0]} is {rank}, which is not below {names[1]}, {world_size}; unset both if no launcher set them, or "
             "start all ranks with one launcher"
         )
     local_size = variables.get("LOCAL_WORLD_SIZE") or variables.get("LOCAL_SIZE") or _slurm_tasks_per_node(variables)
     return Environment(rank, world_size, local_rank, int(local_size or world_size), launcher)
 
 
-# What each launcher calls a process's number and how many there are.
+# Each launcher's variables for a process's rank and for the number of processes.
 PLACES = {
     "the deepspeed launcher or torchrun": ("RANK", "WORLD_SIZE"),
     "Open MPI's mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
@@ -90,10 +90,10 @@ PLACES = {
 
 
 def _refuse_contradictions(variables: Mapping[str, str]) -> None:
-    """Raise `ConfigurationError` where two launchers' variables give this process different places.
+    """Raise `ConfigurationError` if two launchers' variables give this process different places.
 
-    A leftover RANK makes every task of srun rank 0 of a world of its own, and each would train alone. One launcher may
-    start another, though, a torchrun for each node under srun; then the inner one's own variables are there, too.
+    With a leftover RANK, every task of srun would be rank 0 of its own world and train alone. But one launcher may start
+    another, for example srun a torchrun on each node; then the inner launcher's own variables are set as well.
     """
     places = {}
     for launcher, names in PLACES.items():
@@ -103,12 +103,12 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
             places[launcher] = tuple(_whole(variables, name) for name in names)
     if "PMIX_RANK" in variables and not places:
         raise ConfigurationError(
-            f"PMIX_RANK is {variables['PMIX_RANK']}, so this is one of several processes, but nothing says of how many; "
+            f"PMIX_RANK is {variables['PMIX_RANK']}, so this is one of several processes, but no variable gives their number; "
             "start it with srun, or with the mpirun of the MPI library that mpi4py loads"
         )
     nested = any(name in variables for name in ("TORCHELASTIC_RUN_ID", "LOCAL_SIZE"))  # torchrun, deepspeed
     if nested or ("OMPI_COMM_WORLD_SIZE" in variables and "RANK" not in variables):
-        return  # mpirun starts its daemons with srun, whose variables are theirs
+        return  # mpirun starts its daemons with srun, so the SLURM variables belong to those
     several = {launcher: place for launcher, place in places.items() if place != (0, 1)}
     if several and len(set(places.values())) > 1:
         said = ", but ".join(
@@ -116,70 +116,71 @@ def _refuse_contradictions(variables: Mapping[str, str]) -> None:
             for launcher, (rank, size) in places.items()
         )
         raise ConfigurationError(
-            f"two launchers disagree on which process this is: {said}; unset the variables of the one that did not start it"
+            f"two launchers disagree on the rank of this process: {said}; unset the variables of the one that did not start it"
         )
 
 
 def is_task_of_srun(variables: Mapping[str, str]) -> bool:
-    """Not so a job's batch script or salloc's shell, which have the job's number of tasks, but are none of them."""
+    """Return whether this is a task of srun; batch scripts and salloc's shell also have SLURM_NTASKS but are no task."""
     step = variables.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < LAST_STEP and "SLURM_NTASKS" in variables
 
 
 def refuse_shell_of_srun(variables: Mapping[str, str]) -> None:
-    """Raise `ConfigurationError` in the shell of `srun --pty bash`: the shells of srun's other tasks have ended already.
+    """Raise `ConfigurationError` in the shell of `srun --pty bash`, because the shells of the other tasks have ended.
 
-    A second srun in that shell hands the shell's variables on, but not its terminal.
+    A second srun in that shell passes on the shell's variables but not its terminal, so its tasks are accepted.
     """
     is_task_itself = variables.get("SLURM_TASK_PID") == str(os.getpid())
     if "SLURM_PTY_PORT" in variables and os.isatty(0) and not is_task_itself:
         tasks = variables["SLURM_NTASKS"]
         raise ConfigurationError(
-            f"this shell was opened by `srun --pty` for {tasks} tasks, but is one process, and would wait for the others for "
-            "ever; start all of them with `srun --overlap python …`, or open the shell with `srun --ntasks=1 --pty bash`"
+            f"this shell was opened by `srun --pty` for {tasks} tasks but is only one of them, and would wait for the others "
+            "forever; start all of them with `srun --overlap python …`, or open the shell with `srun --ntasks=1 --pty bash`"
         )
 
 
 def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
-    """MASTER_ADDR and MASTER_PORT where they are not set: the step's first host, where rank 0 runs, and a port by job."""
+    """Set MASTER_ADDR to the step's first host, where rank 0 runs, and MASTER_PORT by job, unless they are set."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     if nodes and not variables.get("MASTER_ADDR"):
         variables["MASTER_ADDR"] = expand_node_list(nodes)[0]
     job = variables.get("SLURM_JOB_ID", "")
     if job.isdigit() and not variables.get("MASTER_PORT"):
-        # By step and restart, too: the port of one that has just ended may still be taken. Below the ephemeral ports.
+        # The port also depends on step and restart, because the port of one that just ended may still be in use. It is
+        # below the ephemeral ports.
         step, restart = variables.get("SLURM_STEP_ID", "0"), variables.get("SLURM_RESTART_COUNT", "0")
         variables["MASTER_PORT"] = str(15000 + (int(job) * 64 + int(restart) * 8 + int(step)) % 15000)
 
 
 def _whole(variables: Mapping[str, str], name: str) -> int:
     if not variables[name].isdigit():
-        raise ConfigurationError(f"{name} is {variables[name]!r}, which is no number; unset it")
+        raise ConfigurationError(f"{name} is {variables[name]!r}, which is not a number; unset it")
     return int(variables[name])
 
 
 def mpi_place(expected: int) -> tuple[int, int]:
     everyone, MPI = _mpi_world(expected)
     place = everyone.rank, everyone.size
-    MPI.Finalize()  # the ranks share work through files; finalizing at the end would make a failing rank wait for all
+    MPI.Finalize()  # the ranks share work through files; finalizing at exit would make a failing rank wait for all others
     return place
 
 
 def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Environment:
-    """Ranks as MPI counts them; rank 0's address and a free port of it are sent to the others."""
+    """Return the place that MPI gives this process, after rank 0 sent its address and a free port to all ranks."""
     everyone, MPI = _mpi_world(expected)
     neighbours = everyone.Split_type(MPI.COMM_TYPE_SHARED)
     address = socket.gethostname() if neighbours.size < everyone.size else "127.0.0.1"
     meeting = everyone.bcast((address, str(free_port())) if everyone.rank == 0 else None)
     variables["MASTER_ADDR"], variables["MASTER_PORT"] = meeting
     place = Environment(everyone.rank, everyone.size, neighbours.rank, neighbours.size, "mpirun")
-    # That was all. Left to the end of the process, finalizing would make a rank that fails wait for all the others.
+    # MPI is not needed any more. Finalizing at exit would make a failing rank wait for all others.
     MPI.Finalize()
     return place
 
 
 def _mpi_world(expected: int):
-    """MPI's communicator of all ranks, and the module; `ConfigurationError` where they are not as many as started."""
+    """Return MPI's communicator of all ranks, and the module. Raises `ConfigurationError` if MPI sees another number."""
     try:
         from mpi4py import MPI  # only here: importing it starts MPI
     except (ImportError, RuntimeError) as error:
@@ -189,7 +190,7 @@ def _mpi_world(expected: int):
         ) from error
     everyone = MPI.COMM_WORLD
     if everyone.size != expected:
-        # Another MPI's mpirun starts every process as a world of its own, and each would work alone.
+        # Under the mpirun of another MPI, each process is a world of its own and would work alone.
         raise ConfigurationError(
             f"{expected} processes were started, but mpi4py's MPI library sees {everyone.size}; "
             "use the mpirun of the MPI library that mpi4py loads, or srun's plug-in for it (LFM_MPI, srun --mpi=list)"
@@ -198,13 +199,13 @@ def _mpi_world(expected: int):
 
 
 def _slurm_tasks_per_node(variables: MutableMapping[str, str]) -> str | None:
-    # SLURM writes "4(x2),3": this node's share is at most the largest, which is all that thread counts need.
+    # SLURM writes "4(x2),3" without naming nodes. The largest number is an upper limit, which is enough for thread counts.
     tasks = variables.get("SLURM_STEP_TASKS_PER_NODE")
     return str(max(int(part.split("(")[0]) for part in tasks.split(","))) if tasks else None
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on at the moment."""
+    """Return a TCP port that is currently free."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

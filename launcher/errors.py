@@ -1,4 +1,4 @@
-"""Errors that a user can do something about: one sentence on stderr, an exit code that is not 0, no traceback."""
+"""Errors that a user can fix: one sentence on stderr, a non-zero exit code and no traceback."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from launcher.exit_codes import FAILED, INTERRUPTED, LOST, WRONG_INPUT
 
 
 class ConfigurationError(Exception):
-    """What is wrong in a configuration, a run folder or an argument, where, and how to fix it, in one sentence."""
+    """A wrong configuration, run folder or argument; one sentence says what is wrong, where, and the fix. Exit code 2."""
 
 
 class TrainingError(Exception):
-    """Why a run that began well cannot go on, and what to change, in one sentence; exit code 1, not 2."""
+    """A run that started but cannot continue; one sentence says why, and what to change. Exit code 1."""
 
 
 class HardwareError(Exception):
-    """A rank, a machine or the connection between them is lost; exit code 77, and starting again goes on."""
+    """A lost rank, machine or connection; starting again resumes the run. Exit code 77."""
 
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """End the program with one sentence where the user caused the error, or with Ctrl-C; the rest keeps its traceback."""
+    """End the program with one sentence for these errors and for Ctrl-C; other exceptions keep their traceback."""
     try:
         yield
     except (ConfigurationError, DataError) as error:

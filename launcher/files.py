@@ -1,4 +1,4 @@
-"""Text files that are replaced as a whole."""
+"""Replace text files atomically."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from data_pipeline.files import sync_folder
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new one, never half of it."""
+    """Replace a file atomically and sync it: readers find the old content or the new one, even after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "w") as file:

@@ -1,4 +1,4 @@
-"""SLURM's compressed node lists: `node[01-03,7],gpu-a[1-2]b` is node01, node02, node03, node7, gpu-a1b, gpu-a2b."""
+"""Expand SLURM's node lists: `node[01-03,7],gpu-a[1-2]b` is node01, node02, node03, node7, gpu-a1b, gpu-a2b."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ PART = re.compile(r"\[([0-9,-]+)\]|([^\[\]]+)")
 
 
 def expand_node_list(compressed: str) -> list[str]:
-    """The hosts in SLURM's order; a name may have several brackets, and numbers keep their leading zeros.
+    """Return the hosts in SLURM's order; a name may have several brackets, and numbers keep their leading zeros.
 
-    Raises `ConfigurationError` where it is no node list.
+    Raises `ConfigurationError` if it is not a node list.
     """
     names = NAME.findall(compressed)
     if not names or ",".join(names) != compressed:
@@ -35,7 +35,7 @@ def _numbers(ranges: str, compressed: str) -> list[str]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise ConfigurationError(
-                f"{part!r} in the SLURM node list {compressed!r} is no range of numbers; set MASTER_ADDR instead"
+                f"{part!r} in the SLURM node list {compressed!r} is not a range of numbers; set MASTER_ADDR instead"
             )
         first, last = match[1], match[2] or match[1]
         numbers += [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]

@@ -1,4 +1,4 @@
-"""A run's folder: what it was started with, how it stands, and a lock against a second live job."""
+"""Manage a run's folder: its description, its status, and a lock that keeps out a second job."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from launcher.files import replace_text
 from model import LiquidConfig
 
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "numpy")
-STATUS_EVERY = 60.0  # seconds after which `status.json` is told again how far a run is
+STATUS_EVERY = 60.0  # seconds between updates of the step in `status.json`
 UNFINISHED = ("starting", "running")
 
 
 class RunFolder:
-    """What a run leaves behind; `model/` holds its configuration and tokenizer, `latest` the newest checkpoint's name."""
+    """A run's output; `model/` holds the model's configuration and tokenizer, `latest` the newest checkpoint's name."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -43,16 +43,16 @@ class RunFolder:
         self._status_time = 0.0
 
     def claim(self) -> None:
-        """Make the folder and hold its lock until `release` or the process's end; `status.json` then says `starting`.
+        """Create the folder, lock it until `release` or the process's end, and set its status to `starting`.
 
-        Raises `ConfigurationError` where another job holds it, or the folder cannot be written or locked.
+        Raises `ConfigurationError` if another job holds the lock, or if the folder cannot be written or locked.
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             free = self._take_lock()
         except OSError as error:
             raise ConfigurationError(
-                f"cannot write to the run folder {self.path}: {error.strerror}; set output"
+                f"cannot write to the run folder {self.path}: {error.strerror}; set another output"
             ) from error
         if not free:
             raise ConfigurationError(f"another job is training in {self.path}; wait for it, or set another output")
@@ -62,7 +62,7 @@ class RunFolder:
         self.write_status("starting", self._last_status().get("step", 0))
 
     def _take_lock(self) -> bool:
-        """Hold the lock, and say whether that could be; raises `OSError`, and `ConfigurationError` where there are none."""
+        """Take the lock and return whether it was free. Raises `OSError`, or `ConfigurationError` if locks do not work."""
         lock = open(self.path / "lock", "w")  # noqa: SIM115 - held for the process's life
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,22 +72,22 @@ class RunFolder:
         except OSError as error:
             lock.close()
             raise ConfigurationError(
-                f"cannot lock {self.path}/lock ({error.strerror}), so that nothing would keep a second job out; have the "
-                "file system mounted with locks (Lustre: -o flock), or set output to a folder on another one"
+                f"cannot lock {self.path}/lock ({error.strerror}), so a second job could write to the same run; mount the "
+                "file system with locks (Lustre: -o flock), or set output to a folder on another one"
             ) from error
         self._lock = lock
         return True
 
     def refuse(self, error: BaseException) -> None:
-        """Write down a start that ended before the ranks met: a run that was `done` is not, and says why.
+        """Record a start that failed before the ranks met: the status becomes `failed`, with the reason.
 
-        Nothing is written where there was no run before, nor where another job holds the folder.
+        Writes nothing if the folder has no earlier run, or if another job holds it.
         """
         if self._lock is None:
             try:
                 if not (self._last_status() and self._take_lock()):
                     return
-            except (OSError, ConfigurationError):  # then nothing can be written; `error` is what the user is told
+            except (OSError, ConfigurationError):  # nothing can be written; the user sees `error`
                 return
             self._note_killed_attempt()
         reason = f"{type(error).__name__}: {error}"
@@ -97,16 +97,17 @@ class RunFolder:
         self.release()
 
     def release(self) -> None:
-        """Let another job have the folder."""
+        """Release the lock, so that another job can use the folder."""
         self._lock.close()
         self._lock = None
 
     def describe(
         self, config: RunConfig, deepspeed_config: dict, environment: Environment, checkpoint: str | None
     ) -> dict[str, list]:
-        """Write `run.yaml`, all that is needed to repeat the run, and the start to `attempts.jsonl`.
+        """Write `run.yaml`, with everything needed to repeat the run, and add this start to `attempts.jsonl`.
 
-        checkpoint: what it goes on from. Returns what is not as at the start before, `{"section.key": [before, now]}`.
+        checkpoint: the one that the run resumes from. Returns what changed since the start before, as
+        `{"section.key": [before, now]}`.
         """
         description = {
             "config": as_dict(config),
@@ -131,11 +132,11 @@ class RunFolder:
     def _description_before(self) -> dict:
         try:
             return self.read_description()
-        except ConfigurationError:  # there is none yet, or nothing goes on from it
+        except ConfigurationError:  # missing in a new run; if broken, there is nothing to compare with
             return {}
 
     def read_description(self) -> dict:
-        """What the last attempt wrote to `run.yaml`. Raises `ConfigurationError` where it is missing or broken."""
+        """Read the `run.yaml` of the last attempt. Raises `ConfigurationError` if it is missing or broken."""
         path = self.path / "run.yaml"
         try:
             description = yaml.safe_load(path.read_text())
@@ -143,27 +144,27 @@ class RunFolder:
             description = " ".join(str(error).split())
         if not isinstance(description, dict) or "config" not in description:
             raise ConfigurationError(
-                f"{path}, which says what the run's checkpoints were trained with, cannot be read ({description}); put it "
-                "back, or set another output"
+                f"cannot read {path}, which describes how the run's checkpoints were trained ({description}); restore it, "
+                "or set another output"
             )
         return description
 
     def began_with(self) -> str | None:
-        """The folder of the weights that the run began with; None where they were fresh ones."""
+        """Return the folder of the weights that the run started from; None if it started from fresh weights."""
         return self.read_description()["config"].get("init_from")
 
     def model_config(self) -> LiquidConfig:
-        """The sizes of the model that the checkpoints are of. Raises `ConfigurationError` where they cannot be read."""
+        """Read the configuration of the checkpoints' model. Raises `ConfigurationError` if it cannot be read."""
         try:
             return LiquidConfig.from_json_file(self.model / "config.json")
         except (OSError, ValueError, TypeError) as error:
             raise ConfigurationError(
-                f"{self.model}/config.json, which says what model the checkpoints are of, cannot be read; put it back (an "
-                "export of the run has the same), or set another output"
+                f"cannot read {self.model}/config.json, which describes the model of the checkpoints; restore it (an export "
+                "of the run has a copy), or set another output"
             ) from error
 
     def keep_model_files(self, config: LiquidConfig, tokenizer: Path) -> None:
-        """Keep the model's configuration and the tokenizer, so that the run can be exported without its data."""
+        """Copy the model's configuration and the tokenizer here, so that the run can be exported without its data."""
         self.model.mkdir(exist_ok=True)
         contents = {file.name: file.read_text() for file in tokenizer.iterdir()}
         contents["config.json"] = config.to_json_string(use_diff=True)
@@ -171,10 +172,11 @@ class RunFolder:
             replace_text(self.model / name, text)
 
     def write_status(self, state: str, step: int, reason: str = "", suspects: list[str] = ()) -> None:
-        """Write `status.json`: `starting`, `running`, `stopped`, `done` or `failed`; an end goes to `attempts.jsonl`, too.
+        """Write `status.json`, with the state `starting`, `running`, `stopped`, `done` or `failed`.
 
-        suspects: hosts to do without next time. Where the disk is full the old file is written over in place; where even
-        that fails, a line on stderr says so: the run, or the error that ends it, is more important.
+        The last three are also added to `attempts.jsonl`. suspects: hosts to avoid at the next start.
+        If the disk is full, the old file is overwritten in place. If that also fails, only warn on stderr: the run, or
+        the error that ends it, is more important.
         """
         status = {"state": state, "step": step, "reason": reason, **_who(), "suspects": [*suspects]}
         self._status_time = time.monotonic()
@@ -183,18 +185,18 @@ class RunFolder:
             add_attempt(self.path, "ended", status)
 
     def note_step(self, step: int) -> None:
-        """Now and then let `status.json` know how far the run is; only the rank that holds the folder does."""
+        """Update the step in `status.json` every `STATUS_EVERY` seconds; only the rank that holds the lock does so."""
         if self._lock is not None and time.monotonic() - self._status_time > STATUS_EVERY:
             self.write_status("running", step)
 
     def _last_status(self) -> dict:
         try:
             return json.loads((self.path / "status.json").read_text())
-        except (OSError, ValueError):  # there is none, or a power cut has left half of it
+        except (OSError, ValueError):  # missing, or half written at a power cut
             return {}
 
     def _note_killed_attempt(self) -> None:
-        """Say of an attempt that has no end, now that its lock is free, that it was killed."""
+        """Record that the previous attempt was killed if its status is unfinished although its lock is free."""
         status = self._last_status()
         if status.get("state") not in UNFINISHED:
             return
@@ -202,11 +204,11 @@ class RunFolder:
         what = "rank 0" if status["state"] == "running" else "a start"
         status |= {
             "state": "failed",
-            "reason": f"{what} was killed, or {host} went down: it could not write how it ended",
+            "reason": f"{what} was killed, or {host} went down, before it could record how it ended",
         }
         print(
-            f"the attempt before this one has no end: last seen at step {status['step']} ({status.get('time')}), it was "
-            f"killed or lost with {host}",
+            f"the previous attempt did not end properly: last seen at step {status['step']} ({status.get('time')}), it was "
+            f"killed, or {host} went down",
             flush=True,
         )
         self._put_status(status)
@@ -218,7 +220,7 @@ class RunFolder:
             try:
                 replace_text(path, text)
             except OSError:
-                with open(path, "r+") as file:  # its block is there already
+                with open(path, "r+") as file:  # its disk block is already allocated
                     file.write(text)
                     file.truncate()
         except OSError as error:

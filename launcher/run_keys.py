@@ -1,6 +1,6 @@
-"""How a run key is declared: its default, what it means and its bounds, in one place.
+"""Declare a run key once: its default, meaning and bounds.
 
-The checks and the page of all keys (`launcher/configs/README.md`) are made from these declarations.
+The checks and the table of all keys (`launcher/configs/README.md`) are made from these declarations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from launcher.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Key:
-    """What a key means, and the values that it may have. Bounds are for numbers; infinity and NaN never fit."""
+    """A key's meaning and its allowed values. Bounds apply to numbers; infinity and NaN are never allowed."""
 
     meaning: str
     at_least: float | None = None
@@ -28,7 +28,7 @@ class Key:
     not_empty: bool = False
 
     def fault(self, value) -> str:
-        """What is wrong with a value, behind the key's name; an empty string if nothing is."""
+        """Return what is wrong with a value, to follow the key's name in a message; an empty string if it is valid."""
         if value is None:
             return ""
         if self.one_of and value not in self.one_of:
@@ -51,13 +51,13 @@ class Key:
 
     @property
     def bounds(self) -> str:
-        """The bounds in words."""
+        """Return the bounds in words."""
         names = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
         return " and ".join(f"{name} {_short(bound)}" for name, bound in names if bound is not None) or "finite"
 
 
 def key(default, meaning: str, **limits):
-    """Declare a field of a configuration: its default (a class: an instance of it) and its `Key`."""
+    """Declare a configuration field with its `Key`; a callable default, such as a class, is called for each instance."""
     declared = {"metadata": {"key": Key(meaning, **limits)}}
     if default is dataclasses.MISSING:
         return dataclasses.field(**declared)
@@ -67,7 +67,7 @@ def key(default, meaning: str, **limits):
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Key]]:
-    """All keys of a configuration by their full names, those of its sections included."""
+    """Yield all keys of a configuration by full name, including those of its sections."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if "key" not in field.metadata:
@@ -79,7 +79,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def section_of(hint) -> type | None:
-    """The dataclass in a type, if there is one: `Section`, `Section | None`, `str | list[Section]`."""
+    """Return the dataclass in a type such as `Section`, `Section | None` or `str | list[Section]`; None without one."""
     if dataclasses.is_dataclass(hint):
         return hint
     return next(filter(None, map(section_of, typing.get_args(hint))), None)
@@ -101,7 +101,7 @@ def check_values(config, prefix: str = "") -> None:
 
 
 def table(cls: type) -> str:
-    """All keys as a Markdown table: name, default, meaning with bounds."""
+    """Format all keys as a Markdown table: name, default, meaning with bounds."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     hints = _hints_by_name(cls)
     for name, field, declared in keys_of(cls):

@@ -1,4 +1,4 @@
-"""Which share of a preparation this process has."""
+"""Find this process's share of a data preparation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from launcher.environment import is_task_of_srun, mpi_place, refuse_shell_of_sru
 
 
 def detect_member(variables: Mapping[str, str] | None = None) -> tuple[Member, bool]:
-    """This job's share of a preparation, and whether it shares the machine with others of mpirun.
+    """Return this process's share of a preparation, and whether mpirun started others on the same machine.
 
-    The share: the place among mpirun's ranks or srun's tasks, times that among the tasks of a SLURM array. LFM_MPI, which
-    names a plug-in to `slurm/prepare.sbatch`, has MPI say the place in srun's, too.
-    Raises `ConfigurationError` where MPI cannot be used, and in a shell of srun's that is one of several tasks.
+    The share is the place among mpirun's ranks or srun's tasks, combined with the place among the tasks of a SLURM
+    array. If LFM_MPI is set (it names srun's MPI plug-in for `slurm/prepare.sbatch`), MPI gives the place under srun.
+    Raises `ConfigurationError` if MPI cannot be used, or in an `srun --pty` shell of several tasks.
     """
     variables = os.environ if variables is None else variables
     rank, size, by_mpirun = 0, 1, False

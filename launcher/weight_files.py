@@ -1,8 +1,8 @@
-"""A model folder's safetensors files, written and read tensor by tensor, with the index that transformers reads.
+"""Write and read a model folder's safetensors files tensor by tensor, with the index that transformers reads.
 
-A file's header names every tensor's type, shape and place, all known before the first weight is there; so nothing has to
-be held but one tensor. (`safetensors.torch.save_file` wants a whole file's tensors, and copies them; `safe_open` maps
-files into memory, where all that was read stays.) Format: https://github.com/huggingface/safetensors#format
+A file's header holds every tensor's type, shape and place. All are known before the first weight is, so only one tensor
+has to be in memory. (`safetensors.torch.save_file` needs a whole file's tensors, and copies them; `safe_open` maps files
+into memory and keeps everything that was read.) Format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.errors import ConfigurationError
 
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 NAMES = {name: dtype for dtype, name in TYPES.items()}
-ALIGNMENT = 8  # of the header's end, which the format asks for
+ALIGNMENT = 8  # of the header's end, as the format requires
 
 
 def write_shards(
@@ -29,10 +29,10 @@ def write_shards(
     fill: Callable[[str, torch.Tensor], None],
     max_shard_bytes: int,
 ) -> None:
-    """Write `tensors` (shape and type by name) to `folder`, each filled by `fill(name, empty tensor)` when its turn comes.
+    """Write `tensors` (shape and type by name) to `folder`; `fill(name, empty tensor)` provides one tensor at a time.
 
-    A file holds at most `max_shard_bytes`, or one tensor that is larger. Beside the files of a model that takes more than
-    one goes `model.safetensors.index.json`. When this returns, the bytes are on the disk.
+    A file holds at most `max_shard_bytes`, or one larger tensor. If there are several files, also write
+    `model.safetensors.index.json`. The weight files are synced to the disk.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
     shards = _divide(sizes, max_shard_bytes)
@@ -57,9 +57,9 @@ def write_shards(
 
 
 class WeightFiles:
-    """What the safetensors files of a model folder hold: `shapes` by name; `read` gives a tensor.
+    """Give access to the safetensors files of a model folder: `shapes` by name, and `read` for one tensor.
 
-    Raises `ConfigurationError` where a file is none, or holds values of another type than those of weights.
+    Raises `ConfigurationError` if a file is not a safetensors file, or holds a type other than fp32, bf16 and fp16.
     """
 
     def __init__(self, folder: Path):
@@ -76,13 +76,13 @@ class WeightFiles:
                 except (ValueError, AttributeError, KeyError, TypeError) as error:
                     raise ConfigurationError(f"{path} holds no weights in fp32, bf16 or fp16; export again") from error
             if path.stat().st_size != 8 + length + max(ends, default=0):
-                raise ConfigurationError(f"{path} is cut off or too long; export again")
+                raise ConfigurationError(f"{path} is truncated or too long; export again")
             for name, entry in entries.items():
                 self.shapes[name] = tuple(entry["shape"])
                 self._places[name] = (path, 8 + length + entry["data_offsets"][0], types[name])
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor in the type that it is stored in; no page of the file stays mapped."""
+        """Return a tensor in its stored type; no page of the file stays mapped."""
         path, begin, dtype = self._places[name]
         tensor = torch.empty(self.shapes[name], dtype=dtype)
         with open(path, "rb") as file:
@@ -92,7 +92,7 @@ class WeightFiles:
 
 
 def _divide(sizes: dict[str, int], most: int) -> list[list[str]]:
-    """The tensors in order, begun anew where the next one would make a file too large."""
+    """Divide the tensors, in order, into files of at most `most` bytes; a larger tensor gets a file of its own."""
     shards, room = [], 0
     for name, size in sizes.items():
         if not shards or size > room:

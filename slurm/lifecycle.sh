@@ -1,48 +1,49 @@
 # shellcheck shell=bash
-# Sourced by the batch scripts: a step that can be asked to stop, and the job's way back into the queue.
+# Sourced by the batch scripts: runs steps that can be asked to stop, and requeues or holds the job.
 
 asked='' # the signal that asked this job to stop
-step=''  # the process of the srun that works
+step=''  # the process id of the running srun
 code=0   # srun's exit code, after `run_step`
-suspects=() # hosts that the job should not get again
-# What SLURM's commands know this job by. The number of one task of an array is also the whole array's.
+suspects=() # hosts that the job must not get again
+# The job's id for SLURM's commands. The plain number of an array task may also mean the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
 say() { echo "$(date '+%F %T') $*"; }
 
 ask_to_stop() {
-    trap '' USR1 TERM # once: a second signal must not cut short the wait for the checkpoint
+    trap '' USR1 TERM # a second signal must not interrupt the wait for the checkpoint
     asked=$1
-    say "got $1: asking the ranks to save what they have and stop"
-    # srun hands USR1 on to all tasks of its step, and to nothing else of the job.
+    say "got $1: asking the ranks to save their work and stop"
+    # srun forwards USR1 to all tasks of its step, and to nothing else in the job.
     [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null || true
 }
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
-# run_step COMMAND...: runs it, and returns when it has ended, at a signal too; not at all where one came before.
+# run_step COMMAND...: runs the command and returns when it has ended, even if a signal asks for a stop meanwhile.
+# If a signal came before, the command is not started.
 run_step() {
-    code=138 # that of a step which USR1 ended
+    code=138 # the code of a step that USR1 ended
     [[ -z $asked ]] || return 0
     code=0
-    "$@" & # bash runs a trap only when its foreground command has ended
+    "$@" & # in the background, since bash runs traps only after a foreground command has ended
     step=$!
-    # A signal between the test above and this line found no step to tell.
+    # A signal between the test above and this line was not forwarded.
     [[ -z $asked ]] || kill -USR1 "$step" 2>/dev/null || true
     [[ -n $asked ]] || wait "$step" || code=$?
     if [[ -n $asked ]]; then
         ask_until_it_ends
         code=0
-        wait "$step" || code=$? # the trap has cut the first one short
+        wait "$step" || code=$? # the trap interrupted the first wait
     elif ((code != 0)) && is_preempted; then
         asked=TERM
-        say "SLURM takes this job's nodes for another: it has asked the ranks itself to stop"
+        say "SLURM is preempting this job and has already asked the ranks to stop"
     fi
     step=''
 }
 
-# srun drops a signal that comes while it launches its tasks. Who has heard the first one takes the next for the same.
+# Repeat the signal, since srun drops one that comes while it launches its tasks. Ranks that received the first ignore others.
 ask_until_it_ends() {
     local seconds=0
     while sleep 1 && kill -0 "$step" 2>/dev/null; do
@@ -50,25 +51,25 @@ ask_until_it_ends() {
     done
 }
 
-# is_preempted: whether this start of the job is. Where the site does not set preempt_send_user_signal, SLURM tells the
-# ranks and not this script, which would take their end for a failure.
+# is_preempted: whether SLURM is preempting this start of the job. Without preempt_send_user_signal, SLURM signals the ranks
+# but not this script, which would mistake their end for a failure.
 is_preempted() {
     local facts
     facts=$(SLURM_TIME_FORMAT=standard of_slurm scontrol show job --oneliner "$job") || return 1
-    # A start before this one may have been; times as ISO 8601 compare as texts.
+    # PreemptTime may belong to an earlier start. ISO 8601 times compare as strings.
     [[ $facts =~ \ StartTime=([0-9T:-]+) ]] || return 1
     local started=${BASH_REMATCH[1]}
     [[ $facts =~ \ PreemptTime=([0-9T:-]+) && ! ${BASH_REMATCH[1]} < $started ]]
 }
 
-# of_slurm COMMAND...: a command of SLURM's, again for a minute where its controller does not answer. One that was carried
-# out although its answer was lost has been successful: a job that is back in the queue is not requeued twice.
+# of_slurm COMMAND...: runs a SLURM command, and repeats it for up to a minute if the controller does not answer.
+# A repeated command also succeeds if the first call took effect and only its answer was lost: the job is already requeued.
 of_slurm() {
     local try errors said failed
     errors=$(mktemp)
     for try in 1 2 3 4 5 6; do
         failed=''
-        "$@" 2>"$errors" || failed=1 # apart from the answer: a command may warn, and mean what it answers
+        "$@" 2>"$errors" || failed=1 # stderr is kept apart: a successful command may print warnings
         said=$(<"$errors")
         ((try == 1)) || [[ ! $said =~ 'pending execution' ]] || failed=''
         [[ -n $failed && $said =~ 'timed out'|'nable to contact'|'onnection' ]] || break
@@ -79,49 +80,49 @@ of_slurm() {
     [[ -z $failed ]]
 }
 
-# Returns where the job is its own; where SLURM is ending it, the script has to end, too.
+# unless_slurm_ends_it: ends the script if SLURM is already ending the job.
 unless_slurm_ends_it() {
     case $(of_slurm squeue --noheader --states=all --jobs="$job" --format=%T || true) in
         CANCELLED | COMPLETING)
-            # Whoever cancels the job ends it: its ranks stop at a signal all the same, but it must not come back.
-            echo "SLURM ends this job itself (cancelled, preempted, or its time is over); squeue --job=$job tells whether it" \
-                "comes back, and where not, the same sbatch line goes on from what is saved"
+            # A cancelled job must not be requeued.
+            echo "SLURM is ending this job (cancelled, preempted or timed out); squeue --job=$job shows whether it" \
+                "comes back; if not, the same sbatch line resumes from what is saved"
             exit "$code"
             ;;
     esac
 }
 
-# requeue: the same job again, on other hosts than the suspects; ends the script.
+# requeue: requeues the job, excludes the suspected hosts, and ends the script.
 requeue() {
     trap '' USR1 TERM
     unless_slurm_ends_it
-    say "requeueing job $job to go on"
+    say "requeueing job $job to resume"
     if ! of_slurm scontrol requeue "$job"; then
-        echo "error: SLURM does not requeue this job; call the same sbatch line again to go on" >&2
+        echo "error: SLURM did not requeue this job; run the same sbatch line again to resume" >&2
         exit 75
     fi
     ((${#suspects[@]} > 0)) || exit 0
-    # Only now, for SLURM takes no such list from a job that runs; it has one list, which holds earlier hosts, too.
+    # Only after the requeue, since SLURM rejects the list for a running job. The one list also holds earlier hosts.
     local excluded
     excluded=$(of_slurm squeue --noheader --states=all --jobs="$job" --format=%x) || excluded=''
     excluded=$(printf '%s\n' "${excluded/(null)/}" "${suspects[@]}" | paste --serial --delimiters=, | sed 's/^,//')
     if ! of_slurm scontrol update JobId="$job" ExcNodeList="$excluded"; then
-        echo "error: the job comes back, but may get ${suspects[*]} again; to leave them out:" \
+        echo "error: the job is requeued, but may get ${suspects[*]} again; to exclude them:" \
             "scontrol update JobId=$job ExcNodeList=$excluded" >&2
         exit 0
     fi
-    say "the job will not use ${suspects[*]} again; to let it: scontrol update JobId=$job ExcNodeList="
-    say "in all it leaves out $excluded; where too few nodes are left, it waits (squeue --job=$job gives the reason)"
+    say "the job will not use ${suspects[*]} again; to allow it: scontrol update JobId=$job ExcNodeList="
+    say "in all it excludes $excluded; if too few nodes remain, it waits (squeue --job=$job shows the reason)"
     exit 0
 }
 
-# hold: back into the queue, where a person has to release the job; ends the script.
+# hold: requeues the job in the held state, so that a user has to release it, and ends the script.
 hold() {
     trap '' USR1 TERM
     unless_slurm_ends_it
-    say "holding job $job; when the cause is mended: scontrol release $job"
+    say "holding job $job; when the cause is fixed: scontrol release $job"
     if ! of_slurm scontrol requeuehold "$job"; then
-        echo "error: SLURM does not requeue this job; when the cause is mended, call the same sbatch line again" >&2
+        echo "error: SLURM did not requeue this job; when the cause is fixed, run the same sbatch line again" >&2
         exit 75
     fi
     exit 0

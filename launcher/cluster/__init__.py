@@ -1,1 +1,1 @@
-"""Jobs on a SLURM cluster: calls of sbatch, and what the batch scripts ask."""
+"""SLURM jobs: submission with sbatch, and the decisions of the batch scripts."""

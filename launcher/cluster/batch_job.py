@@ -1,13 +1,18 @@
-"""What `slurm/train.sbatch` asks: which run folder, whether to start at all, and what becomes of the job afterwards.
+"""Decide for `slurm/train.sbatch`: the run folder, whether to start, and what happens to the job afterwards.
 
     python -m launcher.cluster.batch_job folder ARGUMENTS OF train.py
     python -m launcher.cluster.batch_job begins RUN_FOLDER HOST...
     python -m launcher.cluster.batch_job checked RUN_FOLDER EXIT_CODE HOST...
     python -m launcher.cluster.batch_job ended RUN_FOLDER EXIT_CODE SIGNAL HOST...
 
-It answers on stdout: the folder; `go` or `hold`; `go`, `fail`, `hold` or `retry [HOST to avoid]...`; `done`,
-`retry [HOST to avoid]...`, `hold` or `fail`. Why, it says on stderr. All it knows is in the run folder: a job that comes
-back may be another machine's.
+Each command prints its answer on stdout:
+
+- folder: the run folder;
+- begins: `go` or `hold`;
+- checked: `go`, `fail`, `hold` or `retry [HOST to avoid]...`;
+- ended: `done`, `retry [HOST to avoid]...`, `hold` or `fail`.
+
+The reason goes to stderr. All state is in the run folder, since a requeued job may start on another machine.
 """
 
 from __future__ import annotations
@@ -28,14 +33,14 @@ FRUITLESS_STARTS = 3  # in a row, without a new checkpoint between them
 
 
 class Attempts:
-    """The starts and ends of batch jobs in a run folder: `jobs.jsonl`, a line for each."""
+    """The log of starts and ends of batch jobs in a run folder: `jobs.jsonl`, one line for each."""
 
     def __init__(self, folder: Path, job: str, restart: int) -> None:
         self.folder, self.job, self.restart = folder, job, restart
         self._file = folder / "jobs.jsonl"
 
     def note(self, event: str, **facts) -> None:
-        """Append a line: `begins` or `ended`, of this job, now, at the newest checkpoint."""
+        """Append a line for this job: the event (`begins` or `ended`), the time and the newest checkpoint."""
         line = {"event": event, "job": self.job, "restart": self.restart, "time": time.time()}
         line |= {"checkpoint": self.newest_checkpoint(), **facts}
         try:
@@ -43,17 +48,17 @@ class Attempts:
             with open(self._file, "a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            raise ConfigurationError(f"cannot write {self._file}: {error.strerror}; set output") from error
+            raise ConfigurationError(f"cannot write {self._file}: {error.strerror}; set another output") from error
 
     def newest_checkpoint(self) -> str | None:
-        """What `latest` names."""
+        """Return the checkpoint that `latest` names."""
         latest = self.folder / "latest"
         return latest.read_text().strip() if latest.exists() else None
 
     def fruitless(self) -> int:
-        """How many starts of this job in a row, up to the last, have brought no checkpoint beyond the newest.
+        """Count this job's last consecutive starts without a new checkpoint.
 
-        A hold begins a new count: whoever releases the job has mended something.
+        A hold resets the count: a user who releases the job has presumably fixed the cause.
         """
         count = 0
         for line in reversed(self._of_this_job()):
@@ -63,7 +68,7 @@ class Attempts:
         return count
 
     def began_at(self) -> float:
-        """When this start began, in seconds since 1970."""
+        """Return when this start began, in seconds since 1970."""
         return max((line["time"] for line in self._of_this_job() if line["event"] == "begins"), default=0.0)
 
     def _of_this_job(self) -> list[dict]:
@@ -72,7 +77,7 @@ class Attempts:
 
 
 def begin(attempts: Attempts, hosts: list[str]) -> str:
-    """`hold` where the last starts of this job came to nothing, as where its node died each time; else `go`."""
+    """Return `hold` if the last starts of this job made no progress, for example if a node died each time; else `go`."""
     if attempts.fruitless() >= FRUITLESS_STARTS:
         return _hold(attempts, "begins", hosts=hosts)
     attempts.note("begins", hosts=hosts)
@@ -81,31 +86,31 @@ def begin(attempts: Attempts, hosts: list[str]) -> str:
 
 
 def check(attempts: Attempts, code: int, hosts: list[str]) -> str:
-    """Whether training may begin, by what preflight has written and srun's exit `code`.
+    """Decide from preflight's report and srun's exit `code` whether training may begin.
 
-    A red line about settings ends the job, for another start would find the same; one about machines sends it to others.
-    Where preflight itself was cut short there is no answer, and the training finds out what is wrong.
+    A red line about settings ends the job, since another start would fail in the same way. A red line about machines
+    requeues the job on other machines. If preflight did not finish, there is no report, and training begins.
     """
     file = _preflight_report(attempts)
     if not file.exists():
-        _say(f"preflight came to no end (code {code}); the training begins all the same")
+        _say(f"preflight did not finish (code {code}); training begins anyway")
         return "go"
     report = json.loads(file.read_text())
     if report["level"] != "red":
         return "go"
     if report["suspects"] is None:
-        _say("error: the run would fail; preflight says above what to change")
+        _say("error: the run would fail; preflight's table above says what to change")
         return _ended(attempts, "fail", code=code, signal="", state="preflight")
     suspects = _among(hosts, report["suspects"])
-    _say(f"preflight finds machines that will not do (suspected: {', '.join(suspects) or 'no host'})")
+    _say(f"preflight found faulty machines (suspected: {', '.join(suspects) or 'no host'})")
     return _ended(attempts, " ".join(["retry", *suspects]), code=code, signal="", state="preflight")
 
 
 def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
-    """What becomes of the job after srun's exit `code`, and a `signal` (empty: none) that had asked for a stop.
+    """Decide what happens to the job after srun's exit `code`, and the `signal` that asked for a stop (empty: none).
 
-    srun's code is the highest of its ranks', those among them that `--kill-on-bad-exit` killed, so it lies; what counts
-    is `status.json`, where this very attempt wrote it, and the stacks that its watchdogs left.
+    srun's code is the highest of all ranks, including those that `--kill-on-bad-exit` killed, so it is unreliable.
+    `status.json` counts instead, if this attempt wrote it, and the stacks that this attempt's watchdogs wrote.
     """
     status = _own_status(attempts)
     state = status.get("state", "none")
@@ -114,15 +119,15 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
     elif code == LOST or status.get("suspects"):
-        # A signal that comes while ranks start kills those that do not listen yet: no fault of their machines.
+        # A signal during start-up kills ranks without a handler yet; that is not the fault of their machines.
         suspects = [] if signal else _among(hosts, status.get("suspects", ()))
-        _say(f"communication failed, or a device did (suspected: {', '.join(suspects) or 'no host'})")
+        _say(f"communication or a device failed (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
     elif code == HUNG or _has_hung(attempts):
-        _say(f"the run hung; every rank's stack is in {attempts.folder}/stacks")
+        _say(f"the run hung; the stacks of the ranks are in {attempts.folder}/stacks")
         verdict = "retry"
     else:
-        _say(f"error: the run ended with code {code} and state '{state}'; the ranks' lines above say why")
+        _say(f"error: the run ended with code {code} and state '{state}'; the ranks' output above has the cause")
         verdict = "fail"
     return _ended(attempts, verdict, code=code, signal=signal, state=state)
 
@@ -137,17 +142,17 @@ def _ended(attempts: Attempts, verdict: str, **facts) -> str:
 def _note_verdict(attempts: Attempts, event: str, verdict: str, **facts) -> None:
     try:
         attempts.note(event, verdict=verdict, **facts)
-    except ConfigurationError as error:  # a full disk; what the job does next counts for more than the line about it
+    except ConfigurationError as error:  # for example a full disk: the verdict matters more than its log line
         _say(f"warning: {error}")
 
 
 def _among(hosts: list[str], named: Iterable[str]) -> list[str]:
-    """Those of the job's hosts that are named."""
+    """Return the job's hosts that are in `named`."""
     return [host for host in hosts if any(_is_same_host(host, name) for name in named)]
 
 
 def _is_same_host(one: str, other: str) -> bool:
-    """Whether two names can mean one machine: SLURM and the machine itself may differ in giving the domain or not."""
+    """Whether two names can mean the same machine: only one of SLURM and the machine may include the domain."""
     is_short = "." not in one or "." not in other
     return one == other or (is_short and one.partition(".")[0] == other.partition(".")[0])
 
@@ -157,7 +162,7 @@ def _preflight_report(attempts: Attempts) -> Path:
 
 
 def _event(line: str) -> dict:
-    """A line's facts; none where a power cut has left half of it, and the next start has written on."""
+    """Parse a line of the log; return nothing for a line that a power cut truncated."""
     try:
         return json.loads(line)
     except ValueError:
@@ -168,14 +173,14 @@ def _hold(attempts: Attempts, event: str, **facts) -> str:
     _note_verdict(attempts, event, "hold", **facts)
     newest = attempts.newest_checkpoint() or "the beginning"
     _say(
-        f"error: {FRUITLESS_STARTS} starts in a row got no further than {newest}, so that another would not either; "
+        f"error: {FRUITLESS_STARTS} starts in a row got no further than {newest}, so the job is held; "
         "the log above says what ended them"
     )
     return "hold"
 
 
 def _own_status(attempts: Attempts) -> dict:
-    """`status.json`, if this attempt wrote it: the folder may hold an earlier one's."""
+    """Return `status.json` if this attempt wrote it; it may be left over from an earlier attempt."""
     file = attempts.folder / "status.json"
     status = json.loads(file.read_text()) if file.exists() else {}
     own = (status.get("job"), status.get("restart")) == (attempts.job, attempts.restart)
@@ -183,12 +188,12 @@ def _own_status(attempts: Attempts) -> dict:
 
 
 def _ended_before_training(state: str, code: int, signal: str) -> bool:
-    """Asked to stop while the ranks were still starting, and killed by that: nothing is lost, and nothing is wrong."""
+    """Whether a stop signal ended the ranks while they were still starting, so that nothing was lost."""
     return state in ("none", "starting") and signal != "" and (code == 0 or code > 128)
 
 
 def _has_hung(attempts: Attempts) -> bool:
-    """Whether a watchdog of this attempt wrote stacks; rank 0's `status.json` does not know of the other ranks'."""
+    """Whether a watchdog of this attempt wrote stacks; rank 0's `status.json` does not cover the other ranks."""
     stacks = [file.stat() for file in (attempts.folder / "stacks").glob("rank-*.txt")]
     return any(stat.st_size > 0 and stat.st_mtime >= attempts.began_at() for stat in stacks)
 
@@ -198,9 +203,9 @@ def _say(sentence: str) -> None:
 
 
 def run_folder(arguments: list[str]) -> str:
-    """The run folder that train.py takes for these arguments.
+    """Return the run folder that train.py uses for these arguments.
 
-    Raises `ConfigurationError` if the configuration cannot be read, or is wrong.
+    Raises `ConfigurationError` if the configuration cannot be read or is invalid.
     """
     parser = argparse.ArgumentParser(prog="train.py")
     parser.add_argument("--deepspeed_config")
@@ -226,6 +231,6 @@ def main(arguments: list[str]) -> str:
 
 if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # importing may print, and stdout is for the answer
+    os.dup2(2, 1)  # imports may print, and stdout is reserved for the answer
     with one_sentence_errors(), answers:
         print(main(sys.argv[1:]), file=answers)

@@ -1,4 +1,4 @@
-"""Calls of sbatch: one job, a chain of them, an array of runs."""
+"""Build and run sbatch commands for single jobs, chains and arrays."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SCRIPTS = ("prepare", "train", "evaluate")
 
 @dataclass
 class Submission:
-    """One call of sbatch, from the project's folder: what to run, sbatch's options, and variables for the job."""
+    """A call of sbatch from the project's folder: the command to run, sbatch's options, and the job's variables."""
 
     command: list[str]
     options: list[str] = field(default_factory=list)
@@ -29,42 +29,45 @@ class Submission:
         return ["sbatch", "--parsable", *self.options, *self.command]
 
     def shown(self) -> str:
-        """The line that a shell would take."""
+        """Return the call as a shell command line."""
         return " ".join(
             [*(f"{name}={shlex.quote(value)}" for name, value in self.variables.items()), shlex.join(self.words)]
         )
 
     def send(self) -> str:
-        """Submit the job and return its number. Raises `ConfigurationError` with what sbatch says."""
+        """Submit the job and return its number. Raises `ConfigurationError` with sbatch's message."""
         environment = {**os.environ, **self.variables}
         result = subprocess.run(self.words, env=environment, capture_output=True, text=True, check=False)
         if result.returncode:
-            raise ConfigurationError(f"sbatch refuses the job: {' '.join(result.stderr.split())}")
-        return result.stdout.strip().split(";")[0]  # a federation adds its cluster's name
+            raise ConfigurationError(f"sbatch refused the job: {' '.join(result.stderr.split())}")
+        return result.stdout.strip().split(";")[0]  # a federation appends the cluster's name
 
 
 def of_script(script: str, arguments: list[str], site: dict[str, str], options: list[str]) -> Submission:
-    """A job of `slurm/SCRIPT.sbatch`; what the shell or `options` set goes before the site's settings."""
+    """Build a job of `slurm/SCRIPT.sbatch`. The shell's variables and `options` override the site's settings."""
     path = Path("slurm", f"{script}.sbatch")
     if not path.is_file():
-        raise ConfigurationError(f"there is no {path} in {Path.cwd()}; call lfm submit from the project's folder")
+        raise ConfigurationError(f"there is no {path} in {Path.cwd()}; run lfm submit from the project's folder")
     return Submission([str(path), *arguments], [*site_options(site), *options], _site_variables(site))
 
 
 def site_options(site: dict[str, str]) -> list[str]:
-    """sbatch's options that hold at a site for every job, but those that the shell sets: an option would win over it."""
+    """Return the site's sbatch options, except those set in the shell, which an option would override."""
     return [f"--{name}={site[name]}" for name in OPTIONS if name in site and f"SBATCH_{name.upper()}" not in os.environ]
 
 
 def _site_variables(site: dict[str, str]) -> dict[str, str]:
     chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site}
-    if any(os.environ.get(VARIABLES[name]) for name in PYTHONS):  # the batch scripts take one Python
+    if any(os.environ.get(VARIABLES[name]) for name in PYTHONS):  # the batch scripts accept only one Python
         chosen = {VARIABLES[name]: site[name] for name in VARIABLES if name in site and name not in PYTHONS}
     return {name: value for name, value in chosen.items() if name not in os.environ}
 
 
 def stages(words: list[str]) -> list[tuple[str, list[str]]]:
-    """`prepare ... then train ... then evaluate ...` as scripts and their arguments. Raises `ConfigurationError`."""
+    """Split `prepare ... then train ... then evaluate ...` into scripts with their arguments.
+
+    Raises `ConfigurationError` for an unknown or missing script.
+    """
     found: list[list[str]] = [[]]
     for word in words:
         if word == "then":
@@ -81,24 +84,24 @@ def stages(words: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def check_sbatch() -> None:
-    """Raise `ConfigurationError` where this machine cannot submit."""
+    """Raise `ConfigurationError` if this machine has no sbatch."""
     if shutil.which("sbatch") is None:
-        raise ConfigurationError("there is no sbatch here; call lfm submit on a login node, or look with --dry-run")
+        raise ConfigurationError("there is no sbatch here; run lfm submit on a login node, or use --dry-run")
 
 
 def check_setting(setting: str) -> tuple[str, list[str]]:
-    """`key=value,value` of a sweep as its key and values. Raises `ConfigurationError`."""
+    """Parse `key=value,value` of a sweep into the key and its values. Raises `ConfigurationError` if it is malformed."""
     key, separator, values = setting.partition("=")
     found = _split(values)
     if not separator or not re.fullmatch(r"\w+(\.\w+)*", key) or not all(found):
         raise ConfigurationError(
-            f"{setting!r} is not a sweep; write it as key=value,value, as in learning_rate=1e-4,3e-4"
+            f"{setting!r} is not a sweep; write it as key=value,value, such as learning_rate=1e-4,3e-4"
         )
     return key, found
 
 
 def _split(values: str) -> list[str]:
-    """At the commas that stand outside brackets and quotes: a value may be a list."""
+    """Split at commas outside brackets and quotes, since a value may be a list."""
     found, depth, quote = [""], 0, ""
     for character in values:
         if quote or character in "\"'":

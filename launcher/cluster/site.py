@@ -1,4 +1,4 @@
-"""What jobs need on this cluster, written down once: `~/.config/lfm/site.yaml`."""
+"""The settings that all jobs on this cluster share, in `~/.config/lfm/site.yaml`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 from launcher.errors import ConfigurationError
 
-# What sbatch wants as an option, and what the batch scripts read from the environment (slurm/README.md).
+# OPTIONS become sbatch options; VARIABLES are environment variables of the batch scripts (slurm/README.md).
 OPTIONS = ("partition", "account", "qos", "reservation")
 VARIABLES = {
     "modules": "LFM_MODULES",
@@ -18,31 +18,34 @@ VARIABLES = {
     "conda": "LFM_CONDA",
     "image": "LFM_IMAGE",
 }
-PYTHONS = ("venv", "conda", "image")  # of which a job has one
+PYTHONS = ("venv", "conda", "image")  # they exclude each other
 
 
 def site_file() -> Path:
-    """Where the settings are; `XDG_CONFIG_HOME` is heeded."""
+    """Return the path of the settings file, which respects `XDG_CONFIG_HOME`."""
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "lfm" / "site.yaml"
 
 
 def read_site() -> dict[str, str]:
-    """The settings by name; none where nothing was written yet. Raises `ConfigurationError`."""
+    """Read the settings by name; there are none without a file. Raises `ConfigurationError` if the file is invalid."""
     path = site_file()
     if not path.exists():
         return {}
     try:
-        content = yaml.load(path.read_text(), yaml.BaseLoader) or {}  # texts alone: an account may be 007
+        content = yaml.load(path.read_text(), yaml.BaseLoader) or {}  # strings only: an account may be 007
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}; mend or delete it") from error
+        raise ConfigurationError(f"cannot read {path}: {' '.join(str(error).split())}; fix or delete it") from error
     if not isinstance(content, dict):
-        raise ConfigurationError(f"{path} is not a list of `name: value`; mend or delete it")
+        raise ConfigurationError(f"{path} is not a list of `name: value` lines; fix or delete it")
     _check(content, str(path))
     return {name: text for name, value in content.items() if (text := _text(name, value, path))}
 
 
 def write_site(settings: list[str]) -> Path:
-    """Add `name=value` settings to those that are there; an empty value takes one away. Raises `ConfigurationError`."""
+    """Add `name=value` settings to the file; an empty value removes one.
+
+    Raises `ConfigurationError` for a malformed or unknown setting.
+    """
     named = {}
     for setting in settings:
         name, separator, value = setting.partition("=")
@@ -60,7 +63,7 @@ def _text(name: str, value: str | list | dict, path: Path) -> str:
     if name == "modules" and isinstance(value, list) and all(isinstance(module, str) for module in value):
         return " ".join(value)
     if not isinstance(value, str):
-        raise ConfigurationError(f"{path} has a {type(value).__name__} as {name}, which is one text; mend it")
+        raise ConfigurationError(f"{path} has a {type(value).__name__} as {name}; make it a single text")
     return value
 
 
@@ -68,4 +71,4 @@ def _check(settings: dict, where: str) -> None:
     known = [*OPTIONS, *VARIABLES]
     for name in settings:
         if name not in known:
-            raise ConfigurationError(f"{where} has {name}, which is no setting of a site; there are {', '.join(known)}")
+            raise ConfigurationError(f"{where} has the unknown setting {name}; known are {', '.join(known)}")

@@ -1,4 +1,4 @@
-"""A sweep: one array job, a run folder for each combination of values, and one table of them all."""
+"""Sweeps: one array job with a run folder for each combination of values, and a table that compares the runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LOSSES = {"train loss": "train/loss", "held-out loss": "validation/cross_entropy
 def sweep(
     settings: list[str], arguments: list[str], output: Path, site: dict[str, str], options: list[str]
 ) -> tuple[list[list[str]], Submission]:
-    """The overrides of each run, and the array job that trains them.
+    """Return the overrides of each run, and the array job that trains them.
 
-    settings: `key=value,value` each; every value of one meets every value of the others. output: the folder of them all.
-    What the tasks are to read is numbered by submission, for an earlier sweep's tasks may still wait to read theirs.
+    settings: `key=value,value` each; all combinations of their values are trained. output: the folder of all runs.
+    Each submission has its own numbered folder of overrides, since tasks of an earlier sweep may not have read theirs yet.
     """
     keys, values = zip(*map(check_setting, settings), strict=True)
     runs = []
@@ -36,26 +36,26 @@ def sweep(
 
 
 def write_runs(runs: list[list[str]], folder: Path) -> None:
-    """A file for each run with its overrides, a line each, which `slurm/train.sbatch` reads by the array task's number.
+    """Write a file for each run with one override per line; `slurm/train.sbatch` reads it by the array task's number.
 
-    Raises `ConfigurationError` where another sweep has taken the folder meanwhile.
+    Raises `ConfigurationError` if another sweep has just created the folder.
     """
     try:
         folder.mkdir(parents=True)
     except FileExistsError as error:
-        raise ConfigurationError(f"another lfm submit has just made {folder}; call this one again") from error
+        raise ConfigurationError(f"another lfm submit has just created {folder}; run this command again") from error
     for number, overrides in enumerate(runs):
         (folder / str(number)).write_text("".join(f"{override}\n" for override in overrides))
 
 
-# What a job needs to be let in, unlike nodes, memory or time.
+# sbatch options that a job needs to be accepted, as opposed to its resources.
 ADMISSION = ("--account", "--partition", "--qos", "--reservation", "--clusters", "-A", "-p", "-q", "-M")
 
 
 def table_job(output: Path, site: dict[str, str], array: str, given: list[str]) -> Submission:
-    """The job that writes `table.md` when all runs of an array have ended, well or not.
+    """Build the job that writes `table.md` when all runs of an array have ended, successful or not.
 
-    given: the array's own options, of which those that let it in hold for this job, too.
+    given: the array's own options; those in `ADMISSION` also apply to this job.
     """
     command = shlex.join([sys.executable, "-m", "launcher.cli", "submit", "--table", str(output)])
     admitting = [word for word in given if word.startswith(ADMISSION)]
@@ -64,16 +64,16 @@ def table_job(output: Path, site: dict[str, str], array: str, given: list[str]) 
 
 
 def table(output: Path) -> str:
-    """One line for each run of the sweeps in a folder, as Markdown: its settings, state, step and last losses.
+    """Return a Markdown table of a folder's sweeps, with the settings, state, step and last losses of each run.
 
-    Raises `ConfigurationError` where the folder is no sweep's.
+    Raises `ConfigurationError` if the folder has no sweep.
     """
     files = sorted((output / "sweep").glob("[0-9]*/[0-9]*"), key=lambda file: (int(file.parent.name), int(file.name)))
     if not files:
         raise ConfigurationError(
-            f"{output} is no sweep's folder (it has no sweep/1/0); name the output of lfm submit --sweep"
+            f"{output} is not the folder of a sweep (it has no sweep/1/0); name the output of lfm submit --sweep"
         )
-    settings = {}  # of each run folder, once: a sweep may be submitted again
+    settings = {}  # by run folder, since the same sweep may be submitted several times
     for file in files:
         *overrides, place = file.read_text().splitlines()
         run = Path(place.removeprefix("output="))

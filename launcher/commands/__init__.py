@@ -1,1 +1,1 @@
-"""The commands of `lfm`, one file each: options, help, and what is printed."""
+"""The commands of `lfm`, one file each: their options, help texts and output."""

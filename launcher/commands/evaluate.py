@@ -1,4 +1,4 @@
-"""`lfm evaluate`: how good a model is on held-out questions."""
+"""`lfm evaluate`: score a model on held-out questions."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ from pathlib import Path
 
 from launcher.commands.parsing import command
 
-LINE_EVERY = 30  # seconds, where the output is no terminal
+LINE_EVERY = 30  # seconds between progress lines if stderr is not a terminal
 
 
 def add_evaluate(commands) -> None:
     """Add `lfm evaluate` to the commands."""
     parser = command(
         commands, "evaluate", _evaluate,
-        "Score the right answers to held-out questions, and the answers that the model gives by itself. Started by srun, "
-        "mpirun, torchrun or deepspeed, the processes share the work and find the same figures.",
+        "Score a model on held-out questions: the likelihood of the expected answers, and the answers that it generates. "
+        "Processes started by srun, mpirun, torchrun or deepspeed share the work; the metrics stay the same.",
         "lfm evaluate runs/sample/export --data data/sample --limit 100",
     )  # fmt: skip
-    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument("model", help="exported folder or run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--data", help="a shard folder: its validation/ where it has one (default, with a run folder: the run's)"
+        "--data",
+        help="shard folder; its validation/ is used if it has one (default for a run folder: its held-out rows)",
     )
     source.add_argument("--questions", help="'sample', or a JSON-lines file with question and answer")
     parser.add_argument(
-        "--limit", type=int, help="only so many rows of --data, or questions, spread over all (default: all)"
+        "--limit", type=int, help="maximum number of rows of --data, or of questions, evenly spaced (default: all)"
     )
-    parser.add_argument("--answers", type=int, help="only so many answers are generated, 0: none (default: all)")
+    parser.add_argument("--answers", type=int, help="maximum number of answers to generate; 0 for none (default: all)")
     parser.add_argument(
-        "--out", type=Path, help="where to write (default: MODEL-evaluation, or evaluation in a run folder)"
+        "--out", type=Path, help="output folder (default: MODEL-evaluation, or evaluation/ in a run folder)"
     )
-    parser.add_argument("--show", type=int, default=3, help="how many questions to show with their answers")
-    parser.add_argument("--samples", type=int, default=20, help="how many best and worst answers to write")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows or questions at once")
+    parser.add_argument("--show", type=int, default=3, help="number of questions to print with their answers")
+    parser.add_argument("--samples", type=int, default=20, help="number of best and of worst answers to write")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens per answer")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows or questions per batch")
 
 
 def _evaluate(options) -> None:
@@ -79,12 +80,12 @@ def _evaluate(options) -> None:
 
 
 def _default_folder(model: Path) -> Path:
-    """Not in an exported folder: there is the model and nothing else."""
+    """Return the default output folder: inside a run folder, but beside an exported one, which holds only the model."""
     return model / "evaluation" if (model / "run.yaml").is_file() else model.with_name(f"{model.name}-evaluation")
 
 
 def _evaluated(options, model, held_out, decoding, environment) -> dict:
-    """What was evaluated, and all that decides the figures."""
+    """Return what was evaluated, with all settings that affect the metrics."""
     from dataclasses import asdict
 
     return {
@@ -102,14 +103,14 @@ def _evaluated(options, model, held_out, decoding, environment) -> dict:
 
 
 def _show(answers: list, count: int) -> None:
-    # Spread over all, since neighbours are of one kind.
+    # Evenly spaced, since neighbouring questions tend to be alike.
     for answered in answers[:: max(1, len(answers) // max(1, count))][:count]:
         mark = "right" if answered.is_right else f"wrong, expected: {answered.expected}"
         print(f"  Q: {answered.question}\n  A: {answered.given}   ({mark})")
 
 
 def _progress(what: str, total: int) -> Callable[[int], None]:
-    """A bar on a terminal, else a line now and then; of this process's share."""
+    """Show the progress of this process's share: a bar on a terminal, otherwise a line every `LINE_EVERY` seconds."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""`lfm export`: a run as a Hugging Face folder."""
+"""`lfm export`: write a run as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -16,30 +16,34 @@ def add_export(commands) -> None:
         "Write a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer and a model card.",
         "lfm export runs/sample --out runs/sample/export --dtype bf16",
     )  # fmt: skip
-    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
+    parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", required=True, default=argparse.SUPPRESS, help="folder to write; an earlier export there is replaced"
     )
     parser.add_argument(
-        "--tag", default="auto", help="which checkpoint; auto is the newest whole one, best the best by validation"
+        "--tag", default="auto", help="checkpoint: a tag, 'auto' for the newest whole one, or 'best' by validation"
     )
     parser.add_argument(
         "--dtype", default="fp32", choices=("bf16", "fp16", "fp32"),
-        help="of the weights; fp32 is what the optimizer keeps, bf16 takes half the space",
+        help="data type of the weights; fp32 is what the optimizer keeps, bf16 and fp16 take half the space",
     )  # fmt: skip
     parser.add_argument(
-        "--max-shard-size", type=size, default="2GB", metavar="SIZE", help="of one file of weights, such as 500MB"
+        "--max-shard-size",
+        type=size,
+        default="2GB",
+        metavar="SIZE",
+        help="maximum size of a weights file, such as 500MB",
     )
     parser.add_argument(
         "--custom-code", action="store_true",
-        help="put the model's code beside the weights, for trust_remote_code=True where this project is not installed",
+        help="add the model's code, for loading with trust_remote_code=True without this project installed",
     )  # fmt: skip
 
 
 def _export(options) -> None:
     from launcher.tools.export.export import export
 
-    # An exit, so that what is half written is cleared away.
+    # Turn SIGTERM into an exit, so that partial output is removed.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         out = export(

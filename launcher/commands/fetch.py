@@ -1,4 +1,4 @@
-"""`lfm fetch`: data and a tokenizer from the hub, where the internet is."""
+"""`lfm fetch`: download a dataset and a tokenizer from the hub, on a machine with internet access."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from launcher.errors import ConfigurationError
 def add_fetch(commands) -> None:
     """Add `lfm fetch` to the commands."""
     parser = command(
-        commands, "fetch", _fetch, "Download a dataset and a tokenizer from the hub, for jobs that run offline.",
+        commands, "fetch", _fetch, "Download a dataset and a tokenizer from the Hugging Face hub, for jobs that run offline.",
         "lfm fetch --out data/hub  (then: lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct)",
     )  # fmt: skip
     parser.add_argument(
-        "--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are taken"
+        "--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are downloaded"
     )
     parser.add_argument(
-        "--tokenizer", default="allenai/led-base-16384", help="hub model; its tokenizer files are taken"
+        "--tokenizer", default="allenai/led-base-16384", help="hub model; its tokenizer files are downloaded"
     )
-    parser.add_argument("--out", default="data/hub", help="folder that gets dataset/ and tokenizer/")
+    parser.add_argument("--out", default="data/hub", help="folder for dataset/ and tokenizer/")
 
 
 def _fetch(options) -> None:
@@ -37,10 +37,10 @@ def _fetch(options) -> None:
             revision = HfApi().repo_info(name, repo_type=repository).sha
             snapshot_download(name, repo_type=repository, revision=revision, local_dir=target, allow_patterns=patterns)
             if repository == "dataset":
-                write_origin(target, name, revision)  # so that prepared shards and a model's card can say so
+                write_origin(target, name, revision)  # for the index of prepared shards and the model card
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
             raise ConfigurationError(
-                f"cannot download {name} from the hub ({' '.join(str(error).split())[:160]}); run this where the internet "
-                "is reached, a login node for example"
+                f"cannot download {name} from the hub ({' '.join(str(error).split())[:160]}); run this on a machine with "
+                "internet access, such as a login node"
             ) from error
         print(f"{name} is in {target}")

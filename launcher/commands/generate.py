@@ -1,4 +1,4 @@
-"""`lfm generate`: answers to questions."""
+"""`lfm generate`: answer questions."""
 
 from __future__ import annotations
 
@@ -14,29 +14,34 @@ def add_generate(commands) -> None:
     """Add `lfm generate` to the commands."""
     parser = command(
         commands, "generate", _generate,
-        "Answer questions: those on the command line, else those of --file, else one a line of the standard input. One "
-        "question on a terminal is answered token by token.",
+        "Answer questions from the command line, from --file, or from standard input (one per line). On a terminal, a "
+        "single question is answered token by token.",
         'lfm generate runs/sample/export "What is the capital of Peru?"',
     )  # fmt: skip
-    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument("model", help="exported folder or run folder")
     parser.usage = f"{parser.prog} [options] model [question ...]"
-    # Not "*": that would take none as soon as an option stands between the model and the questions.
+    # Not "*": it would match nothing if an option stands between the model and the questions.
     parser.add_argument("question", nargs="+", default=[], help="questions, each in quotes").required = False
-    parser.add_argument("--file", help="a text file with a question a line, or .jsonl with `question` in each object")
-    parser.add_argument("--jsonl", action="store_true", help="write an object with question and answer a line")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--file", help="text file with one question per line, or .jsonl with `question` in each object")
+    parser.add_argument("--jsonl", action="store_true", help="print JSON lines with question and answer")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens per answer")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="0 takes the likeliest token, above it they are drawn"
+        "--temperature", type=float, default=0.0, help="0 takes the most likely token; higher values sample"
     )
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with this probability together"
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="sample from the most likely tokens that together have this probability",
     )
-    parser.add_argument("--beams", type=int, default=1, help="answers followed at once; the likeliest is given")
+    parser.add_argument("--beams", type=int, default=1, help="width of beam search; the most likely answer is returned")
     parser.add_argument(
-        "--repetition-penalty", type=float, default=1.0, help="above 1 makes repeated tokens less likely"
+        "--repetition-penalty", type=float, default=1.0, help="values above 1 make repeated tokens less likely"
     )
-    parser.add_argument("--seed", type=int, default=0, help="for drawing: the same seed and batches, the same answers")
-    parser.add_argument("--batch-size", type=int, default=32, help="questions answered at once")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed for sampling; the same seed and batches give the same answers"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="questions per batch")
 
 
 def _generate(options) -> None:
@@ -44,7 +49,7 @@ def _generate(options) -> None:
     from launcher.tools.inference.questions import cleaned, is_text, told_if_changed
 
     if options.question and options.file:
-        raise ConfigurationError("questions are on the command line and in --file; give one of the two")
+        raise ConfigurationError("questions are given both on the command line and in --file; give only one of the two")
     if options.batch_size < 1:
         raise ConfigurationError(f"--batch-size is {options.batch_size}; it must be at least 1")
     for question in options.question:
@@ -77,7 +82,7 @@ def _generate(options) -> None:
 
 
 def _read_questions(file: str | None) -> list[str]:
-    """The questions of a file, or of the standard input, empty lines left out."""
+    """Read the questions of a file, or of standard input, without empty lines."""
     from launcher.tools.inference.questions import read_lines, read_objects
 
     if file is None or Path(file).suffix != ".jsonl":

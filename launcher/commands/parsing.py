@@ -1,4 +1,4 @@
-"""What the commands' `--help` have in common."""
+"""Command-line parsing that the commands share."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Says the default of each option that has one."""
+    """Show the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 def command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
-    """Add a command that `run(options)` carries out, with one example below its options."""
+    """Add a command that calls `run(options)`, with an example below its options."""
     parser = commands.add_parser(
         name, help=help, description=help, epilog=f"example: {epilog}",
         formatter_class=_Defaults,
@@ -26,7 +26,7 @@ def command(commands, name: str, run, help: str, epilog: str) -> argparse.Argume
 
 
 def size(text: str) -> int:
-    """Bytes of a size such as `500MB` or `2.5GB`, for `type=` of an argument."""
+    """Parse a size such as `500MB` or `2.5GB` into bytes, as `type=` of an argument."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]B)", text, re.IGNORECASE)
     if found is None or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write it as 500MB or 2GB")

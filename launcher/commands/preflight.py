@@ -1,4 +1,4 @@
-"""`lfm preflight`: what can be known wrong before a GPU hour is spent."""
+"""`lfm preflight`: find mistakes before a run spends GPU hours."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def add_preflight(commands) -> None:
     """Add `lfm preflight` to the commands."""
     parser = command(
         commands, "preflight", _preflight,
-        "Check a run before it starts: settings, data, model, memory, disk, GPUs; and under srun, mpirun, torchrun or "
-        "deepspeed the nodes together. Exit code 1 where a line is red.",
+        "Check a run before it starts: settings, data, model, memory, disk and GPUs; if started by srun, mpirun, torchrun "
+        "or deepspeed, also all nodes together. The exit code is 1 if a line is red.",
         "lfm preflight --deepspeed_config ds_configs/zero3.json --config run.yaml --nodes 4 --ranks-per-node 8",
     )  # fmt: skip
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--nodes", type=int, default=argparse.SUPPRESS, metavar="N",
-                        help="check for so many nodes (default: those of the SLURM job or of the ranks, else 1)")  # fmt: skip
+                        help="nodes of the run (default: those of the SLURM job or of the ranks, otherwise 1)")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, default=argparse.SUPPRESS, metavar="M",
-                        help="with so many ranks each (default: the same way)")  # fmt: skip
+                        help="ranks on each node (default: from the same source)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write that JSON there, too, beside what is printed")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="also write the JSON to FILE")
     add_run_arguments(parser)
 
 
@@ -37,7 +37,7 @@ def _preflight(options) -> int:
     from launcher.environment import detect_environment
     from launcher.process import export_for_torch
 
-    with redirect_stdout(sys.stderr):  # importing may print, and stdout is for the answer
+    with redirect_stdout(sys.stderr):  # imports may print, and stdout is reserved for the result
         environment = detect_environment()
         export_for_torch(environment)
         from launcher.training.engine import start_process_group
@@ -47,7 +47,7 @@ def _preflight(options) -> int:
 
         arguments = (options.config, options.overrides, options.deepspeed_config)
         world = world_of(options, environment)
-        # A world that only the options tell of, as on a login node.
+        # False if only the options describe the run, as on a login node.
         here = environment.world_size > 1 or "SLURM_JOB_ID" in os.environ or world == environment
         findings, nodes = check_run(*arguments, world, here), [socket.gethostname()]
         if environment.world_size > 1:
@@ -62,7 +62,7 @@ def _preflight(options) -> int:
         print(report) if options.json else print_table(findings)
         sys.stdout.flush()
     if environment.world_size > 1:
-        leave_together()  # the first rank to leave with an error makes srun kill those that have not told theirs
+        leave_together()  # otherwise the first rank to exit with an error makes srun kill ranks that have not reported
     return int(worst(findings) == RED)
 
 
@@ -77,9 +77,9 @@ def _save(path: Path, report: str) -> None:
 
 
 def world_of(options, environment, variables=os.environ):
-    """The world of the run that will start: as the options say, else the SLURM job's, else that of these processes.
+    """Return the world of the planned run: from the options, else from the SLURM job, else from the current processes.
 
-    Under `srun --ntasks-per-node=1` there is a process for each node, and fewer than the run will have.
+    Under `srun --ntasks-per-node=1` there is only one process per node, fewer than the run will have.
     """
     from launcher.environment import Environment
 
@@ -101,14 +101,14 @@ def world_of(options, environment, variables=os.environ):
 
 
 def _shared_paths(options) -> tuple[str | None, str | None]:
-    """The run folder and the data's index, for all nodes to see; None where there is none to look at."""
+    """Return the run folder and the data's index, which all nodes must see; None for what does not exist."""
     from data_pipeline.loading.remote import is_remote
     from launcher.config_file import load_run_config
 
     try:
         config = load_run_config(options.config, options.overrides)
     except ConfigurationError:
-        return None, None  # a red line says so
+        return None, None  # a red line reports the error
     folders = [config.data] if isinstance(config.data, str) else [weighted.path for weighted in config.data]
     index = next((str(Path(folder, "index.json")) for folder in folders if not is_remote(folder)), None)
     return config.output, None if index is None or not Path(index).exists() else index

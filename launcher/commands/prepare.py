@@ -1,4 +1,4 @@
-"""`lfm prepare`: its options, and what it prints."""
+"""`lfm prepare`: clean, tokenize and pack rows into shards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ examples:
   lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct --exclude-sources socratic
   lfm prepare TIGER-Lab/WebInstructSub --out data/webinstruct --near-duplicates --decontaminate gsm8k/test.jsonl
 
-Several jobs share the work on one folder, and give the bytes that one gives:
+Several processes or jobs can share the work on one folder; the result is byte-identical to that of one process:
   mpirun -n 4 lfm prepare ...          srun -n 4 lfm prepare ...          sbatch --array=0-7 slurm/prepare.sbatch ...
-An interrupted preparation goes on where it stopped when the same command is given again.
+To resume an interrupted preparation, run the same command again.
 """
 
 
@@ -32,31 +32,33 @@ def add_prepare(commands) -> None:
     parser.set_defaults(run=prepare)
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset name, or parquet / jsonl files or folders with question and answer columns")  # fmt: skip
+        help="'sample', a hub dataset, or parquet / jsonl files or folders with question and answer columns")  # fmt: skip
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
-    add("--tokenizer", help="a folder or hub name of an LED tokenizer, or 'train' to fit one (default: train for the "
-        f"sample, else {LED})")  # fmt: skip
-    add("--seq-len", type=int, help="tokens in a packed row (default: 256 for the sample, else 2048)")
-    add("--workers", type=int, help="processes (default: one for each core that this job may use; under mpirun 1)")
-    add("--rows-per-shard", type=int, default=4096, help="packed rows in a tar, at most (default: %(default)s)")
+    add("--tokenizer", help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
+        f"'train' for the sample, otherwise {LED})")  # fmt: skip
+    add("--seq-len", type=int, help="tokens per packed row (default: 256 for the sample, otherwise 2048)")
+    add("--workers", type=int, help="number of processes (default: one per available core, 1 under mpirun)")
+    add("--rows-per-shard", type=int, default=4096, help="maximum packed rows per tar file (default: %(default)s)")
     add("--validation-share", type=float, metavar="SHARE",
-        help="share of the questions whose rows become OUT/validation (default: 0 for the sample, else 0.005)")  # fmt: skip
-    which = parser.add_argument_group("which rows")
+        help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)")  # fmt: skip
+    which = parser.add_argument_group("row selection")
     add = which.add_argument
-    add("--sources", nargs="+", default=(), metavar="NAME", help="keep the rows of these sources alone")
+    add("--sources", nargs="+", default=(), metavar="NAME", help="keep only the rows of these sources")
     add("--exclude-sources", nargs="+", default=(), metavar="NAME", help="drop the rows of these sources")
-    add("--minimum-tokens", type=int, default=1, metavar="N", help="drop shorter documents (default: %(default)s)")
+    add("--minimum-tokens", type=int, default=1, metavar="N",
+        help="drop documents with fewer tokens (default: %(default)s)")  # fmt: skip
     add("--long-documents", default="split", choices=("split", "drop"),
-        help="split a document longer than a row into rows that continue it, or drop it (default: %(default)s)")  # fmt: skip
+        help="split documents that are longer than a row across several rows, or drop them (default: %(default)s)")  # fmt: skip
     add("--near-duplicates", nargs="?", type=float, const=0.8, metavar="SIMILARITY",
-        help="drop rows that share this much of their three-word sequences with an earlier one (Jaccard; 0.8 if not "
-        "given). Exact duplicates are always dropped")  # fmt: skip
+        help="drop rows whose three-word sequences have at least this Jaccard similarity to an earlier row (0.8 if no "
+        "value is given); exact duplicates are always dropped")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
-        help="evaluation texts (jsonl, parquet, txt): drop rows that share a 13-word sequence with them")  # fmt: skip
+        help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)")  # fmt: skip
     text = parser.add_argument_group("cleaning")
-    text.add_argument("--newlines", default="keep", choices=("keep", "space"), help="default: %(default)s")
+    text.add_argument("--newlines", default="keep", choices=("keep", "space"),
+        help="keep line breaks, or replace them with spaces (default: %(default)s)")  # fmt: skip
     text.add_argument("--unicode-form", default="NFC", choices=("NFC", "NFKC"),
-        help="NFKC also makes x2 of x² (default: %(default)s)")  # fmt: skip
+        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)")  # fmt: skip
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -80,7 +82,7 @@ def prepare(options: argparse.Namespace) -> None:
     )
     member, by_mpirun = detect_member()
     workers = options.workers or (1 if by_mpirun else None)
-    # One of a team shows how far all are.
+    # Only one member of a team shows progress, for the whole team.
     with _ending_at_signals():
         index = prepare(
             options.source, options.out, settings, workers=workers, member=member, progress=member.index == 0
@@ -91,7 +93,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 @contextmanager
 def _ending_at_signals() -> Iterator[None]:
-    """End at a TERM or a USR1, which is how a batch script asks; afterwards the signals do again what they did before."""
+    """Exit at SIGTERM or SIGUSR1, which batch scripts send to ask for a stop; restore the handlers afterwards."""
     before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
@@ -101,15 +103,15 @@ def _ending_at_signals() -> Iterator[None]:
 
 
 def _end(number: int, frame) -> None:
-    """End at a signal as at an error, so that the processes of this job end, too."""
-    for again in (signal.SIGTERM, signal.SIGUSR1):  # a second one must not cut short what this one does
+    """Exit at a signal as at an error, so that the worker processes also end."""
+    for again in (signal.SIGTERM, signal.SIGUSR1):  # a second signal must not interrupt the cleanup
         signal.signal(again, signal.SIG_IGN)
-    print("stopped; the same command goes on from here", file=sys.stderr)
+    print("stopped; run the same command again to resume", file=sys.stderr)
     sys.exit(128 + number)
 
 
 def print_counts(folder: str, index: dict) -> None:
-    """Print one line on a folder: rows in, packed and dropped by reason, tokens and how full the rows are."""
+    """Print one line about a folder: rows read, packed and dropped (by reason), tokens, and how full the rows are."""
     counts = index["counts"]
     dropped = counts.get("rows_dropped", {})
     reasons = ", ".join(f"{number:,} {reason.replace('_', ' ')}" for reason, number in dropped.items() if number)

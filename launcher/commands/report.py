@@ -1,4 +1,4 @@
-"""`lfm report`: one HTML page of a run."""
+"""`lfm report`: write an HTML report of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def add_report(commands) -> None:
     """Add `lfm report` to the commands."""
     parser = command(
         commands, "report", _report,
-        "Write one HTML page of a run: its curves, expert load, sampled answers and environment.", "lfm report runs/sample",
+        "Write a run's curves, expert load, sampled answers and environment as one HTML page.", "lfm report runs/sample",
     )  # fmt: skip
-    parser.add_argument("run_folder", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", default=argparse.SUPPRESS, help="the file to write (default: report.html in RUN)")
+    parser.add_argument("run_folder", metavar="RUN", help="run folder")
+    parser.add_argument("--out", default=argparse.SUPPRESS, help="file to write (default: report.html in RUN)")
 
 
 def _report(options) -> None:

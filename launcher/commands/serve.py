@@ -1,4 +1,4 @@
-"""`lfm serve`: a model behind the OpenAI protocol, and a page to talk to it."""
+"""`lfm serve`: serve a model with the OpenAI protocol and a web page."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ def add_serve(commands) -> None:
     """Add `lfm serve` to the commands."""
     parser = command(
         commands, "serve", _serve,
-        "Answer OpenAI chat completions (http://127.0.0.1:8000/v1), with a page to talk to the model at the same address. "
+        "Serve OpenAI chat completions at http://127.0.0.1:8000/v1, and a web page for questions at the same address. "
         "Requests are answered one after another.",
         "lfm serve runs/sample/export --port 8000",
     )  # fmt: skip
-    parser.add_argument("model", help="an exported folder, or a run folder")
+    parser.add_argument("model", help="exported folder or run folder")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen on; any but this machine's own asks for a token"
+        "--host", default="127.0.0.1", help="address to listen on; any but a loopback address requires a token"
     )
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any free one")
     parser.add_argument(
         "--token",
-        help="what requests must send as `Authorization: Bearer` (default: LFM_TOKEN, which `ps` does not show)",
+        help="token that requests must send as `Authorization: Bearer` (default: LFM_TOKEN, which `ps` does not show)",
     )
-    parser.add_argument("--name", help="what the model is called in requests (default: its folder's name)")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer that may be asked for")
-    parser.add_argument("--max-waiting", type=int, default=16, help="requests that wait; more are turned away with 429")
+    parser.add_argument("--name", help="name of the model in requests (default: its folder's name)")
+    parser.add_argument("--max-new-tokens", type=int, default=1024, help="maximum tokens that a request may ask for")
     parser.add_argument(
-        "--request-seconds", type=float, default=120.0, help="longest time for a request, waiting included"
+        "--max-waiting", type=int, default=16, help="maximum waiting requests; others are refused (429)"
     )
-    parser.add_argument("--body-bytes", type=int, default=2**20, help="largest request")
+    parser.add_argument(
+        "--request-seconds", type=float, default=120.0, help="time limit of a request, waiting included"
+    )
+    parser.add_argument("--body-bytes", type=int, default=2**20, help="maximum size of a request")
 
 
 def _serve(options) -> None:
@@ -41,7 +43,7 @@ def _serve(options) -> None:
     token = token or None
     if options.host not in ("127.0.0.1", "localhost", "::1") and token is None:
         raise ConfigurationError(
-            f"--host {options.host} lets other machines in: set LFM_TOKEN (or --token) to what they must send, "
+            f"--host {options.host} admits other machines, which needs a token; set LFM_TOKEN or --token, "
             "or leave --host out"
         )
     for name, least in (("max_new_tokens", 1), ("max_waiting", 0), ("request_seconds", 0), ("body_bytes", 1)):
@@ -70,7 +72,7 @@ def _serve(options) -> None:
         server_header=False,
     )  # fmt: skip
     host, port = listener.getsockname()[:2]
-    print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C ends it)", flush=True)
+    print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port} (stop with Ctrl-C)", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -1,6 +1,6 @@
-"""`lfm verify` and `lfm inspect`: what is in a shard folder, and whether it is whole.
+"""`lfm verify` and `lfm inspect`: check a shard folder and show its contents.
 
-Imports stand inside the commands: `lfm --help` must not wait for numpy.
+Slow imports are inside the commands, so that `lfm --help` does not wait for numpy.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ def add_verify(commands) -> None:
     """Add `lfm verify DIR` to the commands."""
     parser = command(
         commands, "verify", _verify,
-        "Recount and rehash a shard folder with all processors, and name every bad file.", "lfm verify data/sample",
+        "Check the counts and hashes of a shard folder with all processors, and name every bad file.", "lfm verify data/sample",
     )  # fmt: skip
-    parser.add_argument("folder", metavar="DIR", help="a folder made by lfm prepare")
+    parser.add_argument("folder", metavar="DIR", help="folder made by lfm prepare")
     parser.add_argument(
         "--workers", type=int, default=argparse.SUPPRESS,
-        help="processes, each of which holds one shard in memory (default: one for each processor this may use)",
+        help="number of processes, each with one shard in memory (default: one per available processor)",
     )  # fmt: skip
 
 
 def add_inspect(commands) -> None:
     """Add `lfm inspect DIR` to the commands."""
     parser = command(
-        commands, "inspect", _inspect, "Show a shard folder's numbers, lengths, fill and sources, and rows as text.",
+        commands, "inspect", _inspect, "Show a shard folder's counts, lengths, fill and sources, and some rows as text.",
         "lfm inspect data/sample --rows 3 --png histograms.png",
     )  # fmt: skip
-    parser.add_argument("folder", metavar="DIR", help="a folder made by lfm prepare")
-    parser.add_argument("--rows", type=int, default=2, help="how many rows, drawn by --seed, to show as text")
+    parser.add_argument("folder", metavar="DIR", help="folder made by lfm prepare")
+    parser.add_argument("--rows", type=int, default=2, help="number of random rows to show as text")
     parser.add_argument(
         "--row", type=int, action="append", default=argparse.SUPPRESS, metavar="K",
-        help="show this row as text instead, once or several times",
+        help="show row K instead of random ones; may be repeated",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="for --rows")
-    parser.add_argument("--full", action="store_true", help="whole texts and all sources; otherwise they are shortened")
+    parser.add_argument("--seed", type=int, default=0, help="seed that chooses the rows of --rows")
+    parser.add_argument("--full", action="store_true", help="show texts and the list of sources unshortened")
     parser.add_argument(
         "--png", default=argparse.SUPPRESS, metavar="PATH",
-        help="draw histograms too: a file name that ends in .png, or a folder",
+        help="also draw histograms: a file name that ends in .png, or a folder",
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def _verify(options) -> None:
     counts = index["counts"]
     held_out = counts.get("validation_documents")
     print(
-        f"{options.folder} is whole: {len(index['files']):,} shards and the tokenizer, {total / 1e6:,.1f} MB; "
+        f"{options.folder} is intact: {len(index['files']):,} shards and the tokenizer, {total / 1e6:,.1f} MB; "
         f"{counts['packed_rows']:,} rows with {counts['documents']:,} documents and {counts['tokens']:,} tokens"
         + (f"; {held_out:,} documents for validation" if held_out else "")
     )
@@ -68,9 +68,9 @@ def _inspect(options) -> None:
     from launcher.errors import ConfigurationError
 
     if options.rows < 0:
-        raise ConfigurationError(f"--rows {options.rows} is not a number of rows: give 0 or more")
+        raise ConfigurationError(f"--rows is {options.rows}; it must be at least 0")
     rows = getattr(options, "row", None) or choose_rows(options.folder, options.rows, options.seed)
-    texts = list(rows_as_text(options.folder, rows, options.full))  # first, as it finds a wrong number at once
+    texts = list(rows_as_text(options.folder, rows, options.full))  # first, since it refuses a wrong --row at once
     total = sum(entry["bytes"] for entry in read_index(Path(options.folder))["files"])
     with _bytes_bar(total, "reading") as progress:
         statistics = collect_statistics(options.folder, progress)
@@ -83,7 +83,7 @@ def _inspect(options) -> None:
 
 @contextmanager
 def _bytes_bar(total: int, description: str) -> Iterator[Callable[[int], None]]:
-    """Show progress in bytes on stderr where somebody is looking."""
+    """Show progress in bytes on stderr if it is a terminal."""
     from tqdm import tqdm
 
     with tqdm(

@@ -1,4 +1,4 @@
-"""`lfm submit`: jobs on a SLURM cluster, without remembering sbatch's options."""
+"""`lfm submit`: submit jobs to a SLURM cluster without remembering sbatch's options."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 
 EPILOG = """\
 examples:
-  lfm submit --site partition=gpu account=project modules=cuda/12.4    once: every job then has them
+  lfm submit --site partition=gpu account=project modules=cuda/12.4    once, for all later jobs
   lfm submit train                                                     the smoke run
   lfm submit --nodes 4 --gpus 8 --time 12:00:00 train --config run.yaml max_steps=1000
   lfm submit --nodes 4 --gpus 8 --chain prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/mine \\
       then train --config run.yaml data=data/mine output=runs/mine then evaluate runs/mine
   lfm submit --sweep learning_rate=1e-4,3e-4 --sweep seed=1,2 train --config run.yaml output=runs/sweep
-  lfm submit --table runs/sweep                                        how its runs stand
+  lfm submit --table runs/sweep                                        the state of its runs
 
-Options stand before the script's name; what follows it are the script's own arguments (slurm/README.md).
+Options go before the script's name; what follows the name are the script's own arguments (slurm/README.md).
 """
 
 INSTEAD = {
     "--mem-per-gpu": "--mem, the memory of each node",
     "--mem-per-cpu": "--mem, the memory of each node",
-    "--cpus-per-gpu": "--sbatch=--cpus-per-task, of which there is one for each GPU",
-    "--ntasks-per-gpu": "--gpus, the number on each node, with a task for each",
-    "--gpus": "--gpus, the number on each node, itself",
+    "--cpus-per-gpu": "--sbatch=--cpus-per-task, with one task for each GPU",
+    "--ntasks-per-gpu": "--gpus, the number on each node, with one task for each",
+    "--gpus": "--gpus directly, the number on each node",
 }
 
 
@@ -35,25 +35,28 @@ def add_submit(commands) -> None:
     )
     parser.set_defaults(run=_submit)
     add = parser.add_argument
-    add("--dry-run", action="store_true", help="show the script and the call of sbatch, and submit nothing")
+    add("--dry-run", action="store_true", help="show the script and the sbatch command without submitting")
     add(
         "--chain",
         action="store_true",
-        help="several scripts, with `then` between: each waits until the one before is through",
+        help="submit several scripts, separated by `then`; each waits until the one before has succeeded",
     )
     add("--sweep", action="append", default=[], metavar="KEY=V,V",
-        help="train once for each value, each in a run folder of its own below `output`; again for combinations")  # fmt: skip
-    add("--table", metavar="OUTPUT", help="show how a sweep's runs stand, and write it to table.md there")
+        help="train once for each value, each in its own run folder below `output`; repeat for combinations")  # fmt: skip
+    add("--table", metavar="OUTPUT", help="show the state of a sweep's runs, and write it to table.md in OUTPUT")
     add("--site", nargs="+", metavar="NAME=VALUE",
-        help="note what holds for every job here: partition, account, qos, reservation, modules, interface, venv, conda, "
-        "image")  # fmt: skip
-    resources = parser.add_argument_group("resources (in a chain, of its training)")
-    resources.add_argument("--nodes", type=int, help="default: the script's")
-    resources.add_argument("--gpus", type=int, help="of each node, a task for each; 0: one task, on the CPU")
-    resources.add_argument("--mem", help="memory of each node, as 200G; default: the script's, with two GPUs or more "
-                           "0, which is all of it")  # fmt: skip
-    resources.add_argument("--time", help="time limit, as 12:00:00; default: the script's")
-    add("--sbatch", action="append", default=[], metavar="OPTION", help="any other option, as --sbatch=--exclude=node7")
+        help="save settings for all later jobs: partition, account, qos, reservation, modules, interface, venv, conda, "
+        "image; an empty VALUE removes one")  # fmt: skip
+    resources = parser.add_argument_group("resources (in a chain, for the training job)")
+    resources.add_argument("--nodes", type=int, help="number of nodes (default: the script's)")
+    resources.add_argument(
+        "--gpus", type=int, help="GPUs on each node, with one task for each; 0 for one task on the CPU"
+    )
+    resources.add_argument("--mem", help="memory of each node, such as 200G (default: the script's; with two or more GPUs, "
+                           "all memory of the node)")  # fmt: skip
+    resources.add_argument("--time", help="time limit, such as 12:00:00 (default: the script's)")
+    add("--sbatch", action="append", default=[], metavar="OPTION",
+        help="any other sbatch option, such as --sbatch=--exclude=node7; may be repeated")  # fmt: skip
     add("words", nargs=argparse.REMAINDER, metavar="train|prepare|evaluate ...", help="the script and its arguments")
 
 
@@ -62,7 +65,7 @@ def _submit(options) -> None:
     from launcher.cluster.site import read_site, write_site
 
     if options.site:
-        print(f"noted in {write_site(options.site)}")
+        print(f"saved in {write_site(options.site)}")
         return
     if options.table:
         _show_table(Path(options.table))
@@ -77,7 +80,7 @@ def _submit(options) -> None:
     for script, arguments in found:
         job = of_script(script, arguments, site, _resources(options, script) if options.chain else _resources(options))
         if previous:
-            # Where the one before has failed, this one could only wait for ever.
+            # If the job before fails, SLURM would otherwise keep this one waiting forever.
             job.options += [f"--dependency=afterok:{previous}", "--kill-on-invalid-dep=yes"]
         previous = _send(job, options.dry_run, script)
 
@@ -90,14 +93,12 @@ def _checked(found, options):
             raise ConfigurationError(f"{name} is {value}; it must be at least {least}")
     for word in options.sbatch:
         name = word.partition("=")[0]
-        if name in INSTEAD:  # sbatch refuses two ways to say one thing, and the scripts' #SBATCH lines have one
-            raise ConfigurationError(
-                f"the batch scripts say it in another way than --sbatch={name}; give {INSTEAD[name]}"
-            )
+        if name in INSTEAD:  # sbatch refuses the option beside the equivalent one of the scripts' #SBATCH lines
+            raise ConfigurationError(f"--sbatch={name} conflicts with the batch scripts; give {INSTEAD[name]}")
     if len(found) > 1 and not options.chain:
-        raise ConfigurationError("`then` joins the scripts of a chain; give --chain")
+        raise ConfigurationError("`then` needs --chain; put --chain before the first script")
     if options.sweep and [script for script, _ in found] != ["train"]:
-        raise ConfigurationError("--sweep is for train alone; lfm submit --help has an example")
+        raise ConfigurationError("--sweep works only with train; lfm submit --help has an example")
     return found
 
 
@@ -118,9 +119,10 @@ def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
         _send(table_job(output, site, array, options.sbatch), options.dry_run)
     except ConfigurationError as error:
         raise ConfigurationError(
-            f"job {array} trains the runs, but none will write their table ({error}); later: lfm submit --table {output}"
+            f"job {array} trains the runs, but the job that writes their table was not submitted ({error}); write it later "
+            f"with lfm submit --table {output}"
         ) from error
-    print(f"{len(runs)} runs below {output}; when all have ended, {output / 'table.md'} compares them")
+    print(f"{len(runs)} runs in {output}; when all have ended, {output / 'table.md'} compares them")
 
 
 def _show_table(output: Path) -> None:
@@ -135,7 +137,7 @@ def _resources(options, script: str = "train") -> list[str]:
     named = []
     if script == "train":
         named += [f"--nodes={options.nodes}"] if options.nodes is not None else []
-        # Together, since a task is started for each GPU.
+        # Set together: there is one task for each GPU.
         if options.gpus is not None:
             named += [f"--gpus-per-node={options.gpus}", f"--ntasks-per-node={max(1, options.gpus)}"]
         said = any(word.startswith("--mem=") for word in options.sbatch)
@@ -146,12 +148,12 @@ def _resources(options, script: str = "train") -> list[str]:
 
 
 def _send(job, dry_run: bool, script: str = "") -> str:
-    """Submit a job, or show it; its number, or what stands for it."""
+    """Submit the job and return its number; in a dry run, print it and return a placeholder."""
     if not dry_run:
         number = job.send()
         print(f"job {number}: {job.shown()}")
         return number
     if script:
         print(f"# slurm/{script}.sbatch\n{Path('slurm', f'{script}.sbatch').read_text()}")
-    print(f"# would be called:\n{job.shown()}\n")
+    print(f"# sbatch command:\n{job.shown()}\n")
     return f"<{script}>"

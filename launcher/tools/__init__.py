@@ -1,1 +1,1 @@
-"""What comes after training: evaluation, generation, serving, export, the report."""
+"""Tools for trained models: evaluation, generation, serving, export and the run report."""

@@ -1,6 +1,6 @@
-"""`lfm report RUN`: one HTML page of a run that needs nothing else, no network and no script.
+"""`lfm report RUN`: describe a run in one self-contained HTML page without network access or scripts.
 
-Imports stand inside the functions: `lfm --help` must not wait for matplotlib.
+Slow imports are inside the functions, so that `lfm --help` does not wait for matplotlib.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import json
 import re
 from pathlib import Path
 
-# A plot for each: its title, and the tags in it (`*` at the end: all that begin so). Plots without any are left out.
+# The title and the TensorBoard tags of each plot; `*` matches any text. A plot without data is left out.
 PLOTS = (
     ("Loss", ("train/loss", "train/cross_entropy", "validation/cross_entropy")),
     ("Loss terms", ("train/focal", "train/reconstruction", "train/budget", "train/expert_usage", "train/z_loss")),
     ("Validation loss by source", ("validation/by_source/*",)),
     (
-        "Held-out tokens and answers right",
+        "Held-out accuracy",
         ("validation/token_accuracy", "validation/top5_accuracy", "validation/sequence_accuracy"),
     ),
     ("Learning rate", ("train/learning_rate",)),
@@ -28,11 +28,11 @@ PLOTS = (
     ("Tokens per second", ("perf/tokens_per_second",)),
     ("Utilisation", ("perf/mfu", "perf/hfu")),
     (
-        "Seconds of a step",
+        "Seconds per step",
         ("perf/data_seconds", "perf/forward_seconds", "perf/backward_seconds", "perf/optimizer_seconds"),
     ),
     ("Memory, gigabytes", ("perf/memory_gigabytes",)),
-    ("Busiest expert over its fair share", (r"moe/layer_*load_max_over_mean",)),
+    ("Load of the busiest expert over the mean", (r"moe/layer_*load_max_over_mean",)),
     ("Router entropy", (r"moe/layer_*router_entropy",)),
     ("Retained embedding ratio", ("model/retained_ratio",)),
 )
@@ -52,7 +52,7 @@ STYLE = (
 def write_report(run: Path, out: Path) -> Path:
     """Write the page and return its path.
 
-    Raises `ConfigurationError` where `run` is no run or has taken no step, or `out` cannot be written.
+    Raises `ConfigurationError` if `run` is not a run folder, has no completed step, or `out` cannot be written.
     """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -66,7 +66,7 @@ def write_report(run: Path, out: Path) -> Path:
         events.Reload()
     tags = events.Tags()
     if "train/loss" not in tags["scalars"]:
-        raise ConfigurationError(f"{run} has not taken a step yet, so that there is nothing to report")
+        raise ConfigurationError(f"{run} has not completed a step yet, so there is nothing to report")
     scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
     sections = [
         f"<h1>{html.escape(run.name)}</h1>",
@@ -91,12 +91,12 @@ def _state(run: Path) -> str:
     if not path.is_file():
         return "<p>No status yet.</p>"
     status = json.loads(path.read_text())
-    reason = f", because: {html.escape(status['reason'])}" if status.get("reason") else ""
+    reason = f" ({html.escape(status['reason'])})" if status.get("reason") else ""
     return f"<p>State: <b>{html.escape(status['state'])}</b> at step {status['step']:,}{reason}.</p>"
 
 
 def _plots(scalars: dict[str, list[tuple[int, float]]]):
-    """Each plot as an inline SVG, from matplotlib: its text stays text."""
+    """Yield each plot as an inline SVG that keeps text as text."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -110,7 +110,7 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
         axes = figure.subplots()
         for tag in chosen:
             steps, values = zip(*scalars[tag], strict=True)
-            label = _short(tag).replace("$", r"\$")  # no formula
+            label = _short(tag).replace("$", r"\$")  # or matplotlib reads it as a formula
             axes.plot(steps, values, label=label, marker="o" if len(steps) < 30 else None, markersize=3)
         axes.set(title=title, xlabel="step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -120,7 +120,7 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
                 formatted(LogFormatter(minor_thresholds=(2, 0.4)))  # 3.6, not 3.6 × 10⁰
         axes.grid(alpha=0.3)
         if 1 < len(chosen) <= LEGEND_AT_MOST:
-            # Below the plot, where it hides no curve.
+            # Below the plot, so that it hides no curve.
             figure.legend(loc="outside lower center", ncols=min(2, len(chosen)), fontsize="small", frameon=False)
         file = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
@@ -130,11 +130,11 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
 
 
 def _short(tag: str) -> str:
-    """A curve's name in a plot's legend."""
+    """Return the name of a curve in the legend."""
     layer = re.fullmatch(r"moe/layer_(\d+)/.*", tag)
     if layer:
         return f"layer {int(layer[1])}"
-    for group in ("validation/by_source/", "grad_norm/"):  # a source keeps its name as it is
+    for group in ("validation/by_source/", "grad_norm/"):  # the rest is a name and stays unchanged
         if tag.startswith(group):
             return tag.removeprefix(group)
     return tag.removeprefix("train/").removeprefix("perf/").removesuffix("_seconds").replace("/", " ").replace("_", " ")
@@ -154,14 +154,14 @@ def _expert_load(events, tags) -> list[str]:
 
 
 def _answers(events, tags) -> list[str]:
-    """The newest sampled answers, which TensorBoard holds as a Markdown table."""
+    """Return the newest sampled answers as HTML; TensorBoard stores them as a Markdown table."""
     tag = "validation/answers/text_summary"
     if tag not in tags["tensors"]:
         return []
     newest = events.Tensors(tag)[-1]
     lines = newest.tensor_proto.string_val[0].decode().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if not line.startswith("|---")]
-    # A | in a text is written as its entity already.
+    # Splitting at | is safe: in the texts it is stored as an entity.
     table = "".join(
         "<tr>" + "".join(f"<{kind}>{_escaped(cell)}</{kind}>" for cell in row) + "</tr>"
         for kind, row in zip(["th"] + ["td"] * len(rows), rows, strict=False)

@@ -36,7 +36,7 @@ def test_a_virtual_environment_is_taken_by_its_path():
     [
         ({"LFM_VENV": "/nowhere"}, "LFM_VENV is /nowhere, but there is no /nowhere/bin/python"),
         ({"LFM_VENV": "a", "LFM_CONDA": "b"}, "LFM_VENV LFM_CONDA are set"),
-        ({"LFM_IMAGE": "/nowhere.sif"}, "LFM_IMAGE is /nowhere.sif, which is not a file"),
+        ({"LFM_IMAGE": "/nowhere.sif"}, "LFM_IMAGE is /nowhere.sif, which is not a readable file"),
         ({"LFM_IMAGE": "/etc/hostname", "PATH": "/usr/bin:/bin"}, "there is no apptainer"),
         ({"LFM_CONDA": "train", "PATH": "/usr/bin:/bin"}, "there is no conda"),
         ({"LFM_MODULES": "no-such-module"}, "LFM_MODULES "),

@@ -163,7 +163,7 @@ def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, 
     assert ("train.py" in called) == begins
     assert ("scontrol requeue 7" in called) == (ends == 0)
     assert ("ExcNodeList=RUNNING,node2" in called) == (ends == 0)
-    assert ("in all it leaves out RUNNING,node2;" in result.stdout) == (ends == 0)
+    assert ("in all it excludes RUNNING,node2;" in result.stdout) == (ends == 0)
 
 
 @pytest.mark.parametrize("out", ["--out {}", "--out={}"])

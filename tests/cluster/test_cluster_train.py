@@ -84,7 +84,7 @@ def test_a_preemption_that_only_the_ranks_hear_of_is_none_of_their_failures(subm
     job = submit("train", *configured, "output=runs/silent", "max_steps=1", "schedule.steps=24")
     until(lambda: len(ranks_of("runs/silent", "-m", "launcher.cli", "preflight")) == 2)
     submit.urgent()
-    job.wait_for("it has asked the ranks itself to stop")
+    job.wait_for("has already asked the ranks to stop")
     job.wait_for("requeueing job")
     job.finish()
     assert "restart 1: 2 ranks" in job.log
@@ -219,5 +219,5 @@ def test_a_shell_of_several_tasks_does_not_wait_for_the_others(submit):
     finally:
         os.close(inside)
         os.close(terminal)
-    assert "this shell was opened by `srun --pty` for 3 tasks, but is one process" in said
+    assert "this shell was opened by `srun --pty` for 3 tasks but is only one of them" in said
     assert sorted(re.findall(r"rank \d of \d", said)) == ["rank 0 of 2", "rank 1 of 2"]

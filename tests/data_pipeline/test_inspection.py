@@ -223,5 +223,5 @@ def test_the_commands_print_tables_rows_and_that_all_is_whole(prepared, capsys):
     assert capsys.readouterr().out.count("\nrow ") == 3
     lfm("verify", prepared, "--workers", 1)
     counts = ShardFolder(prepared).index["counts"]
-    assert f"is whole: {len(ShardFolder(prepared).index['files'])} shards" in (said := capsys.readouterr().out)
+    assert f"is intact: {len(ShardFolder(prepared).index['files'])} shards" in (said := capsys.readouterr().out)
     assert f"{counts['documents']:,} documents and {counts['tokens']:,} tokens" in said

@@ -328,7 +328,7 @@ def test_a_signal_ends_the_command_with_a_line_and_all_its_processes(corpus, tmp
     said = process.communicate(timeout=60)[1]
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert "Traceback" not in said
-    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "the same command goes on from here"}[number] in said
+    assert {signal.SIGINT: "interrupted", signal.SIGTERM: "run the same command again to resume"}[number] in said
     deadline = time.monotonic() + 10
     while living_in_group(process.pid):
         assert time.monotonic() < deadline

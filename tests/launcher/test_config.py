@@ -131,7 +131,7 @@ def test_a_runs_own_file_repeats_its_configuration(tmp_path):
     ("content", "sentence"),
     [
         ("a: [", "is not valid YAML"),
-        ("seed: 1\nmax_steps: 2\nseed: 3", "the key seed is there twice"),
+        ("seed: 1\nmax_steps: 2\nseed: 3", "the key seed is given twice"),
         ("- 1", "must be a mapping"),
         (None, "cannot read the run"),
     ],

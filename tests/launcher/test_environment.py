@@ -67,10 +67,10 @@ SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_S
         ({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}, ["PMI says 0 of 1", "srun says 1 of 2"]),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
          ["RANK and WORLD_SIZE", "mpirun says 1 of 2"]),
-        ({"PMIX_RANK": "1"}, ["PMIX_RANK is 1", "nothing says of how many"]),
+        ({"PMIX_RANK": "1"}, ["PMIX_RANK is 1", "no variable gives their number"]),
         ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 2", "not below WORLD_SIZE, 2"]),
-        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 'one'", "no number"]),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "a", **MASTER}, ["LOCAL_RANK is 'a'", "no number"]),
+        ({"RANK": "one", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}, ["RANK is 'one'", "not a number"]),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "a", **MASTER}, ["LOCAL_RANK is 'a'", "not a number"]),
     ],
 )  # fmt: skip
 def test_launchers_that_contradict_each_other_are_refused(variables, parts):
@@ -193,7 +193,7 @@ def test_a_shell_that_is_one_of_several_tasks_is_refused(detect, monkeypatch):
     shell = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_TASK_PID": "1",
              "SLURM_PTY_PORT": "4000", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
     monkeypatch.setattr(os, "isatty", lambda _: True)
-    with pytest.raises(ConfigurationError, match="opened by `srun --pty` for 4 tasks, but is one process"):
+    with pytest.raises(ConfigurationError, match="opened by `srun --pty` for 4 tasks but is only one of them"):
         detect(dict(shell))
     detect({**shell, "SLURM_NTASKS": "1"})
     detect({**shell, "SLURM_TASK_PID": str(os.getpid())})  # srun --pty python train.py: all tasks are there

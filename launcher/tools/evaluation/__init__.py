@@ -1,1 +1,1 @@
-"""How good a model is on held-out questions."""
+"""Evaluation of a model on held-out questions."""

@@ -1,7 +1,8 @@
-"""One evaluation: teacher-forced figures and generated answers, by any number of processes with the same result.
+"""Evaluate a model with teacher-forced metrics and generated answers.
 
-Every process holds the whole model. Batches are cut alike whatever their number and dealt out in turn; what was found is
-gathered in the batches' order and added up by the first process alone, so that the figures are the same to the last digit.
+Every process holds the whole model. The batches are the same for any number of processes and are dealt out round-robin.
+Rank 0 gathers the results in batch order and sums them alone, so the metrics do not depend on the number of processes,
+to the last digit.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from launcher.tools.inference.generation import Decoding, answer_prompts, batche
 from launcher.training.resilience.leaving import leave_together
 from model import LiquidForCausalLM
 
-LONGEST_WAIT = timedelta(days=1)  # for the slowest process; one that failed is noticed at once
-LOGITS_AT_ONCE = 2**26  # of one forward: a quarter of a gigabyte in fp32
+# How long rank 0 waits for the slowest process. A failed process is noticed at once.
+LONGEST_WAIT = timedelta(days=1)
+# Logits of one forward pass: a quarter of a gigabyte in fp32.
+LOGITS_AT_ONCE = 2**26
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Answered:
-    """One held-out question, the answer it should get and the one it got; `rouge_l` says how near it is."""
+    """A held-out question with its expected and its generated answer; `rouge_l` compares the two."""
 
     question: str
     expected: str
@@ -45,9 +48,9 @@ class Answered:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found: `likelihood` and `text` figures by name, and every answer in the questions' order.
+    """The result: `likelihood` and `text` metrics by name, and every answer in the order of the questions.
 
-    counts: rows, documents and tokens behind the likelihood figures, and answers behind the others.
+    counts: the rows, documents and tokens behind the likelihood metrics, and the answers behind the text metrics.
     """
 
     likelihood: dict[str, float | None]
@@ -60,17 +63,17 @@ class Team:
     """The processes of one evaluation."""
 
     def __init__(self, environment: Environment):
-        """Meet the others, over gloo whatever the device is: only results in Python's own numbers are sent."""
+        """Join the process group. It uses gloo on every device, since only plain Python values are sent."""
         self.rank, self.size = environment.rank, environment.world_size
         if self.size > 1:
             dist.init_process_group("gloo", timeout=LONGEST_WAIT)
 
     def share(self, items: list) -> list:
-        """This process's items: every `size`-th."""
+        """Return this process's items: every `size`-th."""
         return items[self.rank :: self.size]
 
     def gather(self, found: list) -> list | None:
-        """What all found for their shares, in the items' order, for the first process; None for the others."""
+        """Return the results of all processes in the order of the items on rank 0, and None on the other ranks."""
         if self.size == 1:
             return found
         everyone = [None] * self.size if self.rank == 0 else None
@@ -80,7 +83,7 @@ class Team:
         return [everyone[turn % self.size][turn // self.size] for turn in range(sum(map(len, everyone)))]
 
     def part(self) -> None:
-        """Leave together, so that nobody takes the end of one for a failure."""
+        """Leave together, so that the first process to exit is not mistaken for a failed one."""
         if self.size > 1:
             leave_together()
 
@@ -95,11 +98,12 @@ def evaluate(
     max_answers: int | None,
     progress: Callable[[str, int], Progress],
 ) -> Evaluation | None:
-    """Score every row and answer the questions (at most `max_answers`, the first); None but for the first process.
+    """Score every row and answer the first `max_answers` questions; return None except on rank 0.
 
-    `batch_size`: rows and questions at once; figures of another one may differ in the last digits.
-    `progress(what, total)` begins a bar, and what it gives is told how many more are done.
-    Raises `ConfigurationError` for a question without room for its answer.
+    batch_size: rows and questions per forward pass; a different value may change the last digits of the metrics.
+    progress: `progress(what, total)` starts a progress bar and returns a function that takes the number of newly
+    finished items.
+    Raises `ConfigurationError` if a question fills the model's positions and leaves none for its answer.
     """
     questions = held_out.questions[:max_answers]
     for question in questions:
@@ -129,7 +133,7 @@ def evaluate(
 
 
 def _score(model, tokenizer, held_out: HeldOut, team: Team, batch_size: int, progress) -> list | None:
-    """The scores of each row's documents, in the rows' order."""
+    """Score the documents of each row; the result is in the order of the rows."""
     rows, numbers = held_out.rows, held_out.numbers
     seq_len = rows.gather(numbers[:1]).tokens.shape[1]
     size = max(1, min(batch_size, LOGITS_AT_ONCE // (seq_len * model.config.vocab_size)))
@@ -146,7 +150,7 @@ def _score(model, tokenizer, held_out: HeldOut, team: Team, batch_size: int, pro
 def _answer(
     model, tokenizer, questions: list[Question], decoding: Decoding, team: Team, batch_size: int, progress
 ) -> list[str] | None:
-    """The answers, in the questions' order."""
+    """Answer the questions; the result is in the order of the questions."""
     prompts = [question.prompt for question in questions]
     batches = batches_of_like_length(prompts, batch_size)
     mine = team.share(batches)
@@ -168,5 +172,5 @@ def _joined(batches: Iterable[list] | None) -> list | None:
 
 
 def by_quality(answers: list[Answered]) -> list[Answered]:
-    """The best first: exactly right ones, then those with the highest ROUGE-L; equally good ones stay in their order."""
+    """Sort the answers, best first: exact matches, then by ROUGE-L. The sort is stable."""
     return sorted(answers, key=lambda answered: (not answered.is_right, -answered.rouge_l))

@@ -1,7 +1,7 @@
-"""What a model is asked: rows for the teacher-forced figures, and questions with their right answers.
+"""The held-out data of an evaluation: rows for the teacher-forced metrics, and questions with their expected answers.
 
 Both come from one source: a shard folder, a JSON-lines file or the sample's held-out split. Questions that are not in
-shards are laid out and packed here as `lfm prepare` would.
+shards are encoded and packed here in the same way as by `lfm prepare`.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from launcher.tools.inference.questions import cleaned, read_objects, told_if_ch
 from launcher.training.setup.data_source import held_out_location
 
 ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
-SHORTEST_ROW = 256  # tokens of the rows that questions are packed into here
+SHORTEST_ROW = 256  # minimum tokens per row for questions that are packed here
 
 
 class Rows(Protocol):
-    """Packed rows by number, as `data_pipeline.loading.reader.ShardFolder` has them."""
+    """Packed rows by number, the interface of `data_pipeline.loading.reader.ShardFolder`."""
 
     num_rows: int
     pad_token_id: int
@@ -43,7 +43,7 @@ class Rows(Protocol):
 
 @dataclass(frozen=True)
 class Question:
-    """A question and its right answer, and how the model reads it: the ids `<s> question <sep>`."""
+    """A question, its expected answer, and the prompt's token ids: `<s> question <sep>`."""
 
     question: str
     expected: str
@@ -52,10 +52,10 @@ class Question:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """All that one evaluation asks; every process makes the same."""
+    """The data of one evaluation, identical in every process."""
 
     rows: Rows
-    numbers: np.ndarray  # of the rows that count
+    numbers: np.ndarray  # the rows to score
     questions: list[Question]
 
 
@@ -90,10 +90,11 @@ class PackedQuestions:
 def open_held_out(
     data: str | None, questions: str | None, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None
 ) -> HeldOut:
-    """Open the shard folder `data` (its `validation/` where it has one), or else read `questions`.
+    """Open the shard folder `data` (its `validation/` if it has one), or read `questions` if `data` is None.
 
-    longest: the model's positions. limit: so many rows (of a shard folder) or questions at most, spread over all.
-    Raises `ConfigurationError` where they are not for this tokenizer or this model, and `DataError` for a damaged folder.
+    longest: the model's positions. limit: the maximum number of rows (of a shard folder) or questions, evenly spaced.
+    Raises `ConfigurationError` if the data does not fit the tokenizer or the model, and `DataError` if the folder is
+    damaged.
     """
     if data is not None:
         return _open_shards(Path(data), tokenizer, longest, limit)
@@ -105,7 +106,7 @@ def open_held_out(
 
 
 def _cleaned(pairs: dict[int, dict], source: str) -> list[dict]:
-    """The pairs, given by their numbers, cleaned as the training text was; a note says how many of their texts that changed."""
+    """Clean the pairs (keyed by their number) like the training data, and print a note if that changed any."""
     result, changed = [], 0
     for number, pair in pairs.items():
         texts = {
@@ -115,18 +116,18 @@ def _cleaned(pairs: dict[int, dict], source: str) -> list[dict]:
         changed += any(told_if_changed(pair[name], text) for name, text in texts.items())
         result.append(texts)
     if changed:
-        print(f"note: cleaning changed {changed} of {len(pairs)} pairs, as it did the training text", file=sys.stderr)
+        print(f"note: cleaning changed {changed} of {len(pairs)} pairs, as it does for training data", file=sys.stderr)
     return result
 
 
 def data_of_run(model: Path) -> str:
-    """The folder of the held-out rows that a run's validations look at.
+    """Return the folder of the held-out rows that the run is validated on.
 
-    Raises `ConfigurationError` where `model` is no run folder, or its run has no such rows on this machine.
+    Raises `ConfigurationError` if `model` is not a run folder or the run has no held-out rows on this machine.
     """
     if not (model / "run.yaml").is_file():
         raise ConfigurationError(
-            f"{model} is no run folder, which would name its data; give --data FOLDER, --questions FILE.jsonl or "
+            f"{model} is not a run folder, so its held-out data is unknown; give --data FOLDER, --questions FILE.jsonl or "
             "--questions sample"
         )
     config = RunFolder(model).read_description()["config"]
@@ -137,13 +138,13 @@ def data_of_run(model: Path) -> str:
 
 
 def spread(count: int, limit: int | None) -> np.ndarray:
-    """Numbers below `count`, in order: all, or `limit` of them spread evenly, since neighbours are of one kind."""
+    """Return `limit` evenly spaced numbers below `count`, or all of them. Neighbouring rows tend to be alike."""
     wanted = count if limit is None else min(limit, count)
     return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
 
 
 def read_questions(source: str) -> list[dict]:
-    """Rows with `question` and `answer`: the sample's held-out split (`sample`) or a JSON-lines file."""
+    """Read rows with `question` and `answer` from the sample's held-out split (`sample`) or a JSON-lines file."""
     if source == "sample":
         from data_pipeline.sources.sample import held_out_rows
 
@@ -157,20 +158,24 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int,
     rows = ShardFolder(folder)
     if rows.tokenizer_fingerprint != fingerprint(tokenizer.backend_tokenizer):
         raise ConfigurationError(
-            f"{folder} was prepared with another tokenizer than the model's; prepare it with --tokenizer and the model's folder"
+            f"{folder} was prepared with a different tokenizer than the model's; prepare it again with --tokenizer and the "
+            "model's folder"
         )
     if rows.seq_len > longest:
         raise ConfigurationError(
-            f"{folder} has rows of {rows.seq_len} tokens and the model takes {longest}; prepare it with --seq-len {longest}"
+            f"{folder} has rows of {rows.seq_len} tokens, but the model takes at most {longest}; prepare it again with "
+            f"--seq-len {longest}"
         )
     if rows.num_rows == 0:
-        raise ConfigurationError(f"{folder} has no rows; prepare it from more, or with a larger --validation-share")
+        raise ConfigurationError(
+            f"{folder} has no rows; prepare it from more data, or with a larger --validation-share"
+        )
     numbers = spread(rows.num_rows, limit)
     return HeldOut(rows, numbers, _questions_in(rows, numbers, tokenizer))
 
 
 def _questions_in(rows: ShardFolder, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """The documents that lie whole in one of the rows: of a longer one nobody knows the whole answer."""
+    """Return the documents that lie completely within one row; of the others, part of the answer is missing."""
     found = []
     for number in numbers:
         read = rows.gather(np.array([number]))
@@ -184,6 +189,6 @@ def _questions_in(rows: ShardFolder, numbers: np.ndarray, tokenizer: PreTrainedT
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pair: dict) -> tuple[np.ndarray, int]:
-    """A document's ids, and where in them its answer begins."""
+    """Encode a pair; return the document's ids and the index at which its answer begins."""
     prompt = encode_prompt(tokenizer, pair["question"])
     return np.array([*prompt, *encode_answer(tokenizer, pair["answer"])], dtype=np.int64), len(prompt)

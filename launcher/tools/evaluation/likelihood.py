@@ -1,8 +1,8 @@
-"""What a model makes of the right answers: every token of them predicted from the right ones before it.
+"""Teacher-forced metrics: each token of the expected answers is predicted from the correct tokens before it.
 
-Counted are the answers' tokens and the `</s>` that ends each, in any piece of a document; questions, `<sep>` and padding
-are read and not counted. All figures are sums over documents in the order of the rows, so that they do not depend on who
-looked at which row.
+The answers' tokens and the closing `</s>` count, in every piece of a document. Questions, `<sep>` and padding are model
+input but do not count. All metrics are sums over documents in row order, so they do not depend on which process scored
+which row.
 
 Legend: B rows, T tokens, N documents.
 """
@@ -27,10 +27,11 @@ TOP = (1, 3, 5, 10)
 
 @dataclass(frozen=True)
 class DocumentScore:
-    """One document (or piece) in a row: sums over its answer's tokens.
+    """One document (or a piece of one) in a row, with sums over its answer's tokens.
 
-    nats: of -log p. tokens, bytes: of the answer (its `</s>` is a token without bytes). among_top: how many tokens were
-    among the 1, 3, 5 and 10 likeliest. is_whole: neither its beginning nor its end lies in another row.
+    nats: the sum of -log p. tokens, bytes: the length of the answer (`</s>` counts as a token without bytes).
+    among_top: how many tokens were among the model's 1, 3, 5 and 10 most likely. is_whole: the row holds both the
+    document's beginning and its end.
     """
 
     nats: float
@@ -44,12 +45,15 @@ class DocumentScore:
 def score_rows(
     model: LiquidForCausalLM, rows: PackedRows, pad_token_id: int, bytes_of: np.ndarray
 ) -> list[list[DocumentScore]]:
-    """Score each row's documents that have a token of an answer. `bytes_of` `[vocab]`: the bytes of each token's text."""
+    """Score the documents of each row that have at least one answer token.
+
+    bytes_of: the number of bytes of each token's text, `[vocab]`.
+    """
     collated = collate(rows, pad_token_id, "answer")
     ids, positions = (torch.from_numpy(array).to(model.device) for array in (collated[0], collated[2]))
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
-    # Shifted to the tokens they are about; nothing predicts a row's first.
+    # Align each prediction with the token that it predicts; nothing predicts a row's first token.
     loss = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
     place = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
     ids, asked = collated[0].reshape(-1), collated[1].reshape(-1) != IGNORE_INDEX
@@ -72,11 +76,11 @@ def score_rows(
 
 
 def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | None]:
-    """The figures of all documents together, by name.
+    """Return the metrics over all documents, by name.
 
-    Perplexity is exp of the mean over tokens. Bits per byte: all nats, those of `</s>` included, over the bytes of the
-    answers' text. Sequence accuracy: of the whole documents, the share whose every answer token was the likeliest; None
-    without one.
+    perplexity: exp of the mean nats per token. bits_per_byte: all nats, including those of `</s>`, in bits, divided by
+    the bytes of the answers' text. sequence_accuracy: the share of whole documents in which every answer token was the
+    most likely one; None if there is no whole document.
     """
     nats, tokens = math.fsum(score.nats for score in scores), sum(score.tokens for score in scores)
     whole = [score for score in scores if score.is_whole]
@@ -84,7 +88,7 @@ def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | Non
     right = sum(score.among_top[0] == score.tokens for score in whole)
     return {
         "cross_entropy": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # above, a float overflows
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # exp overflows a float above about 709
         "bits_per_byte": nats / math.log(2) / max(1, sum(score.bytes for score in scores)),
         "token_accuracy": hits[0] / tokens,
         **{f"top{top}_accuracy": hit / tokens for top, hit in zip(TOP[1:], hits[1:], strict=True)},
@@ -93,9 +97,9 @@ def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | Non
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
-    """How many bytes of text each id stands for, int64 `[vocab_size]`; none for special tokens.
+    """Return the number of bytes of text of each token id, int64 `[vocab_size]`; special tokens have 0.
 
-    A byte-level BPE spells each byte as one character, which is what `lfm prepare` insists on.
+    `lfm prepare` accepts only byte-level BPE, which spells each byte as one character.
     """
     special = set(tokenizer.all_special_ids)
     lengths = np.zeros(vocab_size, dtype=np.int64)

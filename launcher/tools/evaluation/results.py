@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `metrics.json`, `samples.jsonl`, and a table to read."""
+"""Write the results of an evaluation: `metrics.json`, `samples.jsonl`, and a table on the console."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from launcher.files import replace_text
 from launcher.tools.evaluation.evaluation import Answered, Evaluation, by_quality
 
-# How a figure is called in the table, and how many digits it has there; percentages are of 1.
+# The label and the number format of each metric in the table.
 LABELS = {
-    "perplexity": ("perplexity (of a token)", "{:.3f}"),
+    "perplexity": ("perplexity per token", "{:.3f}"),
     "bits_per_byte": ("bits per byte", "{:.4f}"),
-    "cross_entropy": ("cross entropy, nats a token", "{:.4f}"),
-    "token_accuracy": ("the right token is the likeliest", "{:.2%}"),
-    "top3_accuracy": ("among the 3 likeliest", "{:.2%}"),
-    "top5_accuracy": ("among the 5 likeliest", "{:.2%}"),
-    "top10_accuracy": ("among the 10 likeliest", "{:.2%}"),
-    "sequence_accuracy": ("answers with every token right", "{:.2%}"),
+    "cross_entropy": ("cross entropy, nats per token", "{:.4f}"),
+    "token_accuracy": ("correct token is the most likely", "{:.2%}"),
+    "top3_accuracy": ("correct token is in the top 3", "{:.2%}"),
+    "top5_accuracy": ("correct token is in the top 5", "{:.2%}"),
+    "top10_accuracy": ("correct token is in the top 10", "{:.2%}"),
+    "sequence_accuracy": ("answers with every token correct", "{:.2%}"),
     "exact_match": ("exact match", "{:.2%}"),
     "bleu": ("BLEU (0 to 100)", "{:.2f}"),
     "rouge1": ("ROUGE-1", "{:.4f}"),
@@ -29,23 +29,27 @@ LABELS = {
     "distinct_1": ("distinct words", "{:.4f}"),
     "distinct_2": ("distinct pairs of words", "{:.4f}"),
     "distinct_3": ("distinct triples of words", "{:.4f}"),
-    "average_length": ("words of an answer", "{:.2f}"),
-    "average_expected_length": ("words of a right answer", "{:.2f}"),
+    "average_length": ("words per generated answer", "{:.2f}"),
+    "average_expected_length": ("words per expected answer", "{:.2f}"),
 }
-# What the table says if a figure is None.
+# What the table shows for a metric that is None.
 WITHOUT = {
     "sequence_accuracy": "no whole answer",
-    "bleu": "no answer of 4 words",
-    "rouge2": "no answer of 2 words",
+    "bleu": "no answer has 4 words",
+    "rouge2": "no answer has 2 words",
     "meteor": "needs WordNet",
-    "distinct_1": "no word",
-    "distinct_2": "no answer of 2 words",
-    "distinct_3": "no answer of 3 words",
+    "distinct_1": "no words",
+    "distinct_2": "no answer has 2 words",
+    "distinct_3": "no answer has 3 words",
 }
 
 
 def write_results(folder: Path, evaluation: Evaluation, evaluated: dict[str, Any], samples: int) -> None:
-    """Write `metrics.json` (figures, counts and `evaluated`: what, with which settings) and the best and worst answers."""
+    """Write `metrics.json` and `samples.jsonl` into `folder`.
+
+    evaluated: the model, the data and the settings; it is stored beside the metrics and counts. samples: how many of
+    the best and of the worst answers to write.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"teacher_forced": evaluation.likelihood, "generated": evaluation.text}
     content = {"evaluated": evaluated, "counts": evaluation.counts, **figures}
@@ -55,7 +59,7 @@ def write_results(folder: Path, evaluation: Evaluation, evaluated: dict[str, Any
 
 
 def _samples(answers: list[Answered], count: int) -> list[dict]:
-    """The `count` best and as many of the worst, no answer twice."""
+    """Return the `count` best and the `count` worst answers, without repeating any."""
     ranked = by_quality(answers)
     best, worst = ranked[:count], ranked[max(count, len(ranked) - count) :]
     return [
@@ -66,7 +70,7 @@ def _samples(answers: list[Answered], count: int) -> list[dict]:
 
 
 def print_table(evaluation: Evaluation) -> None:
-    """Print every figure there is."""
+    """Print all metrics as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -75,7 +79,7 @@ def print_table(evaluation: Evaluation) -> None:
     table.add_column(no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     for title, figures in (
-        (f"right answers, teacher-forced ({counts['answer_tokens']:,} tokens)", evaluation.likelihood),
+        (f"expected answers, teacher-forced ({counts['answer_tokens']:,} tokens)", evaluation.likelihood),
         (f"generated answers ({counts['answers']:,})", evaluation.text),
     ):
         if figures:

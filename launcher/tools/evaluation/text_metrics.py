@@ -1,7 +1,7 @@
-"""How near generated answers come to the right ones; from kept libraries where the definition is theirs.
+"""Compare generated answers with the expected ones, using the reference libraries for BLEU, ROUGE and METEOR.
 
-Legend of all: `given` the generated answers, `expected` the right ones, as many. Means are over answers, BLEU and the
-distinct n-grams over all of them together. An empty collection has no figures: callers ask for at least one answer.
+In every function, `given` are the generated answers and `expected` the expected ones, equally many and at least one.
+Means are over answers. BLEU and the distinct n-grams are computed over all answers together.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 NO_WORDNET = (
-    "METEOR is left out: NLTK finds no WordNet; set NLTK_DATA to a folder with corpora/wordnet.zip "
-    "(`python -m nltk.downloader -d FOLDER wordnet` makes one)"
+    "METEOR is skipped: NLTK finds no WordNet; set NLTK_DATA to a folder with corpora/wordnet.zip "
+    "(`python -m nltk.downloader -d FOLDER wordnet` creates one)"
 )
 ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
 
@@ -19,9 +19,9 @@ ROUGE = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}
 def text_metrics(
     given: Sequence[str], expected: Sequence[str], scored: Sequence[dict[str, float]]
 ) -> dict[str, float | None]:
-    """All the figures of this file, by name; `scored` is what `rouge` finds.
+    """Return all metrics of this module, by name. `scored` is the result of `rouge`.
 
-    None: `meteor` without WordNet, and what counts several words in a row where no answer has as many.
+    `meteor` is None without WordNet. A metric over n-grams is None if no answer has n words.
     """
     has_pairs = any(len(text.split()) > 1 for text in expected)
     means = {name: mean(score[name] for score in scored) for name in ROUGE.values()}
@@ -37,20 +37,20 @@ def text_metrics(
 
 
 def is_exact(given: str, expected: str) -> bool:
-    """The same text, but for space around it."""
+    """Whether the texts are equal, ignoring leading and trailing white space."""
     return given.strip() == expected.strip()
 
 
 def distinct(texts: Sequence[str], n: int) -> float | None:
-    """Different n-grams of words over all n-grams of words, in all texts together (Li et al. 2016); None without any."""
+    """Return distinct word n-grams divided by all word n-grams of the texts (Li et al. 2016); None if there are none."""
     grams = [gram for text in texts for words in [text.split()] for gram in zip(*(words[i:] for i in range(n)))]  # noqa: B905
     return len(set(grams)) / len(grams) if grams else None
 
 
 def bleu(given: Sequence[str], expected: Sequence[str]) -> float | None:
-    """BLEU of the whole collection, 0 to 100, as sacrebleu has it by default (13a words, exponential smoothing).
+    """Return corpus BLEU, 0 to 100, with sacrebleu's defaults (13a tokenizer, exponential smoothing).
 
-    It multiplies shares of one to four words in a row: None if no given answer has four words.
+    BLEU multiplies the precisions of 1- to 4-grams, so it is None if no given answer has four words.
     """
     from sacrebleu.metrics import BLEU
 
@@ -59,7 +59,7 @@ def bleu(given: Sequence[str], expected: Sequence[str]) -> float | None:
 
 
 def rouge(given: Sequence[str], expected: Sequence[str]) -> list[dict[str, float]]:
-    """F1 of common words, pairs of words, and the longest common subsequence of words, of each answer."""
+    """Return for each answer the F1 of common words, word pairs, and the longest common subsequence of words."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(list(ROUGE))
@@ -68,7 +68,7 @@ def rouge(given: Sequence[str], expected: Sequence[str]) -> list[dict[str, float
 
 
 def has_wordnet() -> bool:
-    """Whether NLTK finds WordNet: in the folders of `NLTK_DATA`, or where it looks by itself."""
+    """Whether NLTK finds WordNet in `NLTK_DATA` or its default folders."""
     import nltk
 
     for name in ("corpora/wordnet.zip", "corpora/wordnet"):
@@ -81,10 +81,10 @@ def has_wordnet() -> bool:
 
 
 def meteor(given: Sequence[str], expected: Sequence[str]) -> list[float]:
-    """METEOR of each answer (Banerjee & Lavie 2005, NLTK's parameters), on words and signs, 0 to 1.
+    """Return METEOR of each answer, 0 to 1 (Banerjee & Lavie 2005, NLTK's parameters), on words and punctuation.
 
-    Words count as the same by spelling, then by stem, then as synonyms of WordNet: raises `LookupError` where words are
-    left over and there is none.
+    Words match by spelling, then by stem, then as WordNet synonyms. Raises `LookupError` if unmatched words remain and
+    WordNet is missing.
     """
     from nltk.tokenize import wordpunct_tokenize
     from nltk.translate.meteor_score import meteor_score
@@ -96,6 +96,6 @@ def meteor(given: Sequence[str], expected: Sequence[str]) -> list[float]:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The mean; its sum is exact, so that no order of adding can show."""
+    """Return the mean. The sum is exact, so it does not depend on the order of the values."""
     values = list(values)
     return math.fsum(values) / len(values)

@@ -1,7 +1,7 @@
-"""The model's own files in an exported folder, for where this project is not installed.
+"""Copy the model's code into an exported folder, for machines on which this project is not installed.
 
-transformers loads code from beside the weights (`trust_remote_code`) as one flat package: the files are copied with
-their imports of one another made relative, and `config.json` says which class is in which.
+With `trust_remote_code`, transformers loads code from the model folder as one flat package. So the imports between the
+copied files become relative, and `config.json` says which file holds which class.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ PACKAGE = Path(model.__file__).parent
 CLASSES = {"AutoConfig": LiquidConfig, "AutoModel": LiquidModel, "AutoModelForCausalLM": LiquidForCausalLM}
 AUTO_MAP = {auto: f"{own.__module__.rpartition('.')[2]}.{own.__name__}" for auto, own in CLASSES.items()}
 IMPORT = re.compile(rf"^(\s*from ){PACKAGE.name}(\.\w+ import )", re.MULTILINE)
-FILES = {path.name for path in PACKAGE.glob("*.py")}  # an export has at most these
+FILES = {path.name for path in PACKAGE.glob("*.py")}  # an export contains some or all of them
 
 
 def write_custom_code(folder: Path) -> None:
-    """Copy the files that the model's classes are made of, and those that they import."""
+    """Copy the files that define the model's classes, and the files that they import."""
     wanted, done = {place.split(".")[0] for place in AUTO_MAP.values()}, set()
     while wanted - done:
         module = min(wanted - done)

@@ -1,4 +1,4 @@
-"""From a run's checkpoint to a Hugging Face folder, one parameter at a time."""
+"""Convert a run's checkpoint to a Hugging Face folder, one parameter at a time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from launcher.training.checkpoints.weights import CheckpointWeights
 from launcher.weight_files import write_shards
 from model import LiquidConfig, LiquidForCausalLM
 
-# What an export consists of; a folder with anything else in it is not replaced.
+# The files of an export. A folder that contains anything else is not replaced.
 EXPORTED = re.compile(
     r"config\.json|generation_config\.json|README\.md|model.*\.safetensors(\.index\.json)?|tokenizer.*|.*\.jinja|"
     + "|".join(map(re.escape, sorted(FILES)))
@@ -40,23 +40,23 @@ def export(
     max_shard_bytes: int = 2 * 10**9,
     custom_code: bool = False,
 ) -> Path:
-    """Write the checkpoint `tag` of a run (its newest by default) as a Hugging Face folder; returns the folder.
+    """Write the checkpoint `tag` of a run (by default its newest) as a Hugging Face folder, and return the folder.
 
-    Never holds more than one parameter and, while it gathers a layer's experts, one rank's share of them.
-    Raises `ConfigurationError` where the run has no whole checkpoint, `out` holds something else or cannot be written, or
-    the weights do not fit `dtype`.
+    Holds at most one parameter in memory and, while gathering a layer's experts, one rank's share of them.
+    Raises `ConfigurationError` if the run has no whole checkpoint, if `out` contains other files or cannot be written,
+    or if the weights do not fit `dtype`.
     """
-    out = Path(out).resolve()  # so that what is written beside it is never in it, whatever the path ends in
+    out = Path(out).resolve()  # the partial folder must be beside `out` and never in it, even for `out/.`
     _check_target(out)
     checkpoint, state, model = _open(run, tag)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target first, so that an interrupted export never looks like a whole one.
+        # Write beside the target first, so that an interrupted export never looks complete.
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
             _write_weights(partial, checkpoint, state, model, DTYPES[dtype], max_shard_bytes)
             _write_descriptions(partial, RunFolder(run), checkpoint, state, model, DTYPES[dtype], custom_code)
-            readable = 0o666 & ~_umask()  # temporary folders are the owner's alone otherwise
+            readable = 0o666 & ~_umask()  # mkdtemp makes folders that only their owner can read
             for file in partial.iterdir():
                 file.chmod(readable)
             partial.chmod(readable | (readable & 0o444) >> 2)
@@ -69,21 +69,23 @@ def export(
 
 
 def _check_target(out: Path) -> None:
-    """Raise `ConfigurationError` where a folder cannot be replaced by another, or holds what is no export."""
+    """Raise `ConfigurationError` if the folder cannot be replaced or contains anything but an export."""
     if out.is_file():
         raise ConfigurationError(f"{out} is a file; name a folder for the model")
     if out == Path.cwd() or out in Path.cwd().parents:
-        raise ConfigurationError(f"{out} is the folder that you are in, or one above it; name another for the model")
+        raise ConfigurationError(
+            f"{out} is the current folder or one of its parents; name another folder for the model"
+        )
     if out.is_mount():
-        raise ConfigurationError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
+        raise ConfigurationError(f"{out} is a mount point and cannot be replaced; name a folder inside it")
     foreign = [path.name for path in out.iterdir() if not EXPORTED.fullmatch(path.name)] if out.exists() else []
     if foreign or (out.exists() and any(out.iterdir()) and not list(out.glob("*.safetensors"))):
         what = foreign[0] if foreign else "no weights"
-        raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or a new folder")
+        raise ConfigurationError(f"{out} is not an earlier export (it has {what}); export to an empty or new folder")
 
 
 def _replace(out: Path, new: Path) -> None:
-    """Put `new` where `out` is; what was there is deleted only afterwards."""
+    """Move `new` to `out`; delete the old folder only afterwards."""
     if not out.exists():
         new.rename(out)
         return
@@ -98,7 +100,7 @@ def _replace(out: Path, new: Path) -> None:
 
 
 def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
-    """The model of a run's checkpoint, in fp32 on the CPU, ready to generate."""
+    """Load the model of a run's checkpoint, in fp32 on the CPU and in evaluation mode."""
     checkpoint, state, model = _open(run, tag)
     weights = CheckpointWeights(checkpoint)
     model.to_empty(device="cpu")
@@ -110,7 +112,7 @@ def load_run(run: str | Path, tag: str = "auto") -> LiquidForCausalLM:
 
 
 def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalLM]:
-    """A checkpoint of a run, its train state, and the model without weights."""
+    """Return a checkpoint of the run, its train state, and the model without weights."""
     folder = RunFolder(run)
     checkpoint, passed_over = find_checkpoint(folder, tag)
     for note in passed_over:
@@ -120,7 +122,7 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
             f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one"
         )
     config = LiquidConfig.from_pretrained(folder.model)
-    # Without the rows that only round the table up: other tools' heads would count them among the tokens.
+    # Drop the rows that only pad the embedding table: other tools would treat them as tokens.
     config.vocab_size = config.used_vocab_size
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
@@ -131,13 +133,13 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
 
 
 def _fill(name: str, target: torch.Tensor, weights: CheckpointWeights, state: TrainState) -> None:
-    """Put a parameter, or a router's bias, into `target`."""
-    if found := BIAS.fullmatch(name):  # the engine's copy may be rounded: the true one is the train state's
+    """Copy a parameter, or a router's bias, into `target`."""
+    if found := BIAS.fullmatch(name):  # the engine's copy may be rounded; the train state has the exact values
         target.copy_(torch.tensor(state.balancing_bias[int(found[1])]))
     else:
         weights.copy_into(target, name)
         if target.dtype == torch.float16 and not target.isfinite().all():
-            raise ConfigurationError(f"{name} has values beyond what fp16 can hold; export with --dtype bf16 or fp32")
+            raise ConfigurationError(f"{name} has values outside the range of fp16; export with --dtype bf16 or fp32")
 
 
 def _write_weights(
@@ -173,7 +175,7 @@ def _write_descriptions(
         if (source := run.model / name).is_file():
             shutil.copyfile(source, folder / name)
     settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings["model_max_length"] = config.max_position_embeddings  # where other tools cut a text
+    settings["model_max_length"] = config.max_position_embeddings  # other tools truncate at this length
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(model_card(run, checkpoint, state, model, custom_code), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, what it was trained on and for how long, and how to load it."""
+"""Write the README.md of an exported model: its architecture, data, training and validation, and how to load it."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from launcher.training.checkpoints.checkpoint import TrainState
 from model import LiquidForCausalLM
 from model.size import count_parameters
 
-# What the sources' own pages say. Of any other source nothing is claimed.
+# The licences that the sources state themselves. Nothing is claimed about any other source.
 LICENCES = {
     "sample": "Apache-2.0 (the built-in sample corpus of this project)",
     "TIGER-Lab/WebInstructSub": "Apache-2.0 (its page on the Hugging Face hub; the texts are from the web)",
 }
-UNKNOWN = "not known here: see its publisher"
+UNKNOWN = "unknown: see its publisher"
 FILES_SHOWN = 5
 
 
 def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: LiquidForCausalLM, custom_code: bool) -> str:
-    """The card's text; `model` may be without weights (on the meta device)."""
+    """Return the card's text; `model` may be on the meta device."""
     description = run.read_description()
     config = description["config"]
     sizes = model.config
     count = count_parameters(model)
     sources, data_lines = describe_data(config["data"])
-    is_apache = not config["init_from"] and not any(UNKNOWN in line for line in data_lines)  # no other licence is known
+    # All known licences are Apache-2.0.
+    is_apache = not config["init_from"] and not any(UNKNOWN in line for line in data_lines)
     front = {
-        "license": "apache-2.0" if is_apache else "unknown",  # as the hub's model cards name it
+        "license": "apache-2.0" if is_apache else "unknown",  # the hub's identifiers
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["liquid", "mixture-of-experts"],
@@ -39,14 +40,14 @@ def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: Liqui
     }
     begun = f"the weights in `{config['init_from']}`" if config["init_from"] else "fresh weights"
     facts = {
-        "Parameters": f"{count.total:,}, of which {count.active:,} are active for a token",
+        "Parameters": f"{count.total:,}, of which {count.active:,} are active per token",
         "Layers, width": f"{sizes.num_hidden_layers}, {sizes.hidden_size}",
-        "Experts": f"{sizes.num_experts} in each layer, {sizes.num_experts_per_tok} for a token, and a shared one",
+        "Experts": f"{sizes.num_experts} in each layer, {sizes.num_experts_per_tok} per token, and a shared one",
         "Vocabulary": f"{sizes.used_vocab_size:,}",
         "Positions": f"{sizes.max_position_embeddings:,}, attention over the last {sizes.sliding_window:,}",
     }
     training = {
-        "Begun with": begun,
+        "Started from": begun,
         "Checkpoint": f"`{checkpoint.name}` of the run `{run.path.name}`",
         "Steps": f"{state.step:,} of {config['max_steps']:,}",
         "Tokens": f"{state.tokens:,}",
@@ -54,7 +55,7 @@ def model_card(run: RunFolder, checkpoint: Path, state: TrainState, model: Liqui
         "Loss on": f"{config['loss_on']} tokens" if config["loss_on"] == "all" else "the answers' tokens",
         "Learning rate": f"{config['learning_rate']:g}, {config['warmup_steps']:,} steps of warm-up, then a cosine",
         "Processes": f"{description['world_size']}",
-        "Commit": f"`{description['commit']}`" if description["commit"] else "not known",
+        "Commit": f"`{description['commit']}`" if description["commit"] else "unknown",
         "Versions": ", ".join(f"{name} {version}" for name, version in description["versions"].items()),
     }
     return "\n".join([
@@ -72,13 +73,13 @@ def _table(rows: dict[str, str]) -> list[str]:
 
 
 def describe_data(data: str | list[dict]) -> tuple[list[str], list[str]]:
-    """The names of what the text was made of, and the card's lines on it."""
+    """Return the names of the data's sources, and the card's lines about them."""
     names, rows = [], []
     for location, weight in [(data, None)] if isinstance(data, str) else [(d["path"], d["weight"]) for d in data]:
         share = "" if weight is None else f" (weight {weight:g})"
         index = Path(location) / "index.json"
         if not index.is_file():
-            rows.append(f"| `{location}`{share} | its index could not be read from here | | {UNKNOWN} |")
+            rows.append(f"| `{location}`{share} | its index was not found | | {UNKNOWN} |")
             continue
         content = json.loads(index.read_bytes())
         counts = content["counts"]
@@ -89,11 +90,11 @@ def describe_data(data: str | list[dict]) -> tuple[list[str], list[str]]:
             f"| {_listed(made)}{share} | {counts['documents']:,} questions with answers ({', '.join(content['sources'])}) | "
             f"{counts['tokens']:,} | {'; '.join(licences)} |"
         )
-    return names, ["| made of | documents | tokens | licence |", "|---|---|---|---|", *rows]
+    return names, ["| source | documents | tokens | licence |", "|---|---|---|---|", *rows]
 
 
 def _origins(sources: list[dict]) -> dict[str, str | None]:
-    """What a folder was made of: datasets with their revision, where it is known, and files of which no dataset is."""
+    """Return the datasets of a folder, each with its revision if known; a source without a dataset has its file's name."""
     return {source.get("dataset", source["name"]): source.get("revision") for source in sources}
 
 
@@ -103,9 +104,9 @@ def _listed(made: dict[str, str | None]) -> str:
 
 
 def _validation(run: RunFolder, state: TrainState) -> list[str]:
-    """The figures of the last validation up to the checkpoint's step."""
+    """Return the metrics of the last validation up to the checkpoint's step."""
     if not run.tensorboard.is_dir():
-        return ["The run's logs are not there."]
+        return ["The run has no TensorBoard logs."]
     events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0, "tensors": 1, "images": 1})
     events.Reload()
     found = {}
@@ -128,17 +129,17 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
 
 
 def _label(figure: str) -> str:
-    """What a figure of a validation is, in words."""
+    """Describe a validation metric in words."""
     if figure.startswith("by_source/"):
         return f"cross entropy of the questions from `{figure.removeprefix('by_source/')}`"
-    units = {"cross_entropy": ", nats a token", "perplexity": " of a token"}
+    units = {"cross_entropy": ", nats per token", "perplexity": " per token"}
     return figure.replace("_", " ") + units.get(figure, "")
 
 
 def _use(custom_code: bool) -> list[str]:
     trust = ", trust_remote_code=True" if custom_code else ""
     needs = (
-        "The folder brings the model's code: transformers 5.23 or later and torch are all that is needed. Read the `.py` "
+        "The folder contains the model's code, so only transformers 5.23 or later and torch are needed. Read the `.py` "
         "files before you trust them."
         if custom_code
         else "With this project installed (`import model` registers the architecture with transformers):"
@@ -153,5 +154,5 @@ def _use(custom_code: bool) -> list[str]:
         'prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
         "output = model.generate(**prompt, max_new_tokens=64)",
         'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))', "```", "",
-        "It answers in the manner of the text that it was trained on, which it may have learned wrongly: check what it says.",
+        "The model imitates the text that it was trained on, and its answers may be wrong: check them.",
     ]  # fmt: skip

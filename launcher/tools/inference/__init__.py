@@ -1,1 +1,1 @@
-"""Questions in, answers out."""
+"""Answering questions with a trained model."""

@@ -1,4 +1,4 @@
-"""Questions in, answers out: from an exported folder or straight from a run."""
+"""Answer questions with a model from an exported folder or directly from a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from launcher.tools.export.export import load_run
 from launcher.tools.inference.questions import cleaned
 from model import LiquidForCausalLM
 
-LEAST_TEMPERATURE = 1e-5  # below it logits that are divided by it could overflow
+LEAST_TEMPERATURE = 1e-5  # dividing logits by a smaller value could overflow
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written.
+    """The decoding settings.
 
-    max_new_tokens: of an answer at most. temperature: 0, or below 1e-5, takes the likeliest token, above it tokens are
-    drawn, out of the likeliest that have `top_p` of the probability together. num_beams: answers that are followed at
-    once; the likeliest is given. repetition_penalty: above 1, tokens that were there already become less likely (Keskar
-    et al. 2019).
-    Raises `ConfigurationError` for what has no meaning.
+    max_new_tokens: the maximum length of an answer. temperature: 0 (or below 1e-5) takes the most likely token; above,
+    tokens are sampled. top_p: sample from the most likely tokens that together have this probability. num_beams: the
+    width of beam search, which returns the most likely answer. repetition_penalty: values above 1 make repeated tokens
+    less likely (Keskar et al. 2019).
+    Raises `ConfigurationError` for invalid values.
     """
 
     max_new_tokens: int = 64
@@ -38,18 +38,20 @@ class Decoding:
     def __post_init__(self):
         for is_right, name, must in (
             (self.max_new_tokens >= 1, "max_new_tokens", "be at least 1"),
-            (0 <= self.temperature < float("inf"), "temperature", "be 0 (the likeliest token) or above"),
-            (0 < self.top_p <= 1, "top_p", "lie above 0 and be at most 1"),
+            (0 <= self.temperature < float("inf"), "temperature", "be 0 (the most likely token) or above"),
+            (0 < self.top_p <= 1, "top_p", "be above 0 and at most 1"),
             (self.num_beams >= 1, "num_beams", "be at least 1"),
             (0 < self.repetition_penalty < float("inf"), "repetition_penalty", "be above 0; 1 changes nothing"),
         ):
             if not is_right:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must {must}")
         if self.top_p < 1 and self.temperature == 0:
-            raise ConfigurationError(f"top_p {self.top_p} draws tokens; give a temperature above 0, such as 1, with it")
+            raise ConfigurationError(
+                f"top_p {self.top_p} needs sampling; set temperature above 0 as well, for example to 1"
+            )
 
     def arguments(self) -> dict:
-        """The same for transformers' `generate`."""
+        """Return the settings as keyword arguments of transformers' `generate`."""
         draws = self.temperature >= LEAST_TEMPERATURE
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if draws else {}
         return {
@@ -58,7 +60,7 @@ class Decoding:
         }  # fmt: skip
 
     def within(self, model: LiquidForCausalLM, prompt_length: int) -> Decoding:
-        """The same with answers no longer than the model's positions leave room for."""
+        """Return the settings with `max_new_tokens` limited to the positions that the prompt leaves free."""
         room = model.config.max_position_embeddings - prompt_length
         return replace(self, max_new_tokens=max(1, min(self.max_new_tokens, room)))
 
@@ -66,9 +68,10 @@ class Decoding:
 def load_model(
     path: str | Path, device: torch.device | None = None
 ) -> tuple[LiquidForCausalLM, PreTrainedTokenizerBase]:
-    """The model and the tokenizer of an exported folder or of a run's newest checkpoint.
+    """Load the model and the tokenizer of an exported folder or of a run's newest checkpoint.
 
-    device: by default the first GPU, or else the CPU. Raises `ConfigurationError` where `path` is neither.
+    device: by default the first GPU, or the CPU if there is none. Raises `ConfigurationError` if `path` is neither kind
+    of folder.
     """
     path = Path(path)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,20 +83,20 @@ def load_model(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    """A question as the model reads it, cleaned as the training text was: `<s> question <sep>`.
+    """Clean a question like the training data and encode it as `<s> question <sep>`.
 
-    Raises `ConfigurationError` for a question of which cleaning leaves nothing.
+    Raises `ConfigurationError` if cleaning leaves nothing of the question.
     """
     return encode_prompt(tokenizer, cleaned(question))
 
 
 def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int, name: str = "a question") -> None:
-    """Raise `ConfigurationError` where a prompt and its answer would be longer than the model's positions."""
+    """Raise `ConfigurationError` if a prompt and its answer need more positions than the model has."""
     positions = model.config.max_position_embeddings
     if len(prompt) + max_new_tokens > positions:
         room = positions - len(prompt)
         raise ConfigurationError(
-            f"{name} has {len(prompt)} tokens, which with {max_new_tokens} for the answer is more than the model's "
+            f"{name} has {len(prompt)} tokens, and with {max_new_tokens} for the answer that is more than the model's "
             f"{positions} positions; shorten it{f', or ask for at most {room} new tokens' if room > 0 else ''}"
         )
 
@@ -107,10 +110,10 @@ def answer(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """One answer a question.
+    """Return one answer per question.
 
-    Raises `ConfigurationError` for a question of which cleaning leaves nothing, or that leaves no room in the model's
-    positions.
+    Raises `ConfigurationError` if cleaning leaves nothing of a question, or if a question with its answer needs more
+    positions than the model has.
     """
     prompts = [prompt_ids(tokenizer, question) for question in questions]
     for prompt in prompts:
@@ -126,7 +129,7 @@ def answer(
 
 
 def batches_of_like_length(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
-    """Which prompts to answer together: batches of about equal lengths waste little on padding."""
+    """Group the indices of prompts of similar length into batches, to waste little on padding."""
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
 
@@ -135,7 +138,7 @@ def batches_of_like_length(prompts: Sequence[Sequence[int]], batch_size: int) ->
 def answer_prompts(
     model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], decoding: Decoding
 ) -> list[str]:
-    """The answers to one batch of prompts, padded on the left."""
+    """Answer one batch of prompts, padded on the left."""
     width = max(map(len, prompts))
     lengths = torch.tensor([[len(prompt)] for prompt in prompts])
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
@@ -148,9 +151,9 @@ def answer_prompts(
 
 @torch.inference_mode()
 def stream(model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, question: str, decoding: Decoding) -> None:
-    """Print the answer while it is written. Raises `ConfigurationError` as `answer` does, and for beams."""
+    """Print the answer token by token. Raises `ConfigurationError` like `answer`, and for beam search."""
     if decoding.num_beams > 1:
-        raise ConfigurationError("beams are chosen between at the end, so there is nothing to stream; use num_beams 1")
+        raise ConfigurationError("beam search has no answer to stream until it ends; set num_beams to 1")
     prompt = prompt_ids(tokenizer, question)
     check_room(model, prompt, decoding.max_new_tokens)
     ids = torch.tensor([prompt], device=model.device)

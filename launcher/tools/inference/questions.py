@@ -1,4 +1,4 @@
-"""Questions: read from files, one a line or as JSON lines, and cleaned as the training text was."""
+"""Read questions from text or JSON-lines files, and clean them like the training data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHORT.maxstring = 200
 
 
 def is_text(text: object) -> bool:
-    """Whether it is a text that UTF-8 can write: half a surrogate pair, which JSON and a command line can hold, is none."""
+    """Whether `text` is a string that UTF-8 can encode: JSON and command lines may contain unpaired surrogates."""
     if not isinstance(text, str):
         return False
     try:
@@ -27,20 +27,20 @@ def is_text(text: object) -> bool:
 
 
 def cleaned(text: str, name: str = "the question") -> str:
-    """Clean a text as the training text was. Raises `ConfigurationError` if nothing of it is left."""
+    """Clean a text like the training data. Raises `ConfigurationError` if nothing of it is left."""
     if result := clean_text(text):
         return result
     raise ConfigurationError(
-        f"{name} is {_SHORT.repr(text)}, and cleaning leaves nothing of it: web addresses and HTML tags are taken out, as "
-        "they were from the training text; write it in words"
+        f"{name} is {_SHORT.repr(text)}, and cleaning leaves nothing of it: web addresses and HTML tags are removed, as in "
+        "the training data; rephrase it in words"
     )
 
 
 def told_if_changed(text: str, result: str, name: str = "the question") -> str:
-    """Say how a text is read, if cleaning took more from it than white space; else return an empty string."""
+    """Describe the cleaned text if cleaning changed more than white space; else return an empty string."""
     if _without_spaces(unicodedata.normalize("NFC", text)) == _without_spaces(result):
         return ""
-    return f"{name} is read as {_SHORT.repr(result)}: it was cleaned as the training text was"
+    return f"{name} is read as {_SHORT.repr(result)}: it was cleaned like the training data"
 
 
 def _without_spaces(text: str) -> str:
@@ -48,9 +48,9 @@ def _without_spaces(text: str) -> str:
 
 
 def read_lines(file: str | None) -> list[tuple[int, str]]:
-    """The lines of a file, or of the standard input, with their numbers from 1, empty ones left out.
+    """Read the non-empty lines of a file, or of standard input, with their numbers from 1.
 
-    Raises `ConfigurationError` where it cannot be read or is not UTF-8.
+    Raises `ConfigurationError` if the file cannot be read, is not UTF-8 or has no such line.
     """
     name = file or "the standard input"
     try:
@@ -59,7 +59,7 @@ def read_lines(file: str | None) -> list[tuple[int, str]]:
         raise ConfigurationError(f"cannot read the questions in {name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"the questions in {name} are not UTF-8 text ({error.reason})") from error
-    # Not `splitlines`: U+2028, U+0085 and others stand within a line of JSON. The byte order mark is no part of the text.
+    # Not `splitlines`: a line of JSON may contain U+2028, U+0085 and others. A byte order mark is not part of the text.
     lines = enumerate(text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}").split("\n"), start=1)
     lines = [(number, line) for number, line in lines if line.strip()]
     if not lines:
@@ -71,7 +71,10 @@ def read_lines(file: str | None) -> list[tuple[int, str]]:
 
 
 def read_objects(file: str, *names: str) -> list[dict[str, str]]:
-    """The texts `names` of the object in each line of a JSON-lines file. Raises `ConfigurationError` where one has not."""
+    """Read the strings `names` from the object in each line of a JSON-lines file.
+
+    Raises `ConfigurationError` if a line does not have them.
+    """
     rows = []
     for number, line in read_lines(file):
         try:
@@ -82,5 +85,5 @@ def read_objects(file: str, *names: str) -> list[dict[str, str]]:
         except (ValueError, RecursionError, KeyError, TypeError) as error:
             wanted = " and ".join(f'"{name}"' for name in names)
             what = "the text" if len(names) == 1 else "the texts"
-            raise ConfigurationError(f"line {number} of {file} is not an object with {what} {wanted}") from error
+            raise ConfigurationError(f"line {number} of {file} is not a JSON object with {what} {wanted}") from error
     return rows

@@ -1,1 +1,1 @@
-"""A model behind the OpenAI chat-completions protocol, and a page to talk to it."""
+"""A server for the OpenAI chat-completions protocol, with a web page."""

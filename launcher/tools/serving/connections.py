@@ -1,4 +1,4 @@
-"""Connections that must say what they want: one that stays silent is closed, so that it keeps nobody else out."""
+"""Close connections that send no request, so that they do not block others."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import asyncio
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-HEAD_SECONDS = 10  # for a request's line and headers to arrive, from the connection's beginning or the answer before
+# Time for a request's line and headers to arrive, counted from the start of the connection or the previous answer.
+HEAD_SECONDS = 10
 
 
 class ImpatientProtocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which alone would wait for the rest of a head for ever."""
+    """uvicorn's HTTP/1.1 protocol with a time limit for the request head, which uvicorn lacks."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
         self._await_head(None)
 
     def on_response_complete(self) -> None:
-        answered = self.cycle  # the call below may begin the next one
+        answered = self.cycle  # the call below may start the next cycle
         super().on_response_complete()
         self._head_awaited.cancel()
         self._await_head(answered)

@@ -1,10 +1,10 @@
-"""What a chat-completions request may ask for, checked field by field, and errors in OpenAI's form."""
+"""Validate chat-completions requests field by field, and report errors in OpenAI's format."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from reprlib import repr as shown  # of a value that may be as long, or as deep, as a body allows
+from reprlib import repr as shown  # shortened: a value may be as long or as deep as a body allows
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +15,8 @@ from launcher.tools.inference.questions import cleaned, is_text, told_if_changed
 
 DEFAULT_NEW_TOKENS = 256
 MOST_STOPS, LONGEST_STOP = 4, 256
-# They would change the answer, so leaving them out in silence would be wrong; with these values they change nothing.
+# Unsupported fields, with the values that have no effect. Other values would change the answer, so they are refused
+# instead of ignored.
 WITHOUT_EFFECT = {
     "n": (1,), "logprobs": (False,), "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},),
     "tools": ([],), "functions": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
@@ -26,7 +27,7 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 class RequestError(Exception):
-    """What is wrong with a request: the HTTP status, and the sentence, parameter and code of OpenAI's error object."""
+    """A refused request: the HTTP status, and the message, parameter and code of OpenAI's error object."""
 
     def __init__(self, status: int, message: str, parameter: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -39,7 +40,7 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may cost: bytes of its body, messages, tokens of an answer, seconds, and how many may wait."""
+    """The limits of a request (body bytes, messages, answer tokens, seconds), and how many requests may wait."""
 
     body_bytes: int = 2**20
     messages: int = 64
@@ -50,7 +51,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A request that can be answered; `notes` say how messages are read that cleaning changed."""
+    """A valid request; `notes` describe the messages that cleaning changed."""
 
     prompt: list[int]
     decoding: Decoding
@@ -64,16 +65,16 @@ class ChatRequest:
 def read_request(
     body: bytes, tokenizer: PreTrainedTokenizerBase, model_name: str, positions: int, limits: Limits
 ) -> ChatRequest:
-    """Check a request's body. Raises `RequestError` naming the field that is wrong."""
+    """Parse and check a request's body. Raises `RequestError`, which names the invalid field."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, f"the body is not JSON that can be read ({error})") from error
+        raise RequestError(400, f"the body is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise RequestError(400, "the body must be a JSON object")
     if fields.get("model", model_name) != model_name:
         raise RequestError(
-            404, f"there is no model {shown(fields['model'])} here; ask for {model_name!r}", "model", "model_not_found"
+            404, f"there is no model {shown(fields['model'])}; ask for {model_name!r}", "model", "model_not_found"
         )
     for name, allowed in WITHOUT_EFFECT.items():
         if fields.get(name) is not None and fields[name] not in allowed:
@@ -98,17 +99,17 @@ def read_request(
 def _conversation(
     messages: object, tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> tuple[list[int], tuple[str, ...]]:
-    """The ids of the tokenizer's chat template, and notes on messages that cleaning changed.
+    """Return the prompt's token ids, and notes on the messages that cleaning changed.
 
-    The template: `<s> question <sep>`, earlier turns as `<s> question <sep> answer </s>`, and a system text with an empty
-    line in front of the first question.
-    Special tokens that stand in a message stay text, which the template alone could not promise.
+    The prompt is that of the tokenizer's chat template: `<s> question <sep>`, after earlier turns as
+    `<s> question <sep> answer </s>`. A system message is put before the first question, separated by an empty line.
+    Special tokens written in a message stay plain text; the chat template alone would not ensure that.
     """
     if not isinstance(messages, list) or not messages:
         raise RequestError(400, "messages must be a list with at least one message", "messages")
     if len(messages) > limits.messages:
         raise RequestError(
-            400, f"there are {len(messages)} messages and at most {limits.messages} are read", "messages"
+            400, f"the request has {len(messages)} messages; at most {limits.messages} are allowed", "messages"
         )
     turns = [_turn(message, f"messages[{place}]") for place, message in enumerate(messages)]
     first = int(turns[0][0] in SYSTEM_ROLES)
@@ -119,15 +120,15 @@ def _conversation(
         expected = ("user", "assistant")[(place - first) % 2]
         if role != expected:
             raise RequestError(
-                400, f"{where} has the role {shown(role)} where {expected!r} is due: questions of the user and answers of the "
-                "assistant take turns, and only the first message may be the system's", f"{where}.role",
+                400, f"{where} has the role {shown(role)} instead of {expected!r}: user and assistant messages must "
+                "alternate, and only the first message may be a system message", f"{where}.role",
             )  # fmt: skip
         said, before = before + said, ""
         text = _cleaned(said, f"{where}.content")
         notes += [note] if (note := told_if_changed(said, text, f"{where}.content")) else []
         ids += encode_prompt(tokenizer, text) if role == "user" else encode_answer(tokenizer, text)
     if (len(turns) - first) % 2 == 0:
-        raise RequestError(400, "the last message must be the user's", "messages")
+        raise RequestError(400, "the last message must have the role 'user'", "messages")
     return ids, tuple(notes)
 
 
@@ -147,9 +148,9 @@ def _text(content: object, where: str) -> str:
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         content = "".join(part["text"] if isinstance(part.get("text"), str) else "" for part in content)
     if not isinstance(content, str) or not content.strip():
-        raise RequestError(400, f"{where} must be text, and not empty", where)
+        raise RequestError(400, f"{where} must be text and not empty", where)
     if not is_text(content):
-        raise RequestError(400, f"{where} has half of a surrogate pair, which is no character", where)
+        raise RequestError(400, f"{where} has an unpaired surrogate, which is not a character", where)
     return content
 
 
@@ -157,17 +158,17 @@ def _decoding(fields: dict, prompt_length: int, positions: int, limits: Limits) 
     room = positions - prompt_length
     if room < 1:
         raise RequestError(
-            400, f"the messages have {prompt_length} tokens and the model takes {positions} with the answer; shorten them",
+            400, f"the messages have {prompt_length} tokens, but the model takes {positions} with the answer; shorten them",
             "messages", "context_length_exceeded",
         )  # fmt: skip
     asked = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     wanted = _number(fields, asked, min(DEFAULT_NEW_TOKENS, room, limits.new_tokens), 1, limits.new_tokens, whole=True)
     if wanted > room:
         raise RequestError(
-            400, f"{asked} {wanted} and the messages' {prompt_length} tokens are more than the model's {positions} "
+            400, f"{asked} {wanted} plus the messages' {prompt_length} tokens are more than the model's {positions} "
             f"positions; ask for at most {room}", asked, "context_length_exceeded",
         )  # fmt: skip
-    top_p = _number(fields, "top_p", 1.0, 0, 1) or 1e-6  # 0 leaves the likeliest token, as the protocol has it
+    top_p = _number(fields, "top_p", 1.0, 0, 1) or 1e-6  # the protocol allows 0: only the most likely token
     temperature = _number(fields, "temperature", 1.0 if top_p < 1 else 0.0, 0, 2)
     return Decoding(int(wanted), float(temperature), float(top_p) if temperature else 1.0)
 
@@ -198,6 +199,8 @@ def _stops(stop: object) -> tuple[str, ...]:
         or not all(isinstance(text, str) and 0 < len(text) <= LONGEST_STOP for text in stops)
     ):
         raise RequestError(
-            400, f"stop must be a text or up to {MOST_STOPS} of them, of 1 to {LONGEST_STOP} characters", "stop"
+            400,
+            f"stop must be one string or up to {MOST_STOPS} strings, each of 1 to {LONGEST_STOP} characters",
+            "stop",
         )
     return tuple(stops)

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's chat completions, the list of models, a page, and who may use them."""
+"""The HTTP application: OpenAI's chat completions, the list of models, the web page, and access control."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from launcher.tools.serving.requests import ChatRequest, RequestError, read_requ
 from launcher.tools.serving.worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
-BODY_SECONDS = 15  # for a request's body to arrive
-OUR_MISTAKE = RequestError(500, "the server failed; its log says why")
+BODY_SECONDS = 15  # time for a request's body to arrive
+OUR_MISTAKE = RequestError(500, "the server failed; its log has the error")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Nothing but what the page itself holds, and no other site may frame it.
+# The page loads nothing from elsewhere, and no other site may frame it.
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
     "frame-ancestors 'none'"
@@ -32,7 +32,7 @@ PAGE_POLICY = (
 
 
 def build_app(worker: Worker, model_name: str, host: str, token: str | None) -> FastAPI:
-    """The application. With `token`, everything but the page and `/health` asks for it as `Authorization: Bearer`."""
+    """Build the application. With `token`, all addresses except the page and `/health` require it as a bearer token."""
 
     @asynccontextmanager
     async def lifespan(_):
@@ -41,7 +41,7 @@ def build_app(worker: Worker, model_name: str, host: str, token: str | None) -> 
 
     app = FastAPI(lifespan=lifespan, openapi_url=None)
     if host in LOOPBACK:
-        # A web page elsewhere could otherwise reach this through a name of its own that leads to 127.0.0.1.
+        # Otherwise a foreign web page could reach this server through a host name that resolves to 127.0.0.1.
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     _add_error_handlers(app)
     began = int(time.time())
@@ -68,7 +68,7 @@ def build_app(worker: Worker, model_name: str, host: str, token: str | None) -> 
         chat_request = read_request(body, worker.reading_tokenizer, model_name, positions, worker.limits)
         job = worker.submit(chat_request)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
-        if chat_request.notes:  # not a part of OpenAI's form; its clients pass it on
+        if chat_request.notes:  # not part of OpenAI's format, but its clients pass it on
             head["notes"] = chat_request.notes
         if chat_request.stream:
             events = _events(job, head, chat_request)
@@ -82,12 +82,12 @@ def _authorise(request: Request, token: str | None) -> None:
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
         raise RequestError(
-            401, "this server asks for a token: send it as `Authorization: Bearer TOKEN`", code="invalid_api_key"
+            401, "this server requires a token; send it as `Authorization: Bearer TOKEN`", code="invalid_api_key"
         )
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
-    # Another site's page could send anything but JSON without asking first.
+    # Browsers let foreign pages send other content types without a CORS preflight request.
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise RequestError(415, "send JSON, with the header `Content-Type: application/json`")
     body = bytearray()
@@ -103,7 +103,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 async def _whole(job: Job, head: dict, request: Request) -> dict:
-    """The answer in one object; ended early where nobody waits for it any more."""
+    """Return the answer as one object; stop early if the client disconnects."""
     watcher = asyncio.create_task(_watch(request, job))
     try:
         text = "".join([piece async for piece in job.pieces()])
@@ -120,7 +120,7 @@ async def _watch(request: Request, job: Job) -> None:
 
 
 async def _events(job: Job, head: dict, chat_request: ChatRequest) -> AsyncIterator[str]:
-    """The answer as server-sent events; an error after the first of them is an event, too."""
+    """Yield the answer as server-sent events; an error after the first event is also sent as an event."""
 
     def event(delta: dict | None, finish_reason: str | None = None, **more) -> str:
         choices = (
@@ -136,7 +136,7 @@ async def _events(job: Job, head: dict, chat_request: ChatRequest) -> AsyncItera
     except RequestError as error:
         yield f"data: {json.dumps(error.content())}\n\n"
         return
-    except Exception:  # uvicorn logs it and breaks off, which says nothing to the client
+    except Exception:  # uvicorn logs it and closes the connection without telling the client
         yield f"data: {json.dumps(OUR_MISTAKE.content())}\n\n"
         raise
     yield event({}, job.text.finish_reason)
@@ -151,7 +151,7 @@ def _usage(job: Job) -> dict:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every error in OpenAI's form."""
+    """Return every error in OpenAI's format."""
 
     @app.exception_handler(RequestError)
     async def wrong_request(_, error: RequestError) -> JSONResponse:

@@ -1,4 +1,4 @@
-"""The one thread that runs the model: requests are answered one after another, and a few may wait."""
+"""Run the model in one thread: requests are answered one after another, and a limited number may wait."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from model import LiquidForCausalLM
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for (Radford et al. 2019): printable ones for themselves."""
+    """Return the byte that each character of a byte-level token stands for (Radford et al. 2019).
+
+    Printable characters stand for themselves.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -28,10 +31,10 @@ BYTES = _bytes_of_characters()
 
 
 class TextPieces:
-    """Token ids to text that can be shown: no half characters, nothing of or behind a stop text.
+    """Convert token ids to text piece by piece, up to the first stop text, and without partial characters.
 
-    A token is some bytes of UTF-8. It may hold the tail of one character and the head of the next, so what is incomplete
-    waits as bytes. `finish_reason` is `stop` once a stop text or the end of the answer was met.
+    A token is a sequence of UTF-8 bytes that may end within a character, so incomplete characters are held back as bytes.
+    `finish_reason` becomes `stop` at a stop text or at the end of the answer, and `length` if the answer was cut off.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]):
@@ -42,7 +45,7 @@ class TextPieces:
         self.finish_reason: str | None = None
 
     def add(self, token: int) -> str:
-        """The text that this token completes; possibly nothing."""
+        """Return the text that this token completes, possibly none."""
         if self.finish_reason is not None:
             return ""
         if token == self._tokenizer.eos_token_id:
@@ -51,7 +54,7 @@ class TextPieces:
         return self._until_stop(self._decoder.decode(self._bytes_of(token)))
 
     def end(self) -> str:
-        """What was held back, at the end of an answer that was cut."""
+        """End an answer that was cut off, and return the text that was held back."""
         if self.finish_reason is not None:
             return ""
         self.finish_reason = "length"
@@ -76,7 +79,7 @@ class TextPieces:
         if found:
             self.finish_reason, self._held = "stop", ""
             return text[: min(found)]
-        # What may yet become a stop text waits.
+        # Hold back an ending that may become a stop text.
         keep = max(
             (size for stop in self._stop for size in range(len(stop)) if size and text.endswith(stop[:size])), default=0
         )
@@ -85,7 +88,7 @@ class TextPieces:
 
 
 class Job(BaseStreamer, StoppingCriteria):
-    """One request while it is answered: takes tokens from `generate` and tells it when to end."""
+    """A request that is being answered: receives tokens from `generate` and tells it when to stop."""
 
     def __init__(self, request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: Limits):
         self.request = request
@@ -103,7 +106,7 @@ class Job(BaseStreamer, StoppingCriteria):
         return time.monotonic() > self.deadline
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._read_prompt:  # `generate` shows the prompt first
+        if not self._read_prompt:  # the first call of `generate` passes the prompt
             self._read_prompt = True
             return
         self.completion_tokens += 1
@@ -124,11 +127,11 @@ class Job(BaseStreamer, StoppingCriteria):
         self._send(None)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """The answer's text as it comes. Raises `RequestError` where it did not come in time."""
+        """Yield the answer's text as it is generated. Raises `RequestError` if the request exceeds its time limit."""
         try:
             while (piece := await self._pieces.get()) is not None:
                 yield piece
-            await asyncio.wrap_future(self.done)  # raises what went wrong
+            await asyncio.wrap_future(self.done)  # raises the job's error
             if self.is_late and self.text.finish_reason in (None, "length") and not self._is_full():
                 raise RequestError(
                     503, "the answer took longer than this server allows; ask for fewer tokens", code="timeout"
@@ -141,18 +144,18 @@ class Job(BaseStreamer, StoppingCriteria):
 
 
 class Worker:
-    """Runs jobs in the order in which they came."""
+    """Run jobs in the order of their arrival."""
 
     def __init__(self, model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        # Requests are read while the thread decodes, and a tokenizer cannot be set and used at a time.
+        # Requests are read while the thread decodes, and a tokenizer must not be reconfigured while in use.
         self.reading_tokenizer = copy.deepcopy(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._jobs: set[Job] = set()
 
     def submit(self, request: ChatRequest) -> Job:
-        """Queue a request; raises `RequestError` 429 where too many wait already."""
-        if len(self._jobs) > self.limits.waiting:  # one of them is not waiting
+        """Queue a request. Raises `RequestError` 429 if too many are waiting."""
+        if len(self._jobs) > self.limits.waiting:  # one of the jobs is running
             raise RequestError(429, "too many requests are waiting; try again later", code="rate_limit_exceeded")
         job = Job(request, self.tokenizer, self.limits)
         self._jobs.add(job)
@@ -175,7 +178,7 @@ class Worker:
         )  # fmt: skip
 
     def stop(self) -> None:
-        """End what is running at its next token."""
+        """Stop the running job at its next token, and drop the waiting ones."""
         for job in list(self._jobs):
             job.cancelled = True
         self._thread.shutdown(cancel_futures=True)

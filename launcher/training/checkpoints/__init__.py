@@ -1,1 +1,1 @@
-"""Checkpoints: written beside and published, verified, kept, found again, for any number of ranks."""
+"""Write, verify, keep, find and load checkpoints, for any number of ranks."""

@@ -1,7 +1,8 @@
-"""Going back to an earlier checkpoint: once, however often the same command starts again, and without losing later ones.
+"""Go back to an earlier checkpoint, only once per command and without losing the later checkpoints.
 
-What comes after the checkpoint is set aside as `left-step-N`, from where `resume=left-step-N` goes on. `gone_back` in the
-run folder holds the value of `resume` that was obeyed: a job that comes back with it goes on from the newest.
+Later checkpoints are renamed to `left-step-N`, and `resume=left-step-N` resumes from one of them. `gone_back` in the run
+folder holds the value of `resume` that was applied: a job that restarts with the same value resumes from the newest
+checkpoint instead.
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ from launcher.training.checkpoints.checkpoint import complete_checkpoints, step_
 
 
 def still_to_do(run: RunFolder, resume: str) -> tuple[str, list[str]]:
-    """`resume`, or `auto` where an earlier start has gone back as it says; and what to tell the user of that."""
+    """Return `resume`, or `auto` if an earlier start already went back, and messages for the user."""
     record = _record(run)
     if not record.exists() or record.read_text().strip() != resume:
         return resume, []
-    note = f"an earlier start has obeyed resume={resume} ({record} says so): going on from the newest checkpoint; "
-    return "auto", [note + "to go back once more, delete that file"]
+    note = f"resume={resume} was already applied by an earlier start, so the newest checkpoint is used; "
+    return "auto", [note + f"to go back again, delete {record}"]
 
 
 def go_back(run: RunFolder, checkpoint: Path, resume: str) -> tuple[Path, list[str]]:
-    """Make `checkpoint` the newest of its run, and remember that `resume` was obeyed; returns as `make_newest`."""
+    """Make `checkpoint` the newest of its run and record that `resume` was applied; return what `make_newest` does."""
     own, notes = make_newest(run, checkpoint)
     if resume in ("auto", "never"):
         _record(run).unlink(missing_ok=True)
@@ -33,7 +34,7 @@ def go_back(run: RunFolder, checkpoint: Path, resume: str) -> tuple[Path, list[s
 
 
 def make_newest(run: RunFolder, checkpoint: Path) -> tuple[Path, list[str]]:
-    """Make `checkpoint` the newest of its run, under its own name; returns where it is now, and what was renamed."""
+    """Make `checkpoint` the newest of its run, under its own name; return its folder and a message for each rename."""
     step = step_in_name(checkpoint.name)
     own = run.checkpoints / f"step-{step:08d}"
     notes = []
@@ -41,10 +42,12 @@ def make_newest(run: RunFolder, checkpoint: Path) -> tuple[Path, list[str]]:
         if folder != checkpoint and step_in_name(folder.name) >= step:
             aside = _free_name(folder)
             folder.rename(aside)
-            notes.append(f"checkpoint {folder.name} is of steps that will be taken again: it is now {aside.name}")
+            notes.append(
+                f"checkpoint {folder.name} was renamed to {aside.name}, because its step will be trained again"
+            )
     if checkpoint.name != own.name:
         checkpoint.rename(own)
-        notes.append(f"checkpoint {checkpoint.name} is {own.name} again")
+        notes.append(f"checkpoint {checkpoint.name} was renamed back to {own.name}")
     if not run.latest.exists() or run.latest.read_text().strip() != own.name:
         replace_text(run.latest, f"{own.name}\n")
     return own, notes
@@ -55,7 +58,7 @@ def _record(run: RunFolder) -> Path:
 
 
 def _free_name(folder: Path) -> Path:
-    """Where a checkpoint is set aside; one that was before under the same name stays, too."""
+    """Return an unused `left-...` name for a checkpoint, so that an earlier one of that name is kept."""
     aside, number = folder.with_name(f"left-{folder.name}"), 1
     while aside.exists():
         number += 1

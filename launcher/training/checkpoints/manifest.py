@@ -1,4 +1,4 @@
-"""Folders whose every file is known: sizes and sha256 in a manifest that is written last."""
+"""Describe every file of a folder by size and sha256, in a manifest that is written last."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from data_pipeline.files import sync_folder
 from launcher.files import replace_text
 
 MANIFEST = "manifest.json"
-FORMAT = 4  # 2 added the balancing bias; 3 the best metric and the skipped ranges; 4 the step last validated
+# Format 2 added the balancing bias, 3 the best metric and the skipped ranges, 4 the step last validated.
+FORMAT = 4
 READABLE_FORMATS = (2, 3, 4)
-HASHING_THREADS = 8  # hashing releases the interpreter; more than this many at once only wait for the disk
+# Hashing releases the interpreter's lock; more threads than this only wait for the disk.
+HASHING_THREADS = 8
 
 
 def files_of(folder: Path) -> list[str]:
-    """The names of all files below a folder, relative to it, sorted."""
+    """Return the names of all files below a folder, relative to it and sorted."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def describe_durably(folder: Path, names: Iterable[str]) -> dict[str, dict]:
-    """Each file's size in bytes and sha256; when this returns, their contents are on the disk. Raises `OSError`."""
+    """Sync each file to the disk and return its size in bytes and its sha256, by name. Raises `OSError`."""
     described = {}
     for name in names:
         descriptor = os.open(folder / name, os.O_RDONLY)
@@ -37,19 +39,19 @@ def describe_durably(folder: Path, names: Iterable[str]) -> dict[str, dict]:
 
 
 def write_manifest(folder: Path, manifest: dict) -> None:
-    """Give a folder whose files are durable its manifest, durably, and with it the names of the files."""
+    """Write the manifest of a folder whose files are synced, and sync it and the folders' lists of names."""
     for below in folder.rglob("*/"):
         sync_folder(below)
     replace_text(folder / MANIFEST, json.dumps({**manifest, "format": FORMAT}))
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder."""
+    """Read the manifest of a folder."""
     return json.loads((folder / MANIFEST).read_text())
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why a folder is not what its manifest says, or None; reads all of it."""
+    """Return how a folder differs from its manifest, or None if it does not; reads every file."""
     if not (folder / MANIFEST).is_file():
         return f"{folder} has no {MANIFEST}"
     try:
@@ -59,7 +61,7 @@ def find_fault(folder: Path) -> str | None:
         return f"its {MANIFEST} cannot be read"
     if written not in READABLE_FORMATS:
         readable = " and ".join(map(str, READABLE_FORMATS))
-        return f"another version of this code wrote it (format {written}; this one reads {readable})"
+        return f"another version of this code wrote it (format {written}; this version reads {readable})"
     for name, expected in files.items():
         path = folder / name
         if not path.is_file():
@@ -69,7 +71,7 @@ def find_fault(folder: Path) -> str | None:
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         for name, found in zip(files, pool.map(_describe, [folder / name for name in files]), strict=True):
             if found != files[name]:
-                return f"the sha256 of {name} is not the manifest's"
+                return f"the sha256 of {name} differs from the manifest"
     return None
 
 

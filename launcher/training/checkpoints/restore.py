@@ -1,4 +1,4 @@
-"""A checkpoint into an engine: its weights, moments and counts, under the settings that the engine was built with."""
+"""Load a checkpoint's weights, moments and counts into an engine, which keeps its own settings."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from model.moe import set_balancing_bias
 if TYPE_CHECKING:
     import deepspeed
 
-# What a dynamic loss scaler has counted, as opposed to how it was told to count.
+# The state of a dynamic loss scaler; its other attributes are settings.
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-    """Put a checkpoint's weights, optimizer state and balancing bias into the engine and return its train state.
+    """Load a checkpoint's weights, optimizer state and balancing bias into the engine and return its train state.
 
-    Betas, weight decay, clipping and loss scaling stay as the engine was built with: what the user asks for now counts.
-    The folder may be a universal one: an engine that began with such a one may later go back to one of its own.
+    Betas, weight decay, clipping and loss scaling keep the values that the engine was built with, because the user's
+    current settings apply. `folder` may be a universal checkpoint or a normal one; an engine that loaded a universal one
+    may later roll back to one of its own.
     """
     engine._config.load_universal_checkpoint = "source" in read_manifest(folder)
     with _settings_kept(engine.optimizer):
@@ -37,7 +38,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainSta
 
 @contextmanager
 def _settings_kept(optimizer) -> Iterator[None]:
-    """Undo what DeepSpeed's loading changes in the settings of its optimizer: it takes those of the checkpoint."""
+    """Restore the optimizer's settings on exit, because DeepSpeed's loading replaces them with the checkpoint's."""
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     clipping, scaler = optimizer.clip_grad, optimizer.loss_scaler
     yield
@@ -52,10 +53,10 @@ def _settings_kept(optimizer) -> Iterator[None]:
 
 
 def _give_each_parameter_its_step(optimizer: torch.optim.Optimizer) -> None:
-    """Let Adam count the steps of each parameter by itself, as torch's does.
+    """Give each parameter of torch's Adam its own step tensor.
 
-    From a universal checkpoint under ZeRO-3 DeepSpeed gives all of them one and the same tensor, which every update of a
-    parameter would advance; from one that DeepSpeed's own Adam wrote, a plain number.
+    From a universal checkpoint under ZeRO-3, DeepSpeed gives all parameters the same tensor, which every parameter's
+    update would advance. From a checkpoint of DeepSpeed's own Adam, it gives a plain number.
     """
     if not isinstance(optimizer, torch.optim.Adam):  # AdamW is one; DeepSpeed's own are not
         return

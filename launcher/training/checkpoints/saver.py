@@ -1,13 +1,17 @@
-"""Saving without waiting for the disk, and without ending the run where the disk does not take it.
+"""Save checkpoints without waiting for the disk; a full disk does not end the run.
 
-DeepSpeed writes `<tag>.partial/` while training waits. Then each rank hashes and syncs its own files in a thread. At the
-first step boundary where all ranks have, rank 0 writes the manifest, renames the folder and replaces `latest`; only then
-are older checkpoints deleted. Whatever fails on any rank fails that one save, on all ranks together.
+1. DeepSpeed writes `<tag>.partial/` while training waits.
+2. Each rank hashes and syncs its own files in a thread.
+3. At the first step boundary after all ranks are done, rank 0 writes the manifest, renames the folder and replaces
+   `latest`.
+4. Older checkpoints are deleted.
+
+A failure on any rank fails that one save, on all ranks together.
 """
 
 from __future__ import annotations
 
-import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
+import launcher.training.accelerator  # noqa: F401 - sets variables that DeepSpeed reads on import
 
 import os
 import shutil
@@ -32,10 +36,10 @@ from launcher.training.checkpoints.universal import note_train_state
 
 
 class FileWriter(TorchCheckpointEngine):
-    """Writes DeepSpeed's files of one save, and remembers the first failure instead of raising it.
+    """Write DeepSpeed's files of one save, and record the first failure instead of raising it.
 
-    A rank that left DeepSpeed's save early would leave the others waiting in its collectives. `files`: the names that
-    this rank has written; `error`: why it could not write one, or None.
+    If a rank left DeepSpeed's save early, the others would wait in its collectives. `files`: the names that this rank
+    has written; `error`: why a file could not be written, or None.
     """
 
     def __init__(self, config: deepspeed.DeepSpeedConfig):
@@ -56,14 +60,14 @@ class FileWriter(TorchCheckpointEngine):
             super().save(state_dict, path)
         except (OSError, RuntimeError) as error:
             self.error = f"{os.path.basename(path)}: {_reason(error, path)}"
-            for name in (*self.files, os.path.basename(path)):  # others want what they take of a full disk
+            for name in (*self.files, os.path.basename(path)):  # free their space on the full disk
                 Path(path).with_name(name).unlink(missing_ok=True)
         else:
             self.files.append(os.path.basename(path))
 
 
 def _reason(error: Exception, path: str) -> str:
-    """What the system says: torch only knows that the file has become shorter than it should, so one more write asks."""
+    """Return the system's reason: torch only reports that the file is too short, so try one more write to learn it."""
     try:
         with open(path, "ab") as file:
             file.write(bytes(1 << 20))
@@ -74,7 +78,7 @@ def _reason(error: Exception, path: str) -> str:
 
 @dataclass
 class PendingSave:
-    """A save whose files DeepSpeed has written: `described` is this rank's part of the manifest, and an error or None."""
+    """A save whose files are written; `described` gives this rank's part of the manifest, and an error or None."""
 
     tag: str
     manifest: dict
@@ -82,9 +86,9 @@ class PendingSave:
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a run; every method is called by all ranks at the same step boundary.
+    """Save the checkpoints of a run; all ranks call every method at the same step boundary.
 
-    seconds_blocked: for how long training has waited for the newest save so far.
+    seconds_blocked: how long training has waited for the newest save so far.
     """
 
     def __init__(
@@ -104,14 +108,14 @@ class CheckpointSaver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: PendingSave | None = None
         self._failure: str | None = None  # of the newest save
-        # DeepSpeed's recovery scripts refuse experts that are parallel under ZeRO-3, which `lfm export` does not, and
-        # rank 0 alone would fail in copying them.
+        # DeepSpeed's recovery script does not support parallel experts under ZeRO-3, but `lfm export` does. Copying the
+        # script could also fail on rank 0 alone.
         engine._copy_recovery_script = lambda folder: None
 
     def save(self, state: TrainState) -> float | None:
-        """Write the files of the checkpoint of `state.step`, if there are none yet; a pending save is settled first.
+        """Write the files of the checkpoint of `state.step` unless it exists; settle a pending save first.
 
-        Returns the seconds that training waited, None where the checkpoint was there already.
+        Returns the seconds that training waited, or None if the checkpoint already existed.
         """
         begun = time.perf_counter()
         self.settle()
@@ -123,7 +127,7 @@ class CheckpointSaver:
         writer = self._engine.checkpoint_engine = FileWriter(self._engine._config)
         # The other ranks wait for rank 0 inside save_checkpoint before they write.
         if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of an attempt that failed; what stays is overwritten
+            shutil.rmtree(partial, ignore_errors=True)  # left by a failed attempt; remaining files are overwritten
         self._engine.save_checkpoint(str(self._run.checkpoints), tag=partial.name, save_latest=False)
         manifest = {
             "train_state": asdict(state),
@@ -137,25 +141,25 @@ class CheckpointSaver:
         return time.perf_counter() - begun
 
     def note(self, state: TrainState) -> None:
-        """Write into the checkpoint of `state.step` what was found out of it since: its validation, and so which is best."""
+        """Add the validation result, which came after the save, to the checkpoint of `state.step`."""
         if dist.get_rank() != 0:
             return
         folder = self._run.checkpoints / f"step-{state.step:08d}"
         try:
             note_train_state(folder, asdict(state))
             delete_old(self._run, self._keep)
-        except (OSError, ValueError) as error:  # the other ranks do not wait to hear of it
-            self._say(f"the validation could not be noted in {folder}: {error}; the next checkpoint will have it")
+        except (OSError, ValueError) as error:  # reported only: the other ranks do not wait for the outcome
+            self._say(f"the validation could not be recorded in {folder}: {error}; the next checkpoint will hold it")
 
     def _is_saved(self, tag: str, step: int) -> bool:
-        """Whether nothing is to be saved, as rank 0 sees it: replacing a checkpoint would leave none for a moment."""
+        """Return whether rank 0 finds nothing to save; replacing a checkpoint would leave a moment without one."""
         saved = torch.tensor(float(step == 0 or (self._run.checkpoints / tag / MANIFEST).is_file()))
         saved = saved.to(self._engine.device)
         dist.broadcast(saved, src=0)
         return bool(saved.item())
 
     def publish_when_written(self) -> None:
-        """Make the pending save a checkpoint if all ranks' files are on the disk by now."""
+        """Publish the pending save if all ranks' files are on the disk."""
         if self._pending is None:
             return
         started = time.perf_counter()
@@ -166,9 +170,9 @@ class CheckpointSaver:
             self.settle()
 
     def settle(self, last: bool = False) -> None:
-        """Wait for the pending save, if there is one, and make it a checkpoint, or remove it where a rank has failed.
+        """Wait for a pending save and publish it, or remove it if a rank failed.
 
-        `last`: none comes after it, so a failure is `finish`'s to tell.
+        `last`: no save follows, so `finish` reports a failure.
         """
         if self._pending is None:
             return
@@ -188,29 +192,31 @@ class CheckpointSaver:
         self._failure = verdict[0] and f"{pending.tag} could not be saved to {self._run.checkpoints} ({verdict[0]})"
         self.seconds_blocked += time.perf_counter() - started
         if self._failure and not last:
-            self._say(f"checkpoint {self._failure}; training goes on, and the next one is tried when it is due")
+            self._say(
+                f"checkpoint {self._failure}; training continues, and the next checkpoint is tried when it is due"
+            )
         elif not self._failure:
             self._say(f"checkpoint {pending.tag} is saved; training waited {self.seconds_blocked:.2f} s for it")
 
     def finish(self) -> None:
-        """Wait for the last save. Raises `ConfigurationError` where it failed: the run's end would be lost."""
+        """Wait for the last save. Raises `ConfigurationError` if it failed, because the run's end would be lost."""
         self.settle(last=True)
         self._thread.shutdown()
         if self._failure:
             complete = complete_checkpoints(self._run)
-            newest = f"{complete[0].name} is the newest whole one" if complete else "there is none yet"
+            newest = f"the newest one is {complete[0].name}" if complete else "there is none yet"
             raise ConfigurationError(
-                f"the last checkpoint, {self._failure}; {newest}: free space there and start again to go on from it"
+                f"the last checkpoint {self._failure}; {newest}; free disk space there and start again to resume"
             )
 
     def _publish(self, pending: PendingSave, files: dict[str, dict]) -> str | None:
-        """Rank 0: manifest, rename, `latest`, retention, in this order; returns why that failed, or None."""
+        """On rank 0, write the manifest, rename, update `latest` and delete old checkpoints; return a failure or None."""
         folder = self._run.checkpoints / pending.tag
         partial = folder.with_name(f"{pending.tag}.partial")
         try:
             write_manifest(partial, {**pending.manifest, "files": files})
             if folder.exists():
-                shutil.rmtree(folder)  # it has lost its manifest
+                shutil.rmtree(folder)  # a folder without a manifest
             os.rename(partial, folder)
             sync_folder(self._run.checkpoints)
             replace_text(self._run.latest, f"{pending.tag}\n")
@@ -227,13 +233,13 @@ def _describe_written(partial: Path, writer: FileWriter) -> tuple[dict, str | No
     if writer.error is None:
         try:
             return describe_durably(partial, writer.files), None
-        except OSError as error:  # some file systems find out only now that there is no space
+        except OSError as error:  # some file systems report a full disk only on sync
             writer.error = str(error)
     return {}, writer.error
 
 
 def delete_old(run: RunFolder, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and the best, and converted ones whose checkpoint is gone."""
+    """Delete all checkpoints but the newest `keep` and the best; delete converted ones whose checkpoint is gone."""
     complete = complete_checkpoints(run)
     best = best_checkpoint(complete)
     for old in complete[keep:]:
@@ -245,5 +251,5 @@ def delete_old(run: RunFolder, keep: int) -> None:
 
 
 def _delete(folder: Path) -> None:
-    # Under this name the next start finishes what a crash interrupts; a checkpoint never lies about half deleted.
+    # The next start deletes `.partial` folders, so a crash never leaves a half-deleted checkpoint under its own name.
     shutil.rmtree(folder.rename(folder.with_suffix(".partial")))

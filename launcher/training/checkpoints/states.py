@@ -1,4 +1,4 @@
-"""DeepSpeed's state files, which are pickles: read without running code that somebody has put into one."""
+"""Read DeepSpeed's state files, which are pickles, without running code that they may contain."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from launcher.errors import ConfigurationError
 
 
 def load_state(path: Path) -> dict:
-    """Map a state file into memory, if it holds tensors, plain values and DeepSpeed's own few classes alone.
+    """Map a state file into memory if it holds only tensors, plain values and a few classes of DeepSpeed.
 
-    Raises `ConfigurationError`, which names what else it asks for: loading it would run code.
+    Otherwise loading it could run code; raises `ConfigurationError` that names what else the file asks for.
     """
     with torch.serialization.safe_globals(_own_classes()):
         try:
@@ -23,13 +23,13 @@ def load_state(path: Path) -> dict:
                 (line for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error)
             )
             raise ConfigurationError(
-                f"{path} is not a training state as DeepSpeed writes it, and loading it could run foreign code "
-                f"({' '.join(named.split())[:200]}); take checkpoints from people whom you trust, or export theirs anew"
+                f"{path} is not a training state written by DeepSpeed, and loading it could run foreign code "
+                f"({' '.join(named.split())[:200]}); use checkpoints from sources that you trust, or ask for an export"
             ) from error
 
 
 def check_states(checkpoint: Path) -> None:
-    """Raise `ConfigurationError` for a checkpoint that holds more than training states; DeepSpeed loads whatever is there."""
+    """Raise `ConfigurationError` if a checkpoint holds more than training states; DeepSpeed itself loads anything."""
     for path in sorted(checkpoint.rglob("*.pt")):
         load_state(path)
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's universal form of a checkpoint: one file a parameter, whatever number of ranks wrote it or reads it."""
+"""Convert checkpoints to DeepSpeed's universal form: one file per parameter, which any number of ranks can read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from launcher.training.checkpoints.states import check_states, load_state
 
 
 def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> tuple[Path, str | None]:
-    """The form of a whole checkpoint that so many processes can load: itself, or its universal form and why.
+    """Return the form of a checkpoint that `world_size` processes can load, and a message if it is the universal one.
 
     Raises `ConfigurationError` as `keep_universal` does.
     """
@@ -30,7 +30,10 @@ def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> t
     wrote = (manifest["world_size"], manifest["expert_parallel_size"])
     if wrote == (world_size, expert_parallel_size):
         return checkpoint, None
-    print(f"looking for {checkpoint.name} in a form for other ranks than wrote it, or converting it", flush=True)
+    print(
+        f"{checkpoint.name} was written by differently arranged ranks; finding or creating its universal form",
+        flush=True,
+    )
     universal, is_new = keep_universal(checkpoint)
     return universal, (
         f"{checkpoint.name} was written by {wrote[0]} processes with expert_parallel_size {wrote[1]}, this run has "
@@ -39,10 +42,10 @@ def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> t
 
 
 def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
-    """The universal form of a whole checkpoint, kept beside it, with a manifest of its own and the same train state.
+    """Create the universal form of a checkpoint beside it, with its own manifest and the same train state.
 
-    Returns its folder and whether it was made now; one that is there, whole and of this very checkpoint is taken.
-    Raises `ConfigurationError` where the checkpoint holds no optimizer state yet or the disk does not take it.
+    If a whole universal form of this checkpoint exists, it is reused. Returns its folder, and whether it is new. Raises
+    `ConfigurationError` if the checkpoint holds no optimizer state yet, or if the folder cannot be written.
     """
     folder = universal_folder(checkpoint)
     source = _source_of(checkpoint)
@@ -54,23 +57,23 @@ def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
             if stale.exists():
                 shutil.rmtree(stale)
         convert(checkpoint, partial / "universal")
-        inner = partial / "universal"  # the converter writes beside its output folder, too
+        inner = partial / "universal"  # the converter also writes beside its output folder
         manifest = {**read_manifest(checkpoint), "source": source}
         write_manifest(inner, {**manifest, "files": describe_durably(inner, files_of(inner))})
         inner.rename(folder)
         shutil.rmtree(partial)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot keep the universal form of {checkpoint} in {folder}: {error.strerror or error}; it takes about "
-            "as much space as the checkpoint itself"
+            f"cannot write the universal form of {checkpoint} to {folder}: {error.strerror or error}; free about as much "
+            "disk space there as the checkpoint takes"
         ) from error
     return folder, True
 
 
 def note_train_state(checkpoint: Path, train_state: dict) -> None:
-    """Replace the train state that a whole checkpoint holds, and its universal form, which stays that of this one.
+    """Replace the train state in a checkpoint's manifest, and in its universal form, which stays valid.
 
-    Raises `OSError`, and `ValueError` where a manifest cannot be read.
+    Raises `OSError`, and `ValueError` if a manifest cannot be read.
     """
     universal, source = universal_folder(checkpoint), _source_of(checkpoint)
     write_manifest(checkpoint, {**read_manifest(checkpoint), "train_state": train_state})
@@ -80,12 +83,12 @@ def note_train_state(checkpoint: Path, train_state: dict) -> None:
 
 
 def _source_of(checkpoint: Path) -> str:
-    """What a universal form remembers of the checkpoint that it was made of."""
+    """Return the hash that ties a universal form to its checkpoint."""
     return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
 
 
 def convert(checkpoint: Path, target: Path) -> None:
-    """Write the universal form of a checkpoint to the folder `target`, in a process of its own.
+    """Write the universal form of a checkpoint to the folder `target`, in a separate process.
 
     Raises `ConfigurationError` if no step has been taken yet or the files hold more than states, and `RuntimeError` if
     DeepSpeed's converter fails.
@@ -96,7 +99,7 @@ def convert(checkpoint: Path, target: Path) -> None:
     if not optimizer["optimizer_state_dict" if stage_3 else "base_optimizer_state"]["state"]:
         raise ConfigurationError(
             f"{checkpoint} cannot be converted: all its steps were skipped, so the optimizer has no state yet; "
-            "go on with as many processes as wrote it, or begin anew in another output"
+            "resume with as many processes as wrote it, or start over in another output"
         )
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(checkpoint), "--output_folder", str(target)]

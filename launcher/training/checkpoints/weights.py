@@ -1,9 +1,10 @@
-"""The weights of a checkpoint one parameter at a time, whatever the model's size and the number of ranks that wrote it.
+"""Read the weights of a checkpoint one parameter at a time, for any model size and any number of ranks.
 
-DeepSpeed's ranks each keep their pieces of the fp32 weights, flat, one behind the other, between the two moments of
-Adam. Its own converter loads the files of all ranks at once; here they are mapped into memory, a parameter's pieces are
-copied, and their pages are given back: for 350 MB of weights on two ranks, a process of 0.44 GB against 2.2 GB, 0.42 GB
-of either being the libraries. (Its two simpler converters refuse expert parallelism under ZeRO-3.)
+Each rank of DeepSpeed stores its pieces of the fp32 weights flat, one after the other, beside the two moments of Adam.
+DeepSpeed's own converter loads the files of all ranks at once. Here the files are mapped into memory, a parameter's
+pieces are copied, and their pages are released. For 350 MB of weights on two ranks the process takes 0.44 GB instead of
+2.2 GB; the libraries alone take 0.42 GB of that. (DeepSpeed's two simpler converters do not support expert parallelism
+under ZeRO-3.)
 """
 
 from __future__ import annotations
@@ -19,28 +20,27 @@ from pathlib import Path
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault(
-        "DS_ACCELERATOR", "cpu"
-    )  # DeepSpeed, whose classes are in the files, warns where it is not set
+    # The files contain classes of DeepSpeed, which warns on import if this is not set.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from launcher.errors import ConfigurationError
 from launcher.training.checkpoints.states import load_state
 
-# Expert weights as AutoEP keeps them (gate, up, down) and as the model does (gate over up, down).
+# AutoEP stores gate, up and down separately; the model stores gate and up in one tensor.
 FUSED = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
 
 
 class CheckpointWeights:
-    """The fp32 weights in a checkpoint's files under ZeRO 1, 2 or 3, with AutoEP or without.
+    """Give access to the fp32 weights in a checkpoint's files of ZeRO 1, 2 or 3, with or without AutoEP.
 
-    Raises `ConfigurationError` where the files are of none of these.
+    Raises `ConfigurationError` if there are no such files.
     """
 
     def __init__(self, checkpoint: Path):
         self.checkpoint = checkpoint
-        # of each parameter, by expert-parallel rank: where the piece begins in the parameter, and the piece
+        # By parameter and expert-parallel rank: the offset of each piece in the parameter, and the piece.
         self._pieces: dict[str, dict[int, list[tuple[int, torch.Tensor]]]] = defaultdict(lambda: defaultdict(list))
-        # of each of AutoEP's tensors, by expert-parallel rank: which experts they are
+        # By AutoEP tensor and expert-parallel rank: the experts that it holds.
         self._experts: dict[str, dict[int, list[int]]] = {}
         states = sorted(checkpoint.glob("*optim_states.pt"), key=_rank_of)
         if not states:
@@ -56,10 +56,10 @@ class CheckpointWeights:
 
     @torch.no_grad()
     def copy_into(self, target: torch.Tensor, name: str) -> None:
-        """Fill `target`, of the parameter's shape and any dtype, with the parameter `name`.
+        """Fill `target`, which has the parameter's shape and any dtype, with the parameter `name`.
 
-        Takes no more memory beside it than the share of one expert-parallel rank in it. Raises `ConfigurationError`
-        where the checkpoint has no such parameter, or one of another size.
+        Beside `target` this takes at most the memory of one expert-parallel rank's share. Raises `ConfigurationError`
+        if the checkpoint has no such parameter, or one of another size.
         """
         module, _, last = name.rpartition(".")
         if name not in self._pieces and last in FUSED and f"{module}.w1" in self._pieces:
@@ -81,20 +81,20 @@ class CheckpointWeights:
         pieces = self._pieces[name][rank] if name in self._pieces else []
         filled = 0
         for begin, piece in sorted(pieces, key=lambda found: found[0]):
-            length = min(len(piece), len(target) - begin)  # the last is padded
+            length = min(len(piece), len(target) - begin)  # the last piece is padded
             if begin == filled and length > 0:
                 target[begin : begin + length].copy_(piece[:length])
                 filled += length
             _give_back(piece)
         if filled != len(target):
             raise ConfigurationError(
-                f"{self.checkpoint} holds {filled} of the {len(target)} values of {name}; it is not of this model"
+                f"{self.checkpoint} holds {filled} of the {len(target)} values of {name}; it belongs to another model"
             )
 
     def _add_stage_3(self, rank: int, ranks: int, state: dict, model: dict) -> None:
-        """Every parameter is cut into as many equal pieces as its group has ranks."""
+        """Add one rank's pieces under ZeRO-3, which cuts each parameter into equal pieces, one per rank of its group."""
         layers = _autoep_layers(model)
-        groups = state.get("ds_zero_partition_groups")  # where experts are spread
+        groups = state.get("ds_zero_partition_groups")  # present with expert parallelism
         for number, shapes in enumerate(model["param_shapes"]):
             flat = state["fp32_flat_groups"][number]
             group = groups[number] if groups else {"partition_count": ranks, "partition_rank": rank}
@@ -110,7 +110,7 @@ class CheckpointWeights:
                 offset += size
 
     def _add_stage_1(self, rank: int, ranks: int, state: dict, model: dict) -> None:
-        """A group's parameters are laid one behind the other and the whole is cut, so that a piece may be any part."""
+        """Add one rank's pieces under ZeRO 1 or 2, which joins a group's parameters and cuts the whole at any place."""
         layers = _autoep_layers(model)
         before = model["ds_config"].get("use_data_before_expert_parallelism", False)
         for flat, slices in zip(state["single_partition_of_fp32_groups"], state["param_slice_mappings"], strict=True):
@@ -121,14 +121,14 @@ class CheckpointWeights:
                     self._experts[name] = _placement(layer)
                     size = layer["ep_size"]
                     expert_rank = rank // (ranks // size) if before else rank % size
-                # The ranks come in order, so what is there already lies before.
+                # The ranks come in order, so this piece follows those already known.
                 known = self._pieces[name][expert_rank]
                 begin = known[-1][0] + len(known[-1][1]) if known else 0
                 known.append((begin, flat[place.start : place.start + place.numel]))
 
 
 def _autoep_layers(model_states: dict) -> dict[str, dict]:
-    """AutoEP's description of the layer that a tensor of experts belongs to, by the tensor's name."""
+    """Return AutoEP's description of the layer of each expert tensor, by the tensor's name."""
     layers = model_states.get("ds_autoep_layers") or []
     return {f"{layer['module_path']}.experts.{own}": layer for layer in layers for own in ("w1", "w2", "w3")}
 
@@ -147,9 +147,9 @@ def _model_states_of(optimizer_states: Path) -> Path:
 
 
 def _give_back(piece: torch.Tensor) -> None:
-    """Let the system have the pages of a mapped tensor again, which it reads anew where they are asked for.
+    """Release the memory pages of a mapped tensor; the system reads them again on access.
 
-    Of the whole storage that it is a part of: the system maps more pages than were touched.
+    The tensor's whole storage is released, because the system maps more pages than were touched.
     """
     storage = piece.untyped_storage()
     begin = storage.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE

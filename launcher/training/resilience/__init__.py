@@ -1,1 +1,1 @@
-"""What ends a run, or mends it: signals, hangs, numbers that are not finite, spikes."""
+"""Handle signals, hangs, lost ranks, lost data, non-finite numbers and loss spikes."""

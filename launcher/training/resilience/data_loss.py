@@ -1,4 +1,4 @@
-"""Batches that a rank cannot read: all ranks learn of it at that step, and stop with a checkpoint of the one before."""
+"""Batches that a rank cannot read: all ranks learn of it at that step and stop with a checkpoint of the step before."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from launcher.training.monitoring.reading import first_error
 
 
 class AgreedBatches:
-    """The batches of a `Prefetcher`, with an error in making them as a number that ranks can add up.
+    """Wrap a `Prefetcher` and turn a read error into a number that ranks can add up.
 
-    A rank that raised would leave the others waiting in a collective, and the steps since the last checkpoint be lost.
+    If one rank raised instead, the others would wait in a collective, and the steps since the last checkpoint would be
+    lost.
     """
 
     def __init__(self, batches: Prefetcher) -> None:
@@ -28,7 +29,7 @@ class AgreedBatches:
         return self._batches.seconds_waited
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """This rank's micro-batches, as of `Prefetcher.next_step`; where they cannot be read, one without a token."""
+        """Return this rank's micro-batches like `Prefetcher.next_step`; if they cannot be read, one batch of padding only."""
         try:
             return self._batches.next_step()
         except (DataError, OSError) as error:
@@ -38,14 +39,14 @@ class AgreedBatches:
             return [{"input_ids": row, "labels": torch.full_like(row, -100), "position_ids": torch.zeros_like(row)}]
 
     def lost(self, device: torch.device) -> torch.Tensor:
-        """1 where the last step could not be read on this rank, to be added up over the ranks."""
+        """Return 1 if this rank could not read the last step, else 0; sum it over the ranks."""
         return torch.tensor(float(self._error is not None), device=device)
 
     def raise_lost(self) -> None:
-        """Raise `DataError` on all ranks where one could not read the last step, with what it says; all ranks call it."""
+        """Raise `DataError` on every rank if any rank could not read the last step; all ranks must call it."""
         if told := first_error(self._error):
             raise DataError(
-                f"{told}; training has stopped before the step that needs it, and goes on there when it is started again"
+                f"{told}; training stopped before the step that needs this data and resumes there when it is started again"
             )
 
     def close(self) -> None:

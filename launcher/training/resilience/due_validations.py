@@ -1,6 +1,6 @@
-"""Which steps are validated, and what becomes of a validation that a signal or lost data kept from its end.
+"""Decide which steps are validated, and repeat a validation that a signal or lost data interrupted.
 
-The step is saved all the same. The start that goes on from it makes the validation up before it takes another step.
+The step itself is saved in either case. When the run resumes from it, the validation runs before the next step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.training.resilience.watchdog import Watchdog
 
 
 class DueValidations:
-    """Validates where it is due; every method but `is_missed` is called by all ranks at the same step boundary."""
+    """Run the validations that are due; all ranks call every method but `is_missed` at the same step boundary."""
 
     def __init__(
         self,
@@ -42,26 +42,26 @@ class DueValidations:
         self._lost: str | None = None
 
     def is_missed(self, state: TrainState) -> bool:
-        """Whether the step that a start goes on from should have been validated and was not."""
+        """Return whether the step that the run resumes from should have been validated and was not."""
         return 0 < state.step != state.validated_step and self._validation.is_due(state.step)
 
     def make_up(self, state: TrainState) -> None:
-        """Validate the step that the run goes on from where that was missed, and note it in that step's checkpoint."""
+        """If the resumed step missed its validation, validate it now and record that in its checkpoint."""
         missed = [self.is_missed(state)]
         dist.broadcast_object_list(missed, src=0)  # a shared file system may show another rank an older manifest
         if not missed[0]:
             return
-        self._monitor.say(f"step {state.step} was saved without its validation, which is made up now")
+        self._monitor.say(f"step {state.step} was saved without its validation; validating it now")
         self._validate(state, first=True)
         if state.validated_step == state.step:
-            self._monitor.flush()  # a start that finds the note will not make these points again
+            self._monitor.flush()  # a later start that finds the record will not write these points again
             self._checkpoints.note(state)
 
     def validate_if_due(self, state: TrainState) -> None:
-        """Look at every held-out row once, and note in `state` where it is the best so far; nothing else changes.
+        """Evaluate every held-out row once and record the result in `state`; nothing else changes.
 
-        A signal interrupts it, and then it counts for nothing. Where held-out rows cannot be read the run goes on
-        without this validation (`on_bad_shard` is skip), or all ranks are to stop, and `raise_lost` says why.
+        If a signal interrupts it, its result is discarded. If held-out rows cannot be read, then with `on_bad_shard`
+        skip the run continues without this validation; otherwise all ranks stop, and `raise_lost` says why.
         """
         if self._validation.is_due(state.step) and not self._stop.agreed:
             self._validate(state)
@@ -76,7 +76,7 @@ class DueValidations:
             self._give_up(state.step, error)
             return
         if found is None:
-            self._monitor.say(f"{what} is broken off: the run was asked to stop")
+            self._monitor.say(f"{what} was interrupted: the run was asked to stop")
             return
         result, answers = found
         is_best = state.note_validation(result.cross_entropy, self._validation.of)
@@ -84,15 +84,15 @@ class DueValidations:
 
     def _give_up(self, step: int, error: DataError) -> None:
         if self._may_skip:
-            self._monitor.say(f"on_bad_shard is skip, so step {step} goes without its validation: {error}")
+            self._monitor.say(f"skipping the validation of step {step}, because on_bad_shard is skip: {error}")
             return
         self._lost = (
-            f"{error}; step {step} is saved and training goes on there, with this validation first, when it is started "
-            "again; on_bad_shard=skip does without what cannot be read"
+            f"{error}; step {step} is saved, and the next start repeats this validation and resumes from there; "
+            "set on_bad_shard=skip to continue without the unreadable rows"
         )
         self._stop.agreed = True
 
     def raise_lost(self) -> None:
-        """Raise `DataError` on all ranks where a validation could not read its rows."""
+        """Raise `DataError` on all ranks if a validation could not read its rows."""
         if self._lost is not None:
             raise DataError(self._lost)

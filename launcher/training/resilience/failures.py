@@ -1,7 +1,7 @@
-"""How a run ends that did not mean to, and whose fault it is: its own, or that of a rank or machine that is lost.
+"""Find out why a run failed: by an error of its own, or because a rank or a machine was lost.
 
-The rank that notices a lost peer is not the suspect: every rank that still can leaves a note in `failures/`, and those
-that leave none have been killed, or their machine is gone.
+The rank that notices a lost peer is not the one at fault. Every rank that is still alive leaves a note in `failures/`;
+a rank without a note was killed, or its machine is gone.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from launcher.errors import ConfigurationError, HardwareError, TrainingError
 from launcher.files import replace_text
 from launcher.run_folder import RunFolder
 
-GRACE = 10.0  # seconds for the other ranks' notes; who leaves none in that time is suspect
+GRACE = 10.0  # seconds to wait for the other ranks' notes; a rank without one by then is a suspect
 COMMUNICATION = re.compile(
     r"gloo/(transport|rendezvous)/|ncclRemoteError|ncclSystemError|NCCL communicator was aborted"
 )
-MISUSE = re.compile(r"ncclInvalid(Usage|Argument)")  # two ranks on one GPU, say: another machine would not help
+# For example two ranks on one GPU; moving to another machine would not help.
+MISUSE = re.compile(r"ncclInvalid(Usage|Argument)")
 DEVICE = re.compile(
     r"uncorrectable (ECC|NVLink) error|hardware error|hardware stack error|GPU is lost|devices? is/are busy or unavailable"
     r"|CUDA-capable device\(s\) is/are busy|Xid|uncorrectable error"
@@ -37,21 +38,22 @@ DEVICE = re.compile(
 
 
 def what_failed(error: BaseException | None) -> str | None:
-    """`communication` or `device` where that is what an error is about; None for every other error.
+    """Return `communication` or `device` if that caused the error; None for every other error.
 
-    Illegal addresses, assertions in kernels and memory that is too small are mistakes of a program or a configuration.
+    Illegal addresses, kernel assertions and lack of memory are mistakes in the program or the configuration, so they
+    give None.
     """
     text = str(error)
     if isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in text):
         return "device" if DEVICE.search(text) else None
-    if isinstance(error, dist.DistError):  # of the backend (NCCL), the network, or the store that ranks meet in
+    if isinstance(error, dist.DistError):  # from the backend (NCCL), the network or the rendezvous store
         return None if MISUSE.search(text) else "device" if DEVICE.search(text) else "communication"
     return "communication" if isinstance(error, RuntimeError) and COMMUNICATION.search(text) else None
 
 
 @contextmanager
 def recognised_failures() -> Iterator[None]:
-    """Turn what failed in communication or a device, where nothing has done so yet, into a `HardwareError`."""
+    """Turn an error of communication or of a device into a `HardwareError`; let every other error pass."""
     try:
         yield
     except RuntimeError as error:
@@ -60,14 +62,14 @@ def recognised_failures() -> Iterator[None]:
             raise
         rank, host = os.environ.get("RANK", "0"), socket.gethostname()
         raise HardwareError(
-            f"rank {rank} on {host}: {_first_line(error)} ({kind}); start the run again to go on from its newest checkpoint"
+            f"rank {rank} on {host}: {_first_line(error)} ({kind}); start the run again to resume from its newest checkpoint"
         ) from error
 
 
 class Failures:
-    """Finds out why this run ends, with the other ranks' notes, and writes it down; made by all ranks together.
+    """Find out from all ranks' notes why this run ends, and record it; all ranks create it together.
 
-    run: its `failures/` holds the notes, one a rank, `{rank, host, kind, sentence}`.
+    run: its `failures/` folder holds one note per rank, `{rank, host, kind, sentence}`.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -77,14 +79,14 @@ class Failures:
         self._ended = False
         self._hosts = [None] * dist.get_world_size()
         if self._rank == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)  # those of the attempt before
+            shutil.rmtree(self._folder, ignore_errors=True)  # notes of the previous attempt
         dist.all_gather_object(self._hosts, socket.gethostname())
 
     def end(self, step: int, error: BaseException) -> None:
-        """Write `status.json` for a run that ends with an error; the first is the reason, and nothing is done for another.
+        """Write `status.json` for a run that ends with an error; later calls do nothing, as the first error is the reason.
 
-        Raises `HardwareError` where a rank or a machine is lost, and `TrainingError` where another rank's own error
-        has ended this one; returns where `error` itself is the reason, for the caller to raise.
+        Raises `HardwareError` if a rank or a machine is lost, and `TrainingError` if another rank's own error ended this
+        one. Returns if `error` itself is the reason, for the caller to raise.
         """
         if self._ended:
             return
@@ -109,38 +111,38 @@ class Failures:
         raise (TrainingError if own_error else HardwareError)(reason) from error
 
     def _judge(self, notes: dict[int, dict], notes_can_be_left: bool = True) -> tuple[str, list[str], bool]:
-        """The reason in a sentence, the hosts to do without, and whether it is some rank's own error."""
+        """Return the reason in one sentence, the hosts to avoid, and whether the reason is some rank's own error."""
         by_kind = {
             kind: [rank for rank in sorted(notes) if notes[rank]["kind"] == kind] for kind in ("error", "device")
         }
         silent = sorted(set(range(len(self._hosts))) - notes.keys())
-        go_on = "start the run again to go on from its newest checkpoint"
+        go_on = "start the run again to resume from its newest checkpoint"
         if by_kind["error"]:
             rank = by_kind["error"][0]
             return f"rank {rank} on {self._hosts[rank]} failed: {notes[rank]['sentence']}", [], True
         if by_kind["device"]:
             rank = by_kind["device"][0]
-            reason = f"rank {rank} on {self._hosts[rank]} has a fault in its device: {notes[rank]['sentence']}; {go_on}"
+            reason = f"rank {rank} on {self._hosts[rank]} has a device fault: {notes[rank]['sentence']}; {go_on}"
             return reason, self._hosts_of(by_kind["device"]), False
         if silent and notes_can_be_left:
             lost = " and ".join(f"rank {rank} on {self._hosts[rank]}" for rank in silent[:4])
             more = f" and {len(silent) - 4} more" if len(silent) > 4 else ""
-            how = "ended without a word: killed (by the system where memory was short), or the machine is gone"
+            how = "ended without a word: killed (often for lack of memory), or the machine is gone"
             return f"{lost}{more} {how}; {go_on}", self._hosts_of(silent), False
-        who = "and nobody knows which of them live" if silent else "and all of them live"
+        who = "and it is unknown which of them are alive" if silent else "though all of them are alive"
         told = notes[min(notes)]["sentence"]
-        return f"the ranks have lost the connection to one another, {who} ({told}); {go_on}", [], False
+        return f"the ranks lost their connection to one another, {who} ({told}); {go_on}", [], False
 
     def _hosts_of(self, ranks: list[int]) -> list[str]:
         return sorted({self._hosts[rank] for rank in ranks})
 
     def _leave(self, note: dict) -> bool:
-        """Write a note, and tell whether the disk took it."""
+        """Write this rank's note and return whether that succeeded."""
         try:
             self._folder.mkdir(exist_ok=True)
             replace_text(self._folder / f"rank-{self._rank}.json", json.dumps(note))
         except OSError as reason:
-            print(f"rank {self._rank} cannot leave a note in {self._folder}: {reason}", file=sys.stderr, flush=True)
+            print(f"rank {self._rank} cannot write its note to {self._folder}: {reason}", file=sys.stderr, flush=True)
             return False
         return True
 
@@ -152,16 +154,16 @@ class Failures:
             if len(notes) == len(self._hosts) or time.monotonic() > deadline:
                 return notes
             time.sleep(0.5)
-            self._leave(own)  # NFS shows an old list of a folder for half a minute, unless one changes something there
+            self._leave(own)  # NFS lists a folder up to half a minute late unless this host writes to it
 
 
 def _leave_the_others() -> None:
-    """End what connects this rank to the others: they wait in collectives, perhaps for this rank that will never come."""
+    """Close this rank's connections: the others may wait for it in a collective that it will never join."""
     if dist.get_backend() == "nccl":
         return dist.distributed_c10d._abort_process_group()
-    for descriptor in os.listdir("/proc/self/fd"):  # gloo has no way of its own that reaches the peers
+    for descriptor in os.listdir("/proc/self/fd"):  # gloo has no abort that reaches the peers
         with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:
-            connection.getpeername()  # raises for what only listens, which gloo's thread would not survive
+            connection.getpeername()  # raises for a listening socket: shutting that down would crash gloo's thread
             connection.shutdown(socket.SHUT_RDWR)
 
 
@@ -171,5 +173,5 @@ def _read_note(path: Path) -> dict:
 
 def _first_line(error: BaseException) -> str:
     if isinstance(error, ConfigurationError | DataError | HardwareError | TrainingError):
-        return str(error)  # a sentence already
+        return str(error)  # already one sentence
     return f"{type(error).__name__}: {error}".splitlines()[0]

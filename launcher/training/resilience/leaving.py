@@ -1,4 +1,4 @@
-"""The end of a process whose work is done: nothing that happens from here on may make a failure of it."""
+"""End a process whose work is done; nothing that happens from here on may turn success into failure."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ from launcher.training.resilience.failures import what_failed
 
 
 def leave_together() -> None:
-    """Wait until every rank has come here, and leave the process group; a rank that is gone already is no error.
+    """Wait until every rank is here, then leave the process group; a rank that is already gone is not an error.
 
-    Launchers end the others when the first rank leaves with a code other than 0, so that all first tell what they have
-    to tell. Raises what is not about communication.
+    Launchers kill the other ranks when one exits with a code other than 0. Waiting lets every rank write its messages
+    first. Errors that are not about communication are raised.
     """
     try:
         dist.barrier()
     except RuntimeError as error:
-        # Ranks go when all have come, and a slow one may find the fast ones' connections closed before it sees their
-        # last message. One that was killed instead has an exit code of its own, which its launcher sees.
+        # Fast ranks leave as soon as all have arrived, so a slow one may find their connections closed before it reads
+        # their last message. If a rank was killed instead, its launcher sees that by its exit code.
         if what_failed(error) != "communication":
             raise
         said = str(error).partition("\n")[0]
-        print(f"rank {os.environ.get('RANK', '0')} is done, and leaves without the others ({said})", file=sys.stderr)
+        print(
+            f"rank {os.environ.get('RANK', '0')} is done and leaves without waiting for the others ({said})",
+            file=sys.stderr,
+        )
     dist.destroy_process_group()
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process with `code`, all output written, without the interpreter's own end.
+    """Flush all output and end this process with `code`, without the interpreter's shutdown.
 
-    Engines keep process groups alive whose threads (gloo's, NCCL's watchdog) are in native code while the interpreter
-    takes itself apart; what goes wrong there would give a run that is complete the exit code of a crash.
+    Engines keep process groups alive, whose threads (gloo's, NCCL's watchdog) still run native code while the
+    interpreter shuts down. A crash there would give a complete run the exit code of a failed one.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Stopping at a signal: all ranks agree at a step boundary, so that the checkpoint is one of all of them."""
+"""Stop at a signal: all ranks agree on the step boundary, so that they save the same checkpoint."""
 
 from __future__ import annotations
 
@@ -15,18 +15,22 @@ import torch.distributed as dist
 
 from launcher.exit_codes import INTERRUPTED
 
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # HUP: a terminal was closed
-LOOK_AT_LAUNCHERS = 1.0  # seconds between two looks at whether they still run
-SAME_REQUEST = 2.0  # seconds in which the signals of one Ctrl-C come: the terminal's, and those of launchers
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # SIGHUP: the terminal was closed
+LOOK_AT_LAUNCHERS = 1.0  # seconds between checks that the launchers still run
+# One Ctrl-C sends several signals, from the terminal and from launchers; all arrive within so many seconds.
+SAME_REQUEST = 2.0
 
 
 class StopRequest:
-    """SIGTERM, SIGUSR1, SIGINT or SIGHUP at any rank ask all of them to stop at the next step boundary, with a checkpoint.
+    """Stop all ranks at the next step boundary, with a checkpoint, once any rank gets a signal in `REQUESTS`.
 
-    So does the end of the deepspeed launcher that started them, which passes no signal on that only it gets.
-    A second SIGINT more than `SAME_REQUEST` seconds after the first ends this process at once: Ctrl-C twice. SIGTERM
-    always asks: the deepspeed launcher sends it to one rank after another for as long as each takes to save.
-    `agreed`: whether the ranks have agreed to stop. `report` is called with a sentence before an end at once.
+    - The end of the deepspeed launcher counts as a request: it does not pass on a signal that only it receives.
+    - A second SIGINT more than `SAME_REQUEST` seconds after the first (Ctrl-C twice) ends this process at once, after a
+      call of `report` with a sentence.
+    - A repeated SIGTERM is only a request: the deepspeed launcher sends it to one rank after another, and waits while
+      each saves.
+
+    `agreed`: whether the ranks have agreed to stop.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -34,25 +38,25 @@ class StopRequest:
         self.agreed = False
         self._received = False
         self._interrupted: float | None = None
-        # Python runs a handler between two instructions of the main thread, which a hung collective never reaches.
-        # This pipe is written to by the signal itself, and a thread reads it.
+        # Python runs signal handlers between bytecode instructions of the main thread, so never during a hung
+        # collective. The signal itself writes to this pipe instead, and a thread reads it.
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._receive, args=(reading,), name="signals", daemon=True).start()
         for number in REQUESTS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # nohup asked for that
+                continue  # set by nohup
             signal.signal(number, lambda number, frame: None)
         if (launchers := _deepspeed_launchers()) is not None:
             threading.Thread(target=self._watch, args=(launchers,), name="launchers", daemon=True).start()
 
     def requested(self, device: torch.device) -> torch.Tensor:
-        """1 where this rank was asked to stop, to be added up over the ranks."""
+        """Return 1 if this rank was asked to stop, else 0; sum it over the ranks."""
         return torch.tensor(float(self._received), device=device)
 
     def agree(self, device: torch.device) -> bool:
-        """Ask all ranks within something long between two steps; called by all of them."""
+        """Agree on stopping within long work between two steps, such as a validation; all ranks must call it."""
         asked = self.requested(device)
         dist.all_reduce(asked)
         self.agreed = bool(asked.item())
@@ -78,7 +82,7 @@ class StopRequest:
 
 
 def _deepspeed_launchers() -> tuple[int, int] | None:
-    """The process of DeepSpeed that started this one, and the `deepspeed` command that started that; None under others."""
+    """Return the ids of DeepSpeed's launcher process and of its parent, the `deepspeed` command; None without them."""
     try:
         parent = psutil.Process(os.getppid())
         is_deepspeed = "deepspeed.launcher.launch" in parent.cmdline()
@@ -88,10 +92,10 @@ def _deepspeed_launchers() -> tuple[int, int] | None:
 
 
 def _was_orphaned(launchers: tuple[int, int]) -> bool:
-    """Whether the `deepspeed` command had ended before it was first looked at; in a container it may be process 1 itself."""
+    """Return whether the `deepspeed` command ended before the first check; in a container it may itself be process 1."""
     if launchers[1] != 1:
         return False
     try:
         return not any("deepspeed" in word for word in psutil.Process(1).cmdline())
-    except psutil.Error:  # another user's process, of which this one may see nothing
+    except psutil.Error:  # another user's process, which this one may not inspect
         return True

@@ -1,4 +1,4 @@
-"""A step that hangs ends the run: a collective that waits for a lost rank would burn the night otherwise."""
+"""End a run whose step hangs; a collective that waits for a lost rank would otherwise block it until someone notices."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ import torch
 
 from launcher.exit_codes import HUNG
 
-FIRST_STEP = 3  # times the limit: it compiles, and fills caches
-GRACE = 10.0  # seconds for the other ranks' stacks: a rank that leaves ends those that wait for it
+FIRST_STEP = 3  # the first step's limit, in normal limits: it compiles and fills caches
+# Seconds to wait so that the other ranks can write their stacks: a rank that exits ends those that wait for it.
+GRACE = 10.0
 
 
 class Watchdog:
-    """Ends this process with `HUNG` where what it does takes too long, after writing its Python stacks.
+    """Write this process's Python stacks and end it with `HUNG` if its current activity takes too long.
 
-    They go to `stacks/rank-N.txt` in the run folder and to stderr. It is a thread, which runs while the main thread
-    waits in C; where C holds on to the interpreter's lock, faulthandler's own thread writes the stacks and ends the
-    process (with code 1). `report` is called first, with a sentence. `longest`: the time after which the process has
-    ended for certain, whatever it was at; who waits for another rank should bear that long, so that this speaks first.
+    The stacks go to `stacks/rank-N.txt` in the run folder and to stderr; then `report` is called with a sentence. A
+    thread does this, because the main thread may wait in C code. If that code holds the interpreter's lock,
+    faulthandler's own thread writes the stacks and ends the process with code 1.
+    `longest`: the time after which the process has certainly ended. Timeouts of waits for other ranks should be at
+    least that long, so that the watchdog reports first.
     """
 
     def __init__(self, folder: Path, rank: int, seconds: float, report: Callable[[str], None]) -> None:
@@ -37,20 +39,20 @@ class Watchdog:
         self._what = ""
         self._path = folder / "stacks" / f"rank-{rank}.txt"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "w")  # noqa: SIM115 - a hung process is not the one to open a file
+        self._file = open(self._path, "w")  # noqa: SIM115 - opened now, because a hung process may not be able to
         self._deadline = float("inf")
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begins(self, what: str, first: bool = False) -> None:
-        """From now on the process is at `what`, for at most the limit; the first of its kind has longer."""
+        """Start the time limit for the activity `what`; the first of its kind gets `FIRST_STEP` times as long."""
         seconds = self.seconds * (FIRST_STEP if first else 1)
         self._what, self._deadline = what, time.monotonic() + seconds
         faulthandler.dump_traceback_later(seconds + 3 * GRACE, exit=True, file=self._file)
 
     @contextmanager
     def at_each_forward(self, module: torch.nn.Module, what: str, first: bool = False) -> Iterator[None]:
-        """Within it each forward of `module` has the limit for itself: together they may take as long as they like."""
+        """Restart the time limit at each forward of `module` within this context; their total time is unlimited."""
         self.begins(what, first)
         hook = module.register_forward_pre_hook(lambda *_: self.begins(what, first))
         try:
@@ -59,13 +61,13 @@ class Watchdog:
             hook.remove()
 
     def close(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._closed.set()
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
-        with suppress(OSError):  # another rank's file is there still
+        with suppress(OSError):  # another rank's file is still there
             self._path.parent.rmdir()
 
     def _watch(self) -> None:

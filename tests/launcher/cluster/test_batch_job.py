@@ -84,7 +84,7 @@ def test_a_preflight_that_was_cut_short_ends_nothing(attempts, capsys):
     preflight(attempts, "red", None)
     assert begin(attempts, HOSTS) == "go"  # and what an earlier start found does not count
     assert check(attempts, 137, HOSTS) == "go"
-    assert "came to no end (code 137)" in capsys.readouterr().err
+    assert "did not finish (code 137)" in capsys.readouterr().err
 
 
 def test_three_sets_of_broken_machines_are_enough(attempts):

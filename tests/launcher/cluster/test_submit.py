@@ -28,7 +28,7 @@ def shown(capsys, *words: str) -> list[list[str]]:
     """The calls of sbatch that a dry run shows."""
     lfm(["submit", "--dry-run", *words])
     lines = capsys.readouterr().out.splitlines()
-    return [shlex.split(line) for before, line in itertools.pairwise(lines) if before == "# would be called:"]
+    return [shlex.split(line) for before, line in itertools.pairwise(lines) if before == "# sbatch command:"]
 
 
 def refused(capsys, *words: str) -> str:
@@ -94,7 +94,7 @@ def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, 
     assert shown(capsys, "prepare") == [["sbatch", "--parsable", "slurm/prepare.sbatch"]]
     assert "pardition" in refused(capsys, "--site", "pardition=gpu")
     (home / "lfm" / "site.yaml").write_text("- gpu\n")
-    assert "mend or delete it" in refused(capsys, "--dry-run", "train")
+    assert "fix or delete it" in refused(capsys, "--dry-run", "train")
 
 
 def test_a_sites_file_written_by_hand_holds_texts(capsys, home):
@@ -141,13 +141,16 @@ def test_a_chain_waits_for_what_came_before(capsys):
     ("words", "sentence"),
     [
         (["fly"], "takes prepare, train, evaluate, not 'fly'"),
-        (["train", "then", "evaluate", "x"], "give --chain"),
+        (["train", "then", "evaluate", "x"], "needs --chain"),
         (["--chain", "train", "then"], "not nothing"),
         (["--nodes", "-3", "train"], "--nodes is -3; it must be at least 1"),
         (["--gpus", "-1", "train"], "--gpus is -1; it must be at least 0"),
-        (["--sweep", "seed=1", "evaluate", "x"], "--sweep is for train alone"),
-        (["--gpus", "8", "--sbatch=--mem-per-gpu=80G", "train"], "than --sbatch=--mem-per-gpu; give --mem"),
-        (["--table", "/nowhere"], "/nowhere is no sweep's folder"),
+        (["--sweep", "seed=1", "evaluate", "x"], "--sweep works only with train"),
+        (
+            ["--gpus", "8", "--sbatch=--mem-per-gpu=80G", "train"],
+            "--mem-per-gpu conflicts with the batch scripts; give --mem",
+        ),
+        (["--table", "/nowhere"], "/nowhere is not the folder of a sweep"),
     ],
 )
 def test_a_wrong_call_is_one_sentence(capsys, words, sentence):
@@ -195,7 +198,7 @@ def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
     write_runs(again, Path(job.variables["LFM_SWEEP"]))
     assert (output / "sweep" / "1" / "2").read_text().splitlines() == runs[2]
     assert (output / "sweep" / "2" / "1").read_text().splitlines() == again[1]
-    with pytest.raises(ConfigurationError, match="call this one again"):
+    with pytest.raises(ConfigurationError, match="run this command again"):
         write_runs(again, Path(job.variables["LFM_SWEEP"]))
     lfm(["submit", "--table", str(output)])
     assert capsys.readouterr().out.splitlines()[-1].startswith("| 3 |  | not started |")

@@ -144,8 +144,8 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
     environment = {**os.environ, "NLTK_DATA": "/nowhere", "HOME": "/nowhere"}
     result = fork_server.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert "note: cleaning changed 1 of 6 pairs, as it did the training text" in result.stderr
-    assert result.stdout.count("METEOR is left out: NLTK finds no WordNet; set NLTK_DATA") == 1
+    assert "note: cleaning changed 1 of 6 pairs, as it does for training data" in result.stderr
+    assert result.stdout.count("METEOR is skipped: NLTK finds no WordNet; set NLTK_DATA") == 1
     out = tmp_path / "model-evaluation"  # an exported folder holds the model and nothing else
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert [sample["kind"] for sample in samples] == ["best", "best", "worst", "worst"]
@@ -177,17 +177,17 @@ def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_pat
     emptied = [{"question": "a", "answer": "b"}, {"question": "Where is it?", "answer": "https://example.com"}]
     (tmp_path / "emptied.jsonl").write_text("\n".join(map(json.dumps, emptied)))
     for arguments, message in (
-        (["--data", str(other)], "has rows of 512 tokens and the model takes 256"),
+        (["--data", str(other)], "has rows of 512 tokens, but the model takes at most 256"),
         (
             ["--questions", str(tmp_path / "wrong.jsonl")],
-            'line 1 of .*wrong.jsonl is not an object with the texts "question"',
+            'line 1 of .*wrong.jsonl is not a JSON object with the texts "question"',
         ),
         (
             ["--questions", str(tmp_path / "emptied.jsonl")],
             "the answer of pair 2 of .*emptied.jsonl is 'https://example.com', and cleaning leaves nothing of it",
         ),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
-        ([], "is no run folder, which would name its data; give --data"),
+        ([], "is not a run folder, so its held-out data is unknown; give --data"),
     ):
         result = fork_server.run([*COMMAND, str(exported), *arguments], capture_output=True, text=True, timeout=120)
         assert result.returncode == 2, result.stderr

@@ -128,7 +128,7 @@ def test_the_card_says_what_the_run_was(run, exported):
     assert front["library_name"] == "transformers" and front["pipeline_tag"] == "text-generation"
     assert f"| Tokens | {state.tokens:,} |" in card and f"| Steps | {STEPS} of {STEPS} |" in card
     assert "| `sample` |" in card and "Apache-2.0" in card
-    shown = float(re.search(r"\| cross entropy, nats a token \| ([\d.]+) \|", card)[1])
+    shown = float(re.search(r"\| cross entropy, nats per token \| ([\d.]+) \|", card)[1])
     assert "| cross entropy of the questions from `mathstackexchange` |" in card
     assert front["license"] == "apache-2.0"  # the sample's
     assert shown == pytest.approx(state.best_metric, abs=1e-4)
@@ -145,7 +145,7 @@ def test_an_earlier_export_is_replaced_by_the_new_one_and_nothing_else_is(run, t
         monkeypatch.chdir(folder)
         with pytest.raises(SystemExit):
             lfm(["export", str(run.path), "--out", name])
-        assert "the folder that you are in, or one above it" in capsys.readouterr().err
+        assert "is the current folder or one of its parents" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         lfm(["export", str(run.path), "--out", "/proc"])
     assert "mount point" in capsys.readouterr().err
@@ -179,7 +179,7 @@ def test_the_card_knows_the_dataset_of_downloaded_files(sample_data, tmp_path):
     names, lines = describe_data(str(tmp_path / "plain"))
     (line,) = lines[2:]
     assert names == [f"part-{number}.jsonl" for number in range(3)]
-    assert "| 3 questions with answers" in line and line.endswith("| not known here: see its publisher |")
+    assert "| 3 questions with answers" in line and line.endswith("| unknown: see its publisher |")
     write_origin(files.parent, "TIGER-Lab/WebInstructSub", "0123456789abcdef")
     prepare(str(files), tmp_path / "noted", settings, progress=False)
     names, lines = describe_data([{"path": str(tmp_path / "noted"), "weight": 2.0}])
@@ -251,7 +251,7 @@ print(json.dumps(peak() - before))
 
 @pytest.mark.slow
 def test_an_export_holds_little_more_than_its_largest_tensor(trainer, tmp_path):
-    """Resident memory, mapped files included: below twice the largest tensor and a shard, a tenth of the model."""
+    """Resident memory, mapped files included: a few of the largest tensors and a shard, an eighth of the model."""
     larger = {**SIZES, "hidden_size": 256, "num_hidden_layers": 24, "num_experts": 8, "moe_intermediate_size": 512}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(larger))
     trainer.run(2, trainer.arguments("larger", f"model={tmp_path / 'model.yaml'}", "max_steps=1"))
@@ -262,4 +262,4 @@ def test_an_export_holds_little_more_than_its_largest_tensor(trainer, tmp_path):
     weights = load_run(trainer.folder / "larger").state_dict()
     largest, whole = max(w.nbytes for w in weights.values()), sum(w.nbytes for w in weights.values())
     print(f"export of {whole / 1e6:.0f} MB took {taken / 1e6:.1f} MB; the largest tensor has {largest / 1e6:.1f} MB")
-    assert taken < 2 * largest + shard < whole / 5
+    assert taken < 3 * largest + shard < whole / 7

@@ -113,7 +113,7 @@ def test_a_line_of_a_file_ends_where_json_ends_it(tmp_path):
 def test_a_line_that_is_no_question_is_named(tmp_path, line):
     file = tmp_path / "q.jsonl"
     file.write_text('{"question": "Why?"}\n' + line)
-    with pytest.raises(ConfigurationError, match='^line 2 of .* is not an object with the text "question"$'):
+    with pytest.raises(ConfigurationError, match='^line 2 of .* is not a JSON object with the text "question"$'):
         read_objects(str(file), "question")
 
 
@@ -128,7 +128,7 @@ def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
         return told_if_changed(text, cleaned(text))
 
     assert noted("Is https://example.com safe?") == (
-        "the question is read as 'Is safe?': it was cleaned as the training text was"
+        "the question is read as 'Is safe?': it was cleaned like the training data"
     )
     assert "'a & b'" in noted("a &amp; b")
     assert len(noted("<b>why</b> " * 1000)) < 300
@@ -140,7 +140,7 @@ def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
     )  # fmt: skip
     assert result.returncode == 0
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned as the training text was"]
+    assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned like the training data"]
 
 
 def test_what_cannot_be_is_one_sentence(exported, small):
@@ -151,7 +151,7 @@ def test_what_cannot_be_is_one_sentence(exported, small):
     with pytest.raises(ConfigurationError, match=r"256 positions; shorten it$"):
         answer(*small, ["Why? " * 300], Decoding(200))
     for wrong, message in (
-        ({"top_p": 0.5}, "give a temperature"),
+        ({"top_p": 0.5}, "set temperature above 0"),
         ({"temperature": -1}, "temperature is -1; it must be 0"),
     ):
         with pytest.raises(ConfigurationError, match=message):

@@ -77,7 +77,7 @@ def page(trainer, tmp_path_factory):
 def test_every_plot_is_drawn(page):
     """Each curve has an extent, and pixels of its colour inside its box on the screen."""
     titles = {text for drawing in page["drawings"] for text in drawing["texts"]}
-    assert {"Loss", "Learning rate", "Gradient norm", "Seconds of a step", "Router entropy"} <= titles
+    assert {"Loss", "Learning rate", "Gradient norm", "Seconds per step", "Router entropy"} <= titles
     assert len(page["drawings"]) >= 12
     for drawing in page["drawings"]:
         name = drawing["texts"]

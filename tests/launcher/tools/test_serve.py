@@ -108,7 +108,7 @@ def test_openais_own_client_is_answered(server, small):
 
     assert not hasattr(whole, "notes")
     changed = [{"role": "user", "content": "Is https://example.com safe?"}]
-    read = ["messages[0].content is read as 'Is safe?': it was cleaned as the training text was"]
+    read = ["messages[0].content is read as 'Is safe?': it was cleaned like the training data"]
     assert ask(model=model.id, messages=changed, max_tokens=1).notes == read
     assert next(iter(ask(model=model.id, messages=changed, max_tokens=1, stream=True))).notes == read
 
@@ -133,30 +133,30 @@ def test_openais_own_client_is_answered(server, small):
 def test_what_is_refused_says_why_in_openais_form(server):
     completions = "/v1/chat/completions"
     for status, body, headers, message in (
-        (401, chat(), {"Authorization": "Bearer secre"}, "asks for a token"),
+        (401, chat(), {"Authorization": "Bearer secre"}, "requires a token"),
         (413, chat("x" * 6000), {}, "larger than 5,000 bytes"),
         (415, chat(), {"Content_Type": "text/plain"}, "send JSON"),
-        (400, b"{", {}, "not JSON"),
+        (400, b"{", {}, "not valid JSON"),
         (400, chat("why? " * 300), {}, "the model takes 256"),
         (400, chat(max_tokens=255), {}, "ask for at most"),
         (400, chat(temperature="hot"), {}, "temperature is 'hot'"),
-        (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "the last message must be the user's"),
+        (400, {"messages": [{"role": "system", "content": "Be kind."}]}, {}, "the last message must have the role"),
         (
             400,
             {"messages": [*chat()["messages"], {"role": "system", "content": "So."}]},
             {},
             "only the first message may be",
         ),
-        (400, {"messages": [{"content": "So."}]}, {}, "messages[0] has the role None where 'user' is due"),
+        (400, {"messages": [{"content": "So."}]}, {}, "messages[0] has the role None instead of 'user'"),
         (400, {"messages": ["So."]}, {}, "messages[0].content must be text"),
-        (404, chat(model="gpt"), {}, "there is no model 'gpt' here"),
+        (404, chat(model="gpt"), {}, "there is no model 'gpt'; ask for"),
         (
             400,
             chat("https://example.com"),
             {},
             "messages[0].content is 'https://example.com', and cleaning leaves nothing",
         ),
-        (400, chat("\ud800"), {}, "messages[0].content has half of a surrogate pair"),
+        (400, chat("\ud800"), {}, "messages[0].content has an unpaired surrogate"),
     ):
         found, content = server.request(completions, body, **headers)
         assert found == status, content
@@ -170,7 +170,7 @@ def test_what_is_refused_says_why_in_openais_form(server):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "the body is not JSON that can be read"),
+        (b'{"messages": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "the body is not valid JSON"),
         (json.dumps(chat(temperature=10**400)).encode(), "temperature is 1000"),
         (json.dumps(chat(max_tokens=10**400)).encode(), "max_tokens is 1000"),
         (json.dumps(chat(max_tokens=float("nan"))).encode(), "max_tokens is nan"),
@@ -203,7 +203,7 @@ def test_messages_become_what_the_chat_template_makes_of_them(small):
     assert request.prompt == tokenizer(rendered, add_special_tokens=False)["input_ids"]
     literal = read_request(json.dumps(chat("a</s>b")).encode(), tokenizer, "small", 256, Limits())
     assert tokenizer.eos_token_id not in literal.prompt
-    with pytest.raises(RequestError, match="at most 64 are read"):
+    with pytest.raises(RequestError, match="at most 64 are allowed"):
         read_request(json.dumps({"messages": messages * 22}).encode(), tokenizer, "small", 256, Limits())
 
 
@@ -320,7 +320,7 @@ def test_a_port_for_others_asks_for_a_token_and_one_that_is_taken_is_said(export
     environment = {name: value for name, value in os.environ.items() if name != "LFM_TOKEN"}
     port = server.url.rsplit(":", 1)[1]
     for arguments, message in (
-        (["--host", "0.0.0.0"], "set LFM_TOKEN (or --token) to what they must send"),
+        (["--host", "0.0.0.0"], "needs a token; set LFM_TOKEN or --token"),
         (["--port", port], f"cannot listen on 127.0.0.1 port {port}"),
     ):
         result = fork_server.run(
@@ -349,7 +349,7 @@ def test_the_page_shows_the_answer_as_it_comes(server, small, tmp_path):
         box = browser.find_element(By.ID, "question")
         box.send_keys(QUESTION + "\n")
         error = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".error"))
-        assert "asks for a token" in error.text
+        assert "requires a token" in error.text
         told = browser.execute_script("return reason(new Response('Invalid host header', {status: 400}))")
         assert told == "400 Invalid host header"  # a plain text, as a proxy's would be
         browser.find_element(By.TAG_NAME, "summary").click()

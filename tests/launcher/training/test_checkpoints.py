@@ -49,7 +49,7 @@ def test_a_full_disk_fails_the_save_not_the_run(full):
     assert len(failures) == 2, output
     assert "step-00000004" in failures[0] and "No space left on device" in failures[0]
     assert "step-00000006" in failures[1] and "rank 1" in failures[1] and "File too large" in failures[1]
-    assert all("training goes on" in line for line in failures)
+    assert all("training continues" in line for line in failures)
     whole, disturbed = (full.scalars(name)["train/loss"] for name in ("whole", "full"))
     assert disturbed == whole
 
@@ -60,8 +60,8 @@ def test_a_last_save_that_fails_ends_the_run_with_one_sentence(full):
     assert ended, full.outputs[0].stdout
     assert not any("Traceback" in rank.stdout for rank in full.outputs)
     last = ended[0].stdout.splitlines()[-1]
-    assert "error: the last checkpoint, step-00000012 could not be saved" in last
-    assert "step-00000010 is the newest whole one" in last
+    assert "error: the last checkpoint step-00000012 could not be saved" in last
+    assert "the newest one is step-00000010" in last
     assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
 
 
@@ -256,7 +256,7 @@ def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, res
     make_checkpoint(run, 4)
     for _ in range(2):
         assert start_with(run, resume) == "step-00000004"
-        assert "delete that file" in still_to_do(run, resume)[1][0]
+        assert "to go back again, delete " in still_to_do(run, resume)[1][0]
     assert steps_of(run) == ["02", "03", "04", "left-04"]
     (run.path / "gone_back").unlink()
     assert start_with(run, resume) == "step-00000002"
@@ -294,7 +294,7 @@ def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 4)
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "left-step-00000004")
-    with pytest.raises(ConfigurationError, match="set aside.*resume=left-step-00000004 goes on from one"):
+    with pytest.raises(ConfigurationError, match="set aside.*set resume=left-step-00000004 to resume from one"):
         find_checkpoint(run, resume)
 
 

@@ -62,7 +62,7 @@ def test_data_is_a_path_or_a_list_of_weighted_paths(trainer):
         ("data=[{path: a, weight: 1, share: 2}]", r"unknown key data\[0\].share"),
         ("data=[a]", r"data\[0\] in .* is a section of keys"),
         ("on_bad_shard=ignore", "on_bad_shard is 'ignore'; it must be 'refuse' or 'skip'"),
-        ("data_cache.gigabytes=0", "data_cache.gigabytes is 0.0; it must be above 0"),
+        ("data_cache.gigabytes=0", "data_cache.gigabytes is 0; it must be above 0"),
     ):
         with pytest.raises(ConfigurationError, match=fault):
             load_run_config(trainer.config, [wrong])

@@ -61,7 +61,7 @@ def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
     reason, suspects, _ = judged({0: noticed, 3: noticed}, hosts)
     assert suspects == ["a", "b"] and reason.startswith("rank 1 on a and rank 2 on b ended without a word")
     reason, suspects, _ = judged({0: noticed, 1: noticed, 2: noticed, 3: ("device", "ECC")}, hosts)
-    assert suspects == ["c"] and "rank 3 on c has a fault in its device: ECC" in reason
+    assert suspects == ["c"] and "rank 3 on c has a device fault: ECC" in reason
     assert judged(dict.fromkeys(range(4), noticed), hosts)[1:] == ([], False)
     # Where the disk is full nobody leaves a note, and nobody is suspect for that.
     assert judged({0: noticed}, hosts, False)[1:] == ([], False)
@@ -103,7 +103,7 @@ with one_sentence_errors():
     ("how", "codes", "suspected", "said"),
     [
         ("killed", [77, -9, 77], True, "rank 1 on {host} ended without a word"),
-        ("device", [77, 77, 77], True, "rank 1 on {host} has a fault in its device"),
+        ("device", [77, 77, 77], True, "rank 1 on {host} has a device fault"),
         ("own", [1, 1, 1], False, "rank 1 on {host} failed: ValueError: of rank 1 alone"),
     ],
 )
@@ -125,7 +125,7 @@ def test_a_run_whose_rank_0_was_killed_says_so_at_the_next_start(tmp_path, capsy
     run.release()
     again = RunFolder(tmp_path / "run")
     again.claim()
-    assert "the attempt before this one has no end: last seen at step 40" in capsys.readouterr().out
+    assert "the previous attempt did not end properly: last seen at step 40" in capsys.readouterr().out
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"]) == ("starting", 40)
     again.write_status("done", 60)
@@ -154,7 +154,7 @@ def test_a_killed_run_is_known_to_have_got_as_far_as_its_status_last_said(traine
     status = json.loads((run.path / "status.json").read_text())
     assert (status["state"], status["step"]) == ("running", 3)
     run.claim()
-    assert "has no end: last seen at step 3" in capsys.readouterr().out
+    assert "did not end properly: last seen at step 3" in capsys.readouterr().out
 
 
 def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):

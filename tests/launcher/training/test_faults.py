@@ -17,7 +17,7 @@ from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import Trainer, start
 
 STEPS, ROWS = 16, 4  # rows of a step
-LOST_AT, LOST_BY = 4, 10  # the step at whose beginning a shard is lost, and that by which it is needed
+LOST_AT, LOST_BY = 4, 12  # the step at whose beginning a shard is lost, and that by which it is needed
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "keep_checkpoints=9"]
 
 
@@ -82,7 +82,7 @@ def check_lost(trainer: Trainer, name: str, result: dict, how: str) -> None:
     for printed in result["printed"]:
         sentence = printed.splitlines()[-1]
         assert sentence.startswith("error: rank") and os.path.basename(shard) in sentence, printed
-        assert "goes on there when it is started again" in sentence and "Traceback" not in printed
+        assert "resumes there when it is started again" in sentence and "Traceback" not in printed
     checkpoint, passed_over = find_checkpoint(RunFolder(trainer.folder / name), f"step-{needed - 1:08d}")
     assert passed_over == [] and read_train_state(checkpoint).position == (needed - 1) * ROWS
 

@@ -151,7 +151,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_ba
     assert [result.returncode for result in rolled_back.results] == [0, 0], rolled_back.results[0].stdout
     printed = rolled_back.results[0].stdout
     assert "step 8: the loss spikes to" in printed
-    assert "back to step-00000006, and past the rows at positions 24 to 31" in printed
+    assert "back to step-00000006; skipping the rows at positions 24 to 31" in printed
     folder, shown = rolled_back.folder / "rolled", rolled_back.scalars("rolled")
     assert set(shown["train/loss"]) == set(range(1, 13))
     state = read_train_state(folder / "checkpoints" / "step-00000012")
@@ -205,7 +205,7 @@ def test_a_rollback_past_a_damaged_checkpoint_saves_its_step_again(trainer):
     arguments = trainer.arguments("damaged", "on_spike=rollback", "keep_checkpoints=9", *VAIN_OVERRIDES)
     (result,) = trainer.run_with_faults(1, arguments, [{"kind": "spike", **at}, {"kind": "damage", **at}])
     assert result.returncode == 0, result.stdout
-    assert "back to step-00000003, and past the rows at positions 12 to 31" in result.stdout
+    assert "back to step-00000003; skipping the rows at positions 12 to 31" in result.stdout
     run = RunFolder(trainer.folder / "damaged")
     faults = {path.name: find_fault(path) for path in sorted(run.checkpoints.iterdir())}
     assert "sha256" in faults.pop("left-step-00000006")
@@ -251,8 +251,8 @@ def test_a_rollback_sets_damaged_newer_checkpoints_aside(guard):
     assert [path.name for path in complete_checkpoints(run)] == ["step-00000005"]
     assert (run.checkpoints / "left-step-00000010" / "weights").read_text() == "worse"
     assert run.latest.read_text() == "step-00000005\n" and not (run.path / "gone_back").exists()
-    assert "step-00000010 is passed over: the sha256 of weights" in guard.monitor.said[0]
-    assert "now left-step-00000010" in guard.monitor.said[1]
+    assert "the damaged checkpoint step-00000010: the sha256 of weights" in guard.monitor.said[0]
+    assert "renamed to left-step-00000010" in guard.monitor.said[1]
 
 
 def test_fp16_at_its_smallest_scale_ends_the_run_after_a_rollback_too(guard):

@@ -97,7 +97,7 @@ def test_damaged_weights_are_refused(trainer, copied):
     weights = copied / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
-    assert "cut off" in refusal(trainer, copied)
+    assert "truncated" in refusal(trainer, copied)
     weights.write_bytes(b"\xff" * 100)
     assert "holds no weights" in refusal(trainer, copied)
     save_file({"model.norm.weight": torch.zeros(32, dtype=torch.int64)}, weights)

@@ -41,7 +41,7 @@ def test_a_rank_waits_for_slow_ones_and_ends_with_its_own_code():
 def test_the_end_of_another_rank_makes_no_failure_of_one_that_is_done():
     codes, printed = leave("gone")
     assert codes == [0, 0], printed
-    assert "rank 1 is done, and leaves without the others" in printed[1]
+    assert "rank 1 is done and leaves without waiting for the others" in printed[1]
     codes, printed = leave("killed")
     assert codes == [0, -9], printed
-    assert "rank 0 is done, and leaves without the others" in printed[0]
+    assert "rank 0 is done and leaves without waiting for the others" in printed[0]

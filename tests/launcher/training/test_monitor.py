@@ -237,7 +237,7 @@ def test_what_is_no_run_has_no_report(watched, tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(SystemExit):
         lfm(["report", str(tmp_path)])
-    assert "has not taken a step yet" in capsys.readouterr().err
+    assert "has not completed a step yet" in capsys.readouterr().err
 
 
 def test_a_rank_that_shows_nothing_keeps_no_times(tmp_path):

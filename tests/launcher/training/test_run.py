@@ -232,7 +232,7 @@ def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, ca
     plan_for(copied, runs)  # a start that is killed before it trains
     assert json.loads((copied.path / "status.json").read_text())["state"] == "starting"
     plan_for(copied, runs)
-    assert f"the attempt before this one has no end: last seen at step {STEPS}" in capsys.readouterr().out
+    assert f"the previous attempt did not end properly: last seen at step {STEPS}" in capsys.readouterr().out
     begun, ended, again = attempts(copied)[-3:]
     assert (begun["event"], ended["event"], again["event"]) == ("begins", "ended", "begins")
     assert ended["state"] == "failed" and "was killed" in ended["reason"]
@@ -279,7 +279,7 @@ def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, c
     else:
         path.unlink()
     with pytest.raises(
-        ConfigurationError, match=f"{name}.*cannot be read.*put it back.*or set another output"
+        ConfigurationError, match=f"cannot read .*{name}.*restore it.*or set another output"
     ) as raised:
         plan_for(copied, runs)
     assert "\n" not in str(raised.value)
@@ -321,7 +321,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
         content = json.loads(manifest.read_text())
         del content["train_state"]["balancing_bias"]
         manifest.write_text(json.dumps({**content, "format": 1}))
-    with pytest.raises(ConfigurationError, match="format 1; this one reads 2.*; set another output") as raised:
+    with pytest.raises(ConfigurationError, match="format 1; this version reads 2.*; set another output") as raised:
         find_checkpoint(copied, "auto")
     assert "\n" not in str(raised.value)
 
@@ -343,7 +343,7 @@ def test_a_checkpoint_with_foreign_code_is_refused_and_the_code_not_run(copied, 
     manifest = read_manifest(checkpoint)
     (checkpoint / "manifest.json").unlink()
     write_manifest(checkpoint, {**manifest, "files": describe_durably(checkpoint, files_of(checkpoint))})
-    sentence = "is not a training state as DeepSpeed writes it, and loading it could run foreign code"
+    sentence = "is not a training state written by DeepSpeed, and loading it could run foreign code"
     with pytest.raises(ConfigurationError, match=f"{sentence}.*open"):
         plan_for(copied, runs)
     with pytest.raises(ConfigurationError, match=sentence):
@@ -357,7 +357,7 @@ def test_a_checkpoint_with_foreign_code_is_refused_and_the_code_not_run(copied, 
 def test_an_export_of_an_older_checkpoint_than_the_newest_says_so(copied, tmp_path, capsys):
     next((copied.checkpoints / "step-00000020").glob("*optim_states.pt")).unlink()
     lfm(["export", str(copied.path), "--out", str(tmp_path / "exported")])
-    assert "checkpoint step-00000020 is passed over: " in capsys.readouterr().err
+    assert "skipping the damaged checkpoint step-00000020: " in capsys.readouterr().err
     assert "| 15 of 20 |" in (tmp_path / "exported" / "README.md").read_text()
 
 
@@ -367,7 +367,7 @@ def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
     (copied.checkpoints / "step-00000003").mkdir()  # has lost its manifest: ignored, but a person's to delete
     overrides = ["expert_parallel_size=2", "max_steps=16", f"schedule.steps={STEPS}", "resume=step-00000015"]
     (output, _) = runs.run(2, [*runs.arguments("whole"), *overrides, f"output={copied.path}"])
-    assert "step-00000020 is of steps that will be taken again" in output.stdout
+    assert "checkpoint step-00000020 was renamed to left-step-00000020" in output.stdout
     names = sorted(path.name for path in copied.checkpoints.iterdir() if path.is_dir())
     assert names == ["left-step-00000020", "step-00000003", "step-00000015", "step-00000016"]
     assert copied.latest.read_text() == "step-00000016\n"
@@ -375,7 +375,7 @@ def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed_from(copied, runs):
-    with pytest.raises(ConfigurationError, match="init_from begins a new one"):
+    with pytest.raises(ConfigurationError, match="init_from starts a new run"):
         find_checkpoint(copied, str(runs.folder / "whole" / "checkpoints" / "step-00000020"))
 
 

@@ -216,7 +216,7 @@ def test_a_validation_may_take_longer_than_a_step_and_a_signal_ends_it_with_a_ch
     slow = {"kind": "sleep", "steps": [2], "seconds": 0.35}
     results = trainer.run_with_faults(2, arguments, [slow, {"kind": "terminate", "rank": 1, "steps": [4]}])
     assert [result.returncode for result in results] == [75, 75], results[0].stdout
-    assert "validating at step 4 is broken off: the run was asked to stop" in results[0].stdout
+    assert "validating at step 4 was interrupted: the run was asked to stop" in results[0].stdout
     shown, state = trainer.scalars("long"), read_train_state(trainer.folder / "long/checkpoints/step-00000004")
     assert list(shown["validation/cross_entropy"]) == [2] and shown["perf/validation_seconds"][2] > 16
     assert (state.best_step, state.best_metric) == (2, pytest.approx(shown["validation/cross_entropy"][2]))

@@ -19,7 +19,7 @@ from tests.launcher.trainer import Trainer, start
 STEPS = 4
 # Of the validations at 2 and at 4 the first is the best: its checkpoint is kept only where it says so itself.
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "keep_checkpoints=1", "expert_parallel_size=2"]
-COMMON += ["learning_rate=0.3", "warmup_steps=1", "schedule.steps=6", "validation_samples=1"]
+COMMON += ["learning_rate=2", "warmup_steps=1", "schedule.steps=6", "validation_samples=1"]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_validation_without_any_row_stops_the_run_only_where_bad_shards_are_re
     if on_bad_shard == "skip":
         validations.raise_lost()
         assert said == [
-            "on_bad_shard is skip, so step 4 goes without its validation: "
+            "skipping the validation of step 4, because on_bad_shard is skip: "
             "every shard of held_out is bad: copy or prepare the folder again"
         ]
     else:
