@@ -1,4 +1,6 @@
-"""The README's pictures: `python -m tests.benchmarks.pictures runs/sample` writes `model/architecture.svg` and `launcher/run.svg`.
+"""Draw the README's pictures.
+
+`python -m tests.benchmarks.pictures runs/sample` writes `model/architecture.svg` and `launcher/run.svg`.
 
 They are plain SVG, and their colours follow the reader's light or dark theme.
 """
@@ -46,7 +48,9 @@ def box(x: float, y: float, width: float, height: float, name: str, detail: str 
     """A labelled rectangle."""
     middle = x + width / 2
     lines = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="{kind}"/>']
-    lines.append(f'<text x="{middle}" y="{y + (18 if detail else height / 2 + 5)}" text-anchor="middle">{escape(name)}</text>')
+    lines.append(
+        f'<text x="{middle}" y="{y + (18 if detail else height / 2 + 5)}" text-anchor="middle">{escape(name)}</text>'
+    )
     if detail:
         lines.append(f'<text x="{middle}" y="{y + 36}" text-anchor="middle" class="small">{escape(detail)}</text>')
     return "\n".join(lines)
@@ -103,9 +107,13 @@ def run_picture(run: Path) -> str:
     for part in range(5):
         y = 250 - 55 * part
         grid.append(f'<path d="M60 {y} H620" class="grid"/>')
-        grid.append(f'<text x="52" y="{y + 4}" text-anchor="end" class="small first-text">{highest * part / 4:.1f}</text>')
+        grid.append(
+            f'<text x="52" y="{y + 4}" text-anchor="end" class="small first-text">{highest * part / 4:.1f}</text>'
+        )
         grid.append(f'<text x="628" y="{y + 4}" class="small second-text">{part * 25} %</text>')
-        grid.append(f'<text x="{60 + 140 * part}" y="270" text-anchor="middle" class="small">{steps[1] * part // 4}</text>')
+        grid.append(
+            f'<text x="{60 + 140 * part}" y="270" text-anchor="middle" class="small">{steps[1] * part // 4}</text>'
+        )
     return svg(
         680, 290, "A run of the sample: training loss and held-out accuracy", *grid,
         curve(loss, steps, (0, highest), "first"), curve(right, steps, (0, 1), "second"),

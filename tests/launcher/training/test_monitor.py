@@ -197,7 +197,7 @@ def test_the_picture_of_the_load_has_a_cell_for_each_expert():
     [
         ("validate_every=-1", "validate_every is -1; it must be at least 0"),
         ("monitor.every=-5", "monitor.every is -5"),
-        ("monitor.peak_teraflops=0", "monitor.peak_teraflops is 0.0; it must be above 0"),
+        ("monitor.peak_teraflops=0", "monitor.peak_teraflops is 0; it must be above 0"),
         ("profile.steps=[3, 2]", r"profile.steps is \[3, 2\]; it must be the first and the last step"),
         ("profile.steps=7", "profile.steps in .* is '7'; it must be a list"),
     ],
