@@ -278,9 +278,7 @@ def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, c
         shutil.rmtree(path)
     else:
         path.unlink()
-    with pytest.raises(
-        ConfigurationError, match=f"cannot read .*{name}.*restore it.*or set another output"
-    ) as raised:
+    with pytest.raises(ConfigurationError, match=f"cannot read .*{name}.*restore it.*or set another output") as raised:
         plan_for(copied, runs)
     assert "\n" not in str(raised.value)
 
