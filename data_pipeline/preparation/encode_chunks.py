@@ -13,7 +13,7 @@ from data_pipeline.deduplication.contamination import EvaluationSet
 from data_pipeline.deduplication.keys import row_keys
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, signatures
 from data_pipeline.preparation.job import FATE, Job, Seconds
-from data_pipeline.preparation.scratch import save_arrays, stamp, write_scratch
+from data_pipeline.preparation.scratch import as_bytes, save_arrays, stamp, write_scratch
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.shards.format import TOKENIZER_FOLDER
 from data_pipeline.sources.rows import empty_frame
@@ -128,5 +128,8 @@ def _spread(columns: dict[str, np.ndarray], rows: np.ndarray, count: int) -> dic
 def _numbered(texts: pl.Series) -> dict[str, np.ndarray]:
     """Names as numbers and the names themselves, in the order in which they appear: one long name stays one."""
     names = texts.unique(maintain_order=True)
-    numbers = texts.replace_strict(names, pl.Series(np.arange(len(names))), return_dtype=pl.Int32)
-    return {"source": numbers.to_numpy(), "source_names": np.array(names.to_list() or [""], dtype=np.str_)}
+    if texts.is_empty():  # polars would replace no text by no text
+        numbers = np.zeros(0, dtype=np.int32)
+    else:
+        numbers = texts.replace_strict(names, pl.Series(np.arange(len(names))), return_dtype=pl.Int32).to_numpy()
+    return {"source": numbers, "source_list": as_bytes(names.to_list())}

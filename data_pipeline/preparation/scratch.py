@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import zipfile
@@ -48,7 +49,12 @@ def write_scratch(path: Path, content: bytes | Callable[[BinaryIO], None]) -> No
 
 
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write a scratch file of arrays whole, or not at all; damage shows when it is read."""
+    """Write a scratch file of arrays whole, or not at all; damage shows when it is read.
+
+    Raises `TypeError` for arrays of Python objects: such a file would be taken for a damaged one at every rerun.
+    """
+    if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
+        raise TypeError(f"{', '.join(objects)} hold Python objects, which a scratch file cannot")
     write_scratch(path, lambda file: np.savez(file, **arrays))
 
 
@@ -60,6 +66,16 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
     except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
         path.unlink(missing_ok=True)
         raise DataError(f"{path} was damaged and is removed: run again, it will be made anew ({error})") from error
+
+
+def as_bytes(texts: list[str]) -> np.ndarray:
+    """Return texts as an array of bytes. NumPy's own strings would all be as long as the longest."""
+    return np.frombuffer(json.dumps(texts, ensure_ascii=False).encode(), dtype=np.uint8)
+
+
+def as_texts(array: np.ndarray) -> list[str]:
+    """Return the texts in an array that `as_bytes` made."""
+    return json.loads(array.tobytes())
 
 
 def map_array(path: Path, beside: Path) -> np.ndarray:

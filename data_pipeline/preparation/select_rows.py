@@ -12,7 +12,7 @@ from data_pipeline.deduplication.keys import repeated
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, duplicates
 from data_pipeline.preparation.encode_chunks import signature_file
 from data_pipeline.preparation.job import FATE, FIRST_REASON, Job
-from data_pipeline.preparation.scratch import load_arrays, map_array, save_arrays, work_folder
+from data_pipeline.preparation.scratch import as_texts, load_arrays, map_array, save_arrays, work_folder
 
 SPLITS = ("validation", "training")  # validation first: the folder is complete once training is
 ROWS_PER_GROUP = 65536  # a group ends with the chunk that reaches this many,
@@ -121,8 +121,8 @@ def _source_names(job: Job, fate: np.ndarray, first_rows: np.ndarray) -> tuple[l
     kept: dict[str, None] = {}
     every: set[str] = set()
     for path, (start, end) in zip(job.chunk_files(), pairwise(first_rows), strict=True):
-        arrays = load_arrays(path, "source", "source_names")
-        names = arrays["source_names"].tolist()
+        arrays = load_arrays(path, "source", "source_list")
+        names = as_texts(arrays["source_list"])
         every |= {names[number] for number in np.unique(arrays["source"])}
         numbers, first = np.unique(arrays["source"][fate[start:end] < FIRST_REASON], return_index=True)
         kept |= dict.fromkeys(names[number] for number in numbers[np.argsort(first)])

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.preparation.job import FATE, Job, Seconds
-from data_pipeline.preparation.scratch import load_arrays, stamp, work_folder, write_scratch
+from data_pipeline.preparation.scratch import as_texts, load_arrays, stamp, work_folder, write_scratch
 from data_pipeline.preparation.select_rows import Group, Selection, load_selection, selection_file
 from data_pipeline.shards.format import TOKENIZER_FOLDER, VALIDATION_FOLDER, write_shard
 from data_pipeline.shards.packing import Documents, PackedRows, pack
@@ -51,7 +51,7 @@ def _documents(job: Job, selection: Selection, group: Group) -> Documents:
     numbers = {name: number for number, name in enumerate(selection.sources)}
     parts = []
     for chunk in group.chunks:
-        arrays = load_arrays(job.chunk_file(chunk), "ids", "length", "answer_start", "source", "source_names")
+        arrays = load_arrays(job.chunk_file(chunk), "ids", "length", "answer_start", "source", "source_list")
         rows = selection.chunk(chunk)
         kept = selection.fate[rows] == FATE[group.split]
         parts.append(
@@ -59,7 +59,9 @@ def _documents(job: Job, selection: Selection, group: Group) -> Documents:
                 arrays["ids"][np.repeat(kept, arrays["length"])],
                 arrays["length"][kept],
                 arrays["answer_start"][kept],
-                np.array([numbers.get(name, -1) for name in arrays["source_names"].tolist()])[arrays["source"][kept]],
+                np.array([numbers.get(name, -1) for name in as_texts(arrays["source_list"])], dtype=np.int64)[
+                    arrays["source"][kept]
+                ],
                 rows.start + np.flatnonzero(kept),
             )
         )
