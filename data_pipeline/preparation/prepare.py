@@ -188,6 +188,7 @@ class _Preparation:
 
     def _write_indexes(self, selection: Selection) -> None:
         """Write the index of each split, that of the whole folder last."""
+        self.source.check_unchanged()
         files = zip(selection.groups, group_files(self.out, selection), strict=True)
         written = [(group.split, json.loads(file.read_text())) for group, file in files]
         encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)

@@ -46,21 +46,77 @@ class Chunk(Protocol):
 
 
 @dataclass(frozen=True)
+class FileState:
+    """How large a file is and when it was last written."""
+
+    file: Path
+    size: int
+    written_ns: int
+
+    @classmethod
+    def of(cls, file: Path) -> FileState:
+        """Return a file's present state."""
+        stat = file.stat()
+        return cls(file, stat.st_size, stat.st_mtime_ns)
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if the file was written, replaced or removed since."""
+        try:
+            now = FileState.of(self.file)
+        except OSError as error:
+            raise DataError(
+                f"{self.file} was removed while it was read: put it back and run again ({error})"
+            ) from error
+        if now != self:
+            raise DataError(
+                f"{self.file} changed while it was read ({self.size:,} bytes before, {now.size:,} now): wait until nothing "
+                "writes to it, delete the unfinished output folder, and run again"
+            )
+
+
+@dataclass(frozen=True)
+class FileChunk:
+    """A chunk of a file. Reading it fails if the file is not as it was when the source was opened."""
+
+    chunk: Chunk
+    state: FileState
+
+    @property
+    def rows(self) -> int | None:
+        return self.chunk.rows
+
+    def frames(self) -> Iterator[pl.DataFrame]:
+        try:
+            yield from self.chunk.frames()
+        except DataError:
+            self.state.check_unchanged()  # the likelier cause
+            raise
+        self.state.check_unchanged()
+
+
+@dataclass(frozen=True)
 class Source:
     """The chunks in their order.
 
     name: for people. identity: what tells this input from another one, as JSON values, without a path of this machine.
+    files: the files that it consists of, if it consists of files.
     """
 
     name: str
     identity: list[dict]
     chunks: tuple[Chunk, ...]
+    files: tuple[FileState, ...] = ()
 
     @property
     def num_rows(self) -> int | None:
         """How many rows there are, None where only reading tells."""
         rows = [chunk.rows for chunk in self.chunks]
         return None if None in rows else sum(rows)
+
+    def check_unchanged(self) -> None:
+        """Raise `DataError` if one of the files changed since the source was opened."""
+        for state in self.files:
+            state.check_unchanged()
 
     def frames(self) -> Iterator[pl.DataFrame]:
         """Yield all chunks' frames."""
@@ -89,14 +145,16 @@ def file_source(parts: list[str]) -> Source:
     files = sorted({file.resolve(): file for part in parts for file in _files_of(part)}.values())
     if not files:
         raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
+    states = [FileState.of(file) for file in files]
     first, last = files[0].name, files[-1].name
     identity = [
         {"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)} for file in files
     ]
     chunks = []
-    for file in files:
-        chunks += parquet_chunks(file) if file.suffix.lower() == ".parquet" else jsonl_chunks(file)
-    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks))
+    for file, state in zip(files, states, strict=True):
+        of_file = parquet_chunks(file) if file.suffix.lower() == ".parquet" else jsonl_chunks(file)
+        chunks += [FileChunk(chunk, state) for chunk in of_file]
+    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks), tuple(states))
 
 
 def _digest(file: Path) -> str:

@@ -21,6 +21,7 @@ from data_pipeline.cleaning.clean import clean_text
 from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation import encode_chunks
+from data_pipeline.preparation import prepare as prepare_module
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.scratch import save_arrays
 from data_pipeline.sources.jsonl import BYTES_PER_CHUNK
@@ -406,3 +407,31 @@ def test_a_scratch_file_of_python_objects_is_not_written(tmp_path):
     with pytest.raises(TypeError, match="names hold Python objects"):
         save_arrays(tmp_path / "a.npz", {"names": np.array(["a", None], dtype=object)})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("when", ["in its chunk", "behind its chunk"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_file_that_changes_while_it_is_read_ends_the_job(settings, tmp_path, monkeypatch, suffix, when):
+    rows = pl.DataFrame({"question": [f"what is {n}" for n in range(50)], "answer": ["so"] * 50})
+    write = {".jsonl": pl.DataFrame.write_ndjson, ".parquet": pl.DataFrame.write_parquet}[suffix]
+    file = tmp_path / f"a{suffix}"
+    write(rows, file)
+    encode, select = encode_chunks._encode_frame, prepare_module.select_rows
+
+    def change_and_encode(*arguments):
+        write(rows.head(20), file)
+        return encode(*arguments)
+
+    def change_and_select(job):
+        file.unlink()
+        return select(job)
+
+    if when == "in its chunk":
+        monkeypatch.setattr(encode_chunks, "_encode_frame", change_and_encode)
+        message = r"changed while it was read \([\d,]+ bytes before, [\d,]+ now\)"
+    else:
+        monkeypatch.setattr(prepare_module, "select_rows", change_and_select)
+        message = "was removed while it was read"
+    with pytest.raises(DataError, match=f"{file.name} {message}"):
+        prepare(str(file), tmp_path / "out", replace(settings, tokenizer="train"), workers=1, progress=False)
+    assert not (tmp_path / "out" / "index.json").exists()
