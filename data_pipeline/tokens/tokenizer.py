@@ -197,6 +197,12 @@ def _read_backend(folder: Path, config: dict) -> tuple[Tokenizer, bool]:
 def _prepare(backend: Tokenizer, special_tokens: dict[str, str]) -> CorpusTokenizer:
     """Add `<sep>`, and the post-processor that puts only `<s>` in front."""
     special_tokens = {**special_tokens, "cls_token": special_tokens["bos_token"], "sep_token": SEP_TOKEN}
+    ids = set(backend.get_vocab().values())
+    if len(ids) <= max(ids):  # the library numbers a new token by counting, and would give it another one's id
+        raise DataError(
+            f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}: number them without gaps, so that "
+            f"{SEP_TOKEN} does not get the id of another token"
+        )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     backend.add_special_tokens([
         AddedToken(token, lstrip=name == "mask_token", normalized=False, special=True)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LEDTokenizer, PreTrainedTokenizerFast
 from data_pipeline.errors import DataError
 from data_pipeline.tokens.encoding import DocumentEncoder
 from data_pipeline.tokens.tokenization import decode_answer, encode_prompt, fingerprint
-from data_pipeline.tokens.tokenizer import CHAT_TEMPLATE, CorpusTokenizer, load_tokenizer, train_tokenizer
+from data_pipeline.tokens.tokenizer import CHAT_TEMPLATE, SEP_TOKEN, CorpusTokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = ["What is 12 + 345?", "It's 357, isn't it", " double  spaces\n\nlines ", "π ≈ 3.14 é 漢字 🙂", "x < y </s>", ""]
 SPECIAL = "a <s> b</s><mask> <pad><unk> <sep>c"
@@ -120,6 +120,18 @@ def test_the_chat_template_takes_systems_texts_parts_and_marks_what_an_assistant
     ):
         with pytest.raises(TemplateError, match=message):
             tokenizer.apply_chat_template(wrong)
+
+
+def test_a_tokenizer_with_gaps_in_its_ids_is_refused(made, tmp_path):
+    """A new token gets the number of tokens as its id, which another one has then."""
+    made.save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    described["added_tokens"] = [token for token in described["added_tokens"] if token["content"] != SEP_TOKEN]
+    last = max(described["model"]["vocab"], key=described["model"]["vocab"].get)
+    described["model"]["vocab"][last] += 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(DataError, match=r"has [\d,]+ tokens, but ids up to [\d,]+: number them without gaps"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_the_files_are_those_that_transformers_writes(made, tmp_path):
