@@ -1,6 +1,7 @@
 """Reading finished shard folders by row number, in any order, and never what is not as the index says."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import mmap
@@ -208,7 +209,7 @@ class ShardFolder(RowReader):
                     return
                 shard = self._expected.popleft()
             # Whoever reads the shard is told what is wrong, in the thread that can say so.
-            with contextlib.suppress(DataError):
+            with contextlib.suppress(DataError, OSError):
                 self._is_good(shard)
 
     def _is_good(self, shard: int) -> bool:
@@ -244,6 +245,15 @@ class ShardFolder(RowReader):
             return (self.path / entry["name"]).open("rb")
         except FileNotFoundError:
             raise BadFileError(f"{self._name_of(entry)} is missing: copy or prepare the folder again") from None
+        except OSError as error:
+            name = self._name_of(entry)
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard, which must not be skipped for it
+                raise DataError(
+                    f"{name} cannot be opened: too many files are open; raise the limit (ulimit -n)"
+                ) from error
+            raise BadFileError(
+                f"{name} cannot be read ({error.strerror}): correct that, or copy the folder again"
+            ) from error
 
     def _name_of(self, entry: dict) -> str:
         return self._remote.name_of(entry) if self._remote else str(self.path / entry["name"])

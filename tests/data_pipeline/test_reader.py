@@ -1,9 +1,12 @@
 """Bad shards, and what an index may not say; the rest of the reader is tested with the shards' format."""
 
+import contextlib
 import hashlib
 import json
 import os
+import resource
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -122,6 +125,39 @@ def test_a_shard_that_was_whole_and_is_missing_when_it_is_opened_may_be_skipped(
     assert shards._is_good(1)
     (folder / "shard-00001.tar").unlink()
     assert (shards.gather(np.arange(20, 40)).tokens == PAD).all()
+
+
+def test_a_shard_that_cannot_be_read_is_skipped_by_whoever_looks_ahead_as_well(folder):
+    shards = ShardFolder(folder, on_bad_shard="skip")
+    tar = folder / "shard-00001.tar"
+    tar.unlink()
+    tar.mkdir()  # whoever runs the tests may read files of any permission
+    shards.look_ahead([0, 1, 2])
+    while shards._threads:
+        time.sleep(0.01)
+    assert list(shards.bad_shards) == [1] and "cannot be read (Is a directory)" in shards.bad_shards[1]
+    assert shards.open_shard(1) is None and shards.open_shard(2) is not None
+
+
+def test_too_many_open_files_are_no_fault_of_a_shard(folder):
+    shards = ShardFolder(folder, on_bad_shard="skip")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), hard))
+    filled = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                filled.append(os.dup(0))
+        with pytest.raises(DataError, match=r"too many files are open; raise the limit \(ulimit -n\)"):
+            shards.open_shard(1)
+        shards.look_ahead([2])
+        while shards._threads:
+            time.sleep(0.01)
+    finally:
+        for descriptor in filled:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert shards.bad_shards == {} and shards.open_shard(1) is not None
 
 
 def test_a_skipped_shard_is_the_same_for_every_rank(folder):
