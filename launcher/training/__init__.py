@@ -1,1 +1,1 @@
-"""Training: from a plan to an engine, its checkpoints, its figures, and what keeps it alive."""
+"""Training: the plan of a run, its engine, checkpoints, monitoring and failure handling."""

@@ -1,4 +1,7 @@
-"""Imported before DeepSpeed, which looks for its kind of device on import, and warns where nobody has named one."""
+"""Select DeepSpeed's CPU backend if there is no GPU.
+
+Import this before DeepSpeed, which detects its device when it is imported and warns if none is set.
+"""
 
 import os
 

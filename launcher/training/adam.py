@@ -1,4 +1,4 @@
-"""DeepSpeed's CPU Adam, made exact over a restart."""
+"""A fix for DeepSpeed's CPU Adam that makes resumed runs exact."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 
 def forget_earlier_steps(optimizer: DeepSpeedCPUAdam, *_) -> None:
-    """Make a step's bias correction a function of the step alone, so that a resumed run is exact.
+    """Make the bias correction of a step depend on the step number only, so that a resumed run is exact.
 
-    The kernel keeps running products of the betas over consecutive steps, but takes a power when the step number jumps,
-    as it does in a new process: the same step then differs in the last bit. A step far away on a tensor of one zero
-    makes every real step a jump.
+    The kernel multiplies the powers of the betas from step to step, but computes them directly if the step number
+    jumps, as in a new process. The same step then differs in the last bit. A dummy step with a distant number, on a tensor
+    of one zero, makes every real step a jump.
     """
     group = optimizer.param_groups[0]
     one_zero = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments

@@ -1,9 +1,9 @@
-"""Compile DeepSpeed's CPU Adam, so that the first start with `zero3_offload.json` need not wait for a compiler.
+"""Compile DeepSpeed's CPU Adam in advance, so that the first start with `zero3_offload.json` does not wait for it.
 
     python -m launcher.training.build_operators
 
-No other configuration of `ds_configs/` compiles anything. The operator lies in the environment's own folder
-(`launcher.environment`), so a new environment never meets the leftovers, or the lock of an interrupted build, of an old one.
+The other configurations in `ds_configs/` compile nothing. The operator is stored in a folder of the current environment
+(`launcher.environment`), so a new environment never finds old builds, or the lock of an interrupted one.
 """
 
 from __future__ import annotations

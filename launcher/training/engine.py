@@ -1,4 +1,4 @@
-"""The one place that talks to DeepSpeed: from a model and a resolved JSON to an engine whose experts are parallel."""
+"""The DeepSpeed engine: made from a model and a resolved JSON, with expert parallelism if the JSON enables it."""
 
 from __future__ import annotations
 
@@ -24,43 +24,43 @@ from launcher.training.adam import forget_earlier_steps
 from launcher.training.weight_broadcast import return_freed_memory
 from model import LiquidForCausalLM
 
-# For what ranks wait for before the first step: rank 0, which prepares data or converts a checkpoint, and slow disks.
+# Before the first step ranks may wait hours for rank 0 to prepare data or convert a checkpoint, or for slow disks.
 START_TIMEOUT = timedelta(hours=6)
 
 
 def start_process_group(environment: Environment) -> None:
-    """Join the other ranks, waiting for them for hours: gloo between CPUs, NCCL between GPUs."""
+    """Join the process group: gloo between CPUs, NCCL between GPUs. Waits up to `START_TIMEOUT` for the other ranks."""
     deepspeed.utils.logging.logger.setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by their older names, several times a step; the advice is not for whoever trains.
+    # DeepSpeed calls collectives by deprecated names several times a step. Users cannot do anything about these warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if environment.device.type == "cuda":
         torch.cuda.set_device(environment.device)
     if not torch.distributed.is_initialized():
-        # DeepSpeed would compile its shared-memory collectives now. Steps of two ranks are no faster with them.
+        # Keep DeepSpeed from compiling its shared-memory collectives. They don't make steps of two ranks faster.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         backend = "nccl" if environment.device.type == "cuda" else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=START_TIMEOUT)
 
 
 def limit_collectives(limit: timedelta) -> None:
-    """From now on a collective that waits for longer fails, in every group that this process is in.
+    """Set the timeout of collectives in every group that this process belongs to.
 
-    New groups begin with torch's own limit: 10 minutes with NCCL, 30 with gloo.
+    Groups created later have torch's default: 10 minutes with NCCL, 30 with gloo.
     """
     for group in torch.distributed.distributed_c10d._world.pg_map:
         torch.distributed.distributed_c10d._set_pg_timeout(limit, group)
 
 
 def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpeedEngine:
-    """Hand the model to DeepSpeed as the resolved JSON says.
+    """Build the DeepSpeed engine for a model and a resolved JSON.
 
-    Raises `ConfigurationError` where the precision cannot run on this device, and `RuntimeError` where a mixture of
-    experts was not made expert-parallel: AutoEP only warns then, and every rank would train all the experts.
+    Raises `ConfigurationError` if this device does not support the precision, and `RuntimeError` if a mixture of experts
+    was not made expert-parallel: AutoEP only warns then, and every rank would train all experts.
     """
     if resolved.get("fp16", {}).get("enabled") and not get_accelerator().is_fp16_supported():
         raise ConfigurationError(
-            "the JSON asks for fp16, which DeepSpeed does not run on this device; "
-            "leave precision.force out, or train where fp16 is native"
+            "the JSON enables fp16, which DeepSpeed does not support on this device; "
+            "remove precision.force, or train on a device with native fp16"
         )
     checkpointing = resolved.pop("activation_checkpointing", {})
     if checkpointing.pop("enabled", False):
@@ -68,13 +68,13 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
             None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing}
         )
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
-    # DeepSpeed collects garbage after each layer whose experts it has spread. (A list of the parameters, handed over
-    # here, would keep them all.)
+    # DeepSpeed collects garbage after each layer whose experts it has distributed; return the freed memory then. Do not
+    # pass a list of parameters to `initialize`: it would keep all of them alive.
     gc.callbacks.append(return_freed_memory)
     with muon_not_compiled():
         engine, *_ = deepspeed.initialize(model=model, config=resolved)
     gc.callbacks.remove(return_freed_memory)
-    limit_collectives(START_TIMEOUT)  # DeepSpeed has made groups of its own
+    limit_collectives(START_TIMEOUT)  # includes the groups that DeepSpeed has just created
     engine.train()
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)  # ZeRO wraps it
     if isinstance(optimizer, DeepSpeedCPUAdam):
@@ -83,32 +83,32 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
         parallel = sum(isinstance(module, AutoEPMoELayer) for module in engine.module.modules())
         if parallel != model.config.num_hidden_layers:
             raise RuntimeError(
-                f"{parallel} of {model.config.num_hidden_layers} mixtures of experts became expert-parallel; "
-                "moe_layer_pattern in launcher/training/setup/json_keys.py does not match the model's modules"
+                f"only {parallel} of {model.config.num_hidden_layers} mixtures of experts became expert-parallel; "
+                "make moe_layer_pattern in launcher/training/setup/json_keys.py match the model's modules"
             )
     return engine
 
 
 @contextmanager
 def muon_not_compiled() -> Iterator[None]:
-    """Keep DeepSpeed from loading torch's compiler for an optimizer that is not used: a second of each start.
+    """Keep DeepSpeed from loading torch's compiler for its Muon optimizer, which takes a second of each start.
 
-    It asks whether the optimizer is its own Muon, and on importing that decorates three functions with `torch.compile`.
+    DeepSpeed imports Muon to compare its type, and that import decorates three functions with `torch.compile`.
     """
     with patch("deepspeed.runtime.compiler.compile", lambda: lambda function: function):
         yield
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """Set the rate of the coming step."""
+    """Set the learning rate of the coming step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate
 
 
 def engine_values(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
-    """What only the engine knows of the step it has just taken, by TensorBoard tag.
+    """Return the engine's figures of the step just taken, by TensorBoard tag.
 
-    The gradient norm is infinite where fp16 overflowed and the step was skipped.
+    The gradient norm is infinite if fp16 overflowed and the step was skipped.
     """
     values = {
         "train/learning_rate": engine.optimizer.param_groups[0]["lr"],

@@ -1,7 +1,7 @@
-"""What a run is going to do, decided by rank 0 before the others join.
+"""The plan of a run, made by rank 0 before the other ranks join.
 
-Whatever a user can have got wrong is found here, once, before a process group exists: one rank prints one sentence, and
-nobody waits in a collective for a rank that has given up.
+Mistakes of the user are found here, before a process group exists. So a single rank prints a single sentence, and no rank
+waits in a collective for one that has failed.
 """
 
 from __future__ import annotations
@@ -29,15 +29,18 @@ from launcher.training.setup.deepspeed_config import SHARED_NUMBERS, resolve_dee
 from launcher.training.setup.model_source import model_config
 from model.configuration import LiquidConfig, own_fields
 
-# Numbers of the resolved JSON that come from the run's keys, which are told, or from the number of ranks.
+# Numbers of the resolved JSON that follow from the run's keys, whose changes are reported themselves, or from the number of
+# ranks.
 FOLLOWS_FROM_OTHERS = {*SHARED_NUMBERS, "gradient_accumulation_steps"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The configuration that the JSON agrees with, the resolved JSON, what to resume from, what to tell the user.
+    """What rank 0 decided for this start.
 
-    step: of the checkpoint; 0 where there is none.
+    config, deepspeed: the run configuration and the resolved JSON, which agree.
+    checkpoint, step: what to resume from; None and 0 for a new run.
+    notes: lines to print.
     """
 
     config: RunConfig
@@ -80,28 +83,29 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
         _check_engine(run, resolved)
         began_with = run.began_with()
         if config.init_from not in (None, began_with):
-            notes.append(f"init_from={config.init_from} is not read: {run.path} goes on from its own checkpoint")
+            notes.append(f"init_from={config.init_from} is not read: {run.path} resumes from its own checkpoint")
         config.init_from = began_with
         schedule_end = config.schedule.steps or run.read_description()["config"]["schedule"]["steps"]
         checkpoint, renamed = go_back(run, checkpoint, config.resume)
         step = read_train_state(checkpoint).step
         notes += [*obeyed, *passed_over, f"resuming from {checkpoint}", *renamed]
         if step >= config.max_steps:
-            notes.append(f"{run.path} is at step {step} already; set max_steps above that to go on")
+            notes.append(f"{run.path} is already at step {step}; set a larger max_steps to continue")
         if config.max_steps > schedule_end:
-            notes.append(f"the learning rate's schedule ends at step {schedule_end}: its minimum holds from there on")
+            notes.append(f"the learning rate schedule ends at step {schedule_end}; later steps use its minimum")
     if config.warmup_steps > schedule_end:
         notes.append(
-            f"the schedule ends at step {schedule_end}, in the warm-up of {config.warmup_steps} steps: the rate never "
-            "gets to learning_rate; lower warmup_steps"
+            f"the learning rate schedule ends at step {schedule_end}, within the warm-up of {config.warmup_steps} steps, so "
+            "the rate never reaches learning_rate; lower warmup_steps"
         )
-    # Written down, so that raising max_steps later does not bend the curve that was begun.
+    # Recorded in run.yaml, so that raising max_steps later does not stretch the schedule.
     config.schedule.steps = schedule_end
     changed = run.describe(config, resolved, environment, checkpoint.name if checkpoint else None)
     if checkpoint is not None:
         notes += _changes(changed)
     run.keep_model_files(sizes, data.tokenizer_path)
-    if checkpoint is not None:  # after run.yaml: another start need not load a universal one
+    # After `describe`, which records the checkpoint itself: only this start needs it in another form.
+    if checkpoint is not None:
         experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
         checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
         check_states(checkpoint)
@@ -110,7 +114,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
 
 
 def _changes(changed: dict[str, list]) -> list[str]:
-    """A note on the run's keys, the JSON's and the versions that are not as at the start before, if there are any."""
+    """Return a note on settings and versions that changed since the previous start; an empty list if none did."""
     told = []
     for name, (before, now) in changed.items():
         section, _, key = name.partition(".")
@@ -119,11 +123,11 @@ def _changes(changed: dict[str, list]) -> list[str]:
         shown = {"config": key, "deepspeed": f"{key} in the DeepSpeed JSON", "versions": f"{key}'s version"}
         if name != "config.resume":
             told.append(f"{shown.get(section, name)} {before} -> {now}")
-    return [f"not as at the start before this one: {', '.join(told)}"] if told else []
+    return [f"changed since the previous start: {', '.join(told)}"] if told else []
 
 
 def share_plan(plan: Plan | None) -> Plan:
-    """Give every rank the plan of rank 0."""
+    """Send rank 0's plan to all ranks, and return it."""
     shared = [plan]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
@@ -132,13 +136,13 @@ def share_plan(plan: Plan | None) -> Plan:
 def _check_resumable(
     checkpoint: Path, run: RunFolder, config: RunConfig, sizes: LiquidConfig, fingerprint: str
 ) -> None:
-    """Raise `ConfigurationError` where a checkpoint is of another model, corpus, batch or order of rows than this run."""
+    """Raise `ConfigurationError` if a checkpoint has another model, data, batch or order of rows than this run."""
     before = run.model_config()
     for name in own_fields():
         if getattr(before, name) != getattr(sizes, name):
             raise ConfigurationError(
                 f"{run.path} was trained with {name} {getattr(before, name)} and this model has {getattr(sizes, name)}; "
-                "take the model that it began with, or set another output"
+                "use the model that it started with, or set another output"
             )
     manifest = read_manifest(checkpoint)
     if manifest["data_fingerprint"] != fingerprint:
@@ -147,7 +151,7 @@ def _check_resumable(
             f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
         )
     described = run.read_description()["config"]
-    for name, harm in (("global_batch_rows", "bend its curve"), ("seed", "repeat some rows and leave others out")):
+    for name, harm in (("global_batch_rows", "change its loss curve"), ("seed", "repeat some rows and skip others")):
         if described[name] != getattr(config, name):
             raise ConfigurationError(
                 f"{run.path} was trained with {name} {described[name]} and now it is {getattr(config, name)}, which would "
@@ -162,8 +166,8 @@ def _check_engine(run: RunFolder, resolved: dict) -> None:
         if before and read(before) != read(resolved):
             hint = " (precision.force=true keeps a JSON's precision on a CPU)" if what == "precision" else ""
             raise ConfigurationError(
-                f"{run.path} was trained with {what} {read(before)}, and now it would be {read(resolved)}, under which its "
-                f"checkpoints cannot be loaded; take a DeepSpeed JSON with the former{hint}, or export the run and begin "
+                f"{run.path} was trained with {what} {read(before)}, and now it would be {read(resolved)}, so its "
+                f"checkpoints cannot be loaded; use a DeepSpeed JSON with the former{hint}, or export the run and start "
                 "another one with init_from"
             )
 
@@ -178,13 +182,13 @@ def _precision(resolved: dict) -> str:
 
 def _optimizer(resolved: dict) -> str:
     name = str(resolved["optimizer"]["type"])
-    return "AdamW" if name.lower() == "adam" else name  # the moments are the same
+    return "AdamW" if name.lower() == "adam" else name  # both have the same moments
 
 
 def _prepare_if_missing(config: RunConfig) -> None:
-    """Make the data folder where the configuration says how and it is not there yet."""
+    """Prepare the data folder if it does not exist yet and the configuration has a `prepare` section."""
     if config.prepare is not None and not (Path(config.data) / "index.json").exists():
-        # Here, since most starts find their data: polars and the tokenizers take their time to import.
+        # Imported here because polars and the tokenizers are slow to import, and most starts find their data.
         from data_pipeline.preparation.prepare import prepare
         from data_pipeline.preparation.settings import Settings
 

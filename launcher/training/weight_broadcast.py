@@ -1,4 +1,4 @@
-"""A model's weights from rank 0 to all ranks, one tensor at a time."""
+"""Send a model's weights from rank 0 to all ranks, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from deepspeed.accelerator import get_accelerator
 
 from model import LiquidForCausalLM
 
-LARGE = 2**20  # bytes of a tensor that is worth a call to the C library
+# Bytes of a tensor. After larger ones, freed memory is returned to the system.
+LARGE = 2**20
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -23,11 +24,13 @@ HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 def fill_from_rank_0(
     model: LiquidForCausalLM, read: Callable[[str], torch.Tensor] | None, resolved: dict
 ) -> LiquidForCausalLM:
-    """Give a model on the meta device its weights, in the precision and on the device that it is trained in.
+    """Fill a model on the meta device with weights, in the precision and on the device of training.
 
-    `read(name)` gives a tensor of the state dict, each once, on rank 0, which sends it to the others. Under ZeRO-3
-    DeepSpeed cuts each parameter at once, so that no other rank ever holds more than one of them whole (AutoEP later
-    gathers a layer's experts at a time); the buffers, a few numbers, stay whole.
+    read: returns the named tensor of the state dict. It is called on rank 0 only, once for each tensor; rank 0 sends the
+    tensor to the other ranks.
+
+    Under ZeRO-3 DeepSpeed partitions each parameter immediately, so other ranks never hold more than one whole parameter
+    here (AutoEP later gathers the experts of one layer at a time). The buffers are small and stay whole.
     """
     device = torch.device(get_accelerator().current_device_name())
     dtype = next((HALF[name] for name in HALF if resolved.get(name, {}).get("enabled")), torch.float32)
@@ -60,13 +63,13 @@ def fill_from_rank_0(
 
 
 def _sender_of_parts(resolved: dict) -> Callable[[torch.nn.Parameter], None]:
-    """Give a function that sends rank 0's parameter and leaves each rank its part of it, as the JSON says."""
+    """Return a function that sends rank 0's parameter and leaves each rank with its partition of it."""
     earlier = []
 
     def send(parameter: torch.nn.Parameter) -> None:
         if earlier:
             earlier[0].convert_to_zero_parameters(param_list=[parameter])
-        else:  # DeepSpeed takes a module once; its parameters then know how to take others
+        else:  # a module can only be initialised once; its first parameter then partitions all later ones
             deepspeed.zero.Init(module=torch.nn.ParameterList([parameter]), config_dict_or_path=resolved)
             earlier.append(parameter)
 
@@ -74,6 +77,10 @@ def _sender_of_parts(resolved: dict) -> Callable[[torch.nn.Parameter], None]:
 
 
 def return_freed_memory(phase: str = "stop", _: dict | None = None) -> None:
-    """Have the C library hand back what was freed, of which it would keep as much again as a partitioned model takes."""
+    """Return freed memory to the system.
+
+    Otherwise the C library keeps about as much freed memory as a partitioned model needs. The signature is that of a
+    callback in `gc.callbacks`.
+    """
     if phase == "stop" and sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,1 +1,1 @@
-"""What can be seen of a run: TensorBoard, console, validation, profiles, the report."""
+"""What a run shows while it trains: TensorBoard figures, console lines, validation and profiles."""

@@ -1,8 +1,8 @@
-"""How large the activations of chosen layers are, and their gradients, every so many steps.
+"""Statistics of the activations of chosen layers, and of their gradients.
 
-Activations are those of the forward alone: what activation checkpointing computes again in the backward is not counted a
-second time. Their gradients are caught on the tensors that the backward goes through: where a layer is computed again,
-those of the second forward.
+Activations are counted in the forward pass only: what activation checkpointing recomputes in the backward pass is not
+counted twice. Gradients are caught by hooks on the tensors that the backward pass uses. If a layer is recomputed, these are
+the tensors of the recomputation.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ from torch import nn
 from launcher.errors import ConfigurationError
 
 KINDS = ("activations", "gradients")
-SATURATED = 0.5  # of the largest number that the dtype holds: twice this overflows
-TYPICAL_OVER = 20  # looks whose median a new one is compared with
+# A value is saturated above this share of the dtype's largest number: if it doubles, it overflows.
+SATURATED = 0.5
+# A layer's rms is compared with the median of its last TYPICAL_OVER measurements, once there are TYPICAL_NEEDS of them.
+TYPICAL_OVER = 20
 TYPICAL_NEEDS = 3
-OUT_OF_RANGE = 10.0  # times the typical rms, or a tenth of it: in one look apart, training does not do that
+# An rms above this many times the median, or below this fraction of it, is reported. Healthy training does not move so
+# far between two measurements.
+OUT_OF_RANGE = 10.0
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all values that a layer gave in a step, on all ranks; mean, rms and max_abs are of the finite ones."""
+    """Statistics of all values that a layer produced in a step, over all ranks.
+
+    mean, rms, max_abs: of the finite values. nonfinite, saturated: shares of all values, 0 to 1.
+    """
 
     mean: float
     rms: float
@@ -39,42 +46,43 @@ class Statistics:
 
 
 class ActivationMonitor:
-    """Watches the outputs of the layers whose names match `patterns`.
+    """Measure the outputs of the layers whose names match `patterns`.
 
-    Every rank calls `begin` before the step's first forward and `collect` after its last backward, in the same steps.
-    Raises `ConfigurationError` for a pattern that is none, or that no layer matches.
+    In each measured step every rank calls `begin` before the first forward and `collect` after the last backward.
+    Raises `ConfigurationError` if a pattern is not a regular expression, or no layer matches it.
     """
 
     def __init__(self, model: nn.Module, patterns: Sequence[str]):
         self.names: list[str] = []
-        self._counting = False  # this step is one to look at
+        self._counting = False  # True while a step is measured
         self._in_forward = False
         self._history: dict[tuple[str, str], deque[float]] = {}
         self._warned: set[tuple[str, str]] = set()
         for name, module in _matching(model, patterns):
-            # Before ZeRO-3's hook, which hands on another tensor: one that the layer's own use of its output goes past.
+            # Run before ZeRO-3's hook, which returns another tensor. The gradient of what the layer itself does with its
+            # output does not pass through that one.
             module.register_forward_hook(partial(self._see, len(self.names)), prepend=True)
             self.names.append(name)
-        # Between these two a forward is the step's own; behind them it is one that is computed again.
+        # A layer called between these two hooks belongs to the forward pass; outside them it is being recomputed.
         model.register_forward_pre_hook(lambda *_: self._set_in_forward(True))
         model.register_forward_hook(lambda *_: self._set_in_forward(False))
 
     def begin(self, device: torch.device) -> None:
-        """Look at the step that follows."""
+        """Start measuring the coming step."""
         self._counting = True
         size = (len(KINDS), len(self.names))
-        # count, finite ones, saturated ones, sum, sum of squares
+        # In the last dimension: numbers of all, finite and saturated values, their sum, their sum of squares.
         self._sums = torch.zeros(*size, 5, dtype=torch.float64, device=device)
         self._largest = torch.zeros(*size, dtype=torch.float32, device=device)
 
     def stop(self) -> None:
-        """Look no more, whether or not the step came to its end."""
+        """Stop measuring, even if the step is unfinished."""
         self._counting = False
 
     def collect(self, gradient_scale: float) -> dict[str, dict[str, Statistics]]:
-        """Give the step's statistics by kind and layer, of all ranks, and look no more.
+        """Stop measuring and return the step's statistics over all ranks, by kind and layer.
 
-        gradient_scale: how many times too large the backward's gradients are (loss scale, ranks).
+        gradient_scale: the factor by which the backward's gradients are too large (loss scale times ranks).
         """
         self.stop()
         dist.all_reduce(self._sums)
@@ -85,16 +93,17 @@ class ActivationMonitor:
             found[kind] = {
                 name: _statistics(*values, maximum, scale)
                 for name, values, maximum in zip(self.names, kind_sums, kind_largest, strict=True)
-                if values[0]  # a layer behind which nothing has a gradient, has none
+                if values[0]  # a layer that no gradient reaches has no gradient statistics
             }
         return found
 
     def warnings(self, found: dict[str, dict[str, Statistics]], loss_scaled: bool) -> list[str]:
-        """Say in plain words which layers have left their range since they were last in it.
+        """Return a sentence for each layer that has just left its normal range.
 
-        The range: finite, far from the dtype's largest number, and within ten times and a tenth of the layer's own
-        median rms in the last looks. A warning is given once, until the layer is in its range again. Gradients that
-        overflow are no fault where a dynamic loss scale is there to find its place (`loss_scaled`).
+        A layer is in its normal range if its values are finite and far from the dtype's largest number, and its rms is
+        between a tenth and ten times its recent median. A layer is reported once, until it is back in range.
+
+        loss_scaled: whether a dynamic loss scale is used. Overflowing gradients are then normal and not reported.
         """
         said = []
         for kind, layers in found.items():
@@ -129,7 +138,7 @@ class ActivationMonitor:
         limit = SATURATED * torch.finfo(tensor.dtype).max
         size = tensor.abs()
         finite = size.isfinite()
-        # Squares of 16-bit numbers in fp32, of which the norm kernel takes care not to lose small ones.
+        # Squares of 16-bit numbers would overflow or vanish, so the norm is taken in fp32.
         wide = torch.where(finite, tensor, 0).to(torch.promote_types(tensor.dtype, torch.float32))
         self._sums[kind, index] += torch.stack([
             torch.tensor(float(tensor.numel()), dtype=torch.float64, device=tensor.device),
@@ -149,12 +158,12 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.M
             matched = {name for name, _ in modules if re.fullmatch(pattern, name)}
         except re.error as error:
             raise ConfigurationError(
-                f"monitor.layers has {pattern!r}, which is no regular expression: {error}"
+                f"monitor.layers has {pattern!r}, which is not a valid regular expression: {error}"
             ) from error
         if not matched:
             known = ", ".join(name for name, _ in modules[:6])
             raise ConfigurationError(
-                f"monitor.layers has {pattern!r}, which is the name of no layer; the model's begin with {known}"
+                f"monitor.layers has {pattern!r}, which matches no layer; the first layers of the model are {known}"
             )
         chosen |= matched
     return [(name, module) for name, module in modules if name in chosen]
@@ -173,19 +182,17 @@ def _statistics(
 
 
 def _fault(kind: str, statistics: Statistics, history: Sequence[float]) -> str | None:
-    """What is wrong with these statistics, or None."""
+    """Return what is wrong with these statistics, or None."""
     remedy = "lower learning_rate" if kind == "activations" else "lower learning_rate or gradient_clipping"
     if statistics.nonfinite:
-        return f"are not finite in {statistics.nonfinite:.2%} of their values: {remedy}"
+        return f"are not finite in {statistics.nonfinite:.2%} of their values; {remedy}"
     if statistics.saturated:
-        return f"are near the largest number of their dtype in {statistics.saturated:.2%} of their values: {remedy}"
+        return f"are close to overflow in {statistics.saturated:.2%} of their values; {remedy}"
     if len(history) < TYPICAL_NEEDS:
         return None
     typical = median(history)
     if statistics.rms > OUT_OF_RANGE * typical:
-        return f"have grown to {statistics.rms / max(typical, 1e-300):.0f} times their usual size: {remedy}"
+        return f"have grown to {statistics.rms / max(typical, 1e-300):.0f} times their usual size; {remedy}"
     if statistics.rms < typical / OUT_OF_RANGE:
-        return (
-            f"have shrunk from the usual rms {typical:.2g} to {statistics.rms:.2g}: the layer has all but gone silent"
-        )
+        return f"have shrunk from their usual rms of {typical:.2g} to {statistics.rms:.2g}: the layer is almost silent"
     return None

@@ -1,4 +1,4 @@
-"""A few held-out questions answered during training, for a person to read."""
+"""Answers of the model to a few held-out questions, shown during training."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from data_pipeline.loading.reader import RowReader
 from data_pipeline.shards.packing import SPAN_COLUMNS
 from data_pipeline.tokens.tokenization import decode_answer
 
-LONGEST = 48  # tokens of an answer
+LONGEST = 48  # tokens; longer answers are cut off
 START, ANSWER_START, END, OFFSET = (SPAN_COLUMNS.index(name) for name in ("start", "answer_start", "end", "offset"))
 
 
 @dataclass(frozen=True)
 class Question:
-    """A held-out question as the model reads it, with its separator, and the text of both."""
+    """A held-out question.
+
+    prompt: the tokens that the model reads, up to and including the separator.
+    """
 
     prompt: list[int]
     question: str
@@ -27,7 +30,7 @@ class Question:
 
 @dataclass(frozen=True)
 class SampledAnswer:
-    """A question, the answer that it should get and the one it got."""
+    """A question, its expected answer and the model's answer."""
 
     question: str
     expected: str
@@ -35,7 +38,10 @@ class SampledAnswer:
 
 
 def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Question]:
-    """The first document with its own question of `count` rows spread over the folder; the same on every rank."""
+    """Choose up to `count` questions from rows spread evenly over the folder; the same on every rank.
+
+    Each row gives its first document that has both a question and an answer in the row.
+    """
     chosen = []
     for row in np.unique(np.linspace(0, data.num_rows - 1, count).round().astype(np.int64)) if count else ():
         read = data.gather(np.array([row]))
@@ -55,10 +61,10 @@ def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerBase, count:
 def sample_answers(
     model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
 ) -> list[SampledAnswer]:
-    """Answer greedily, all ranks the same questions together.
+    """Answer the questions with greedy decoding; called by all ranks with the same questions.
 
-    Each token is a forward in which all ranks take part, since ZeRO-3 gathers weights and experts exchange tokens in it:
-    a rank that has its answers goes on until all have theirs (`synced_gpus`).
+    ZeRO-3 and expert parallelism communicate in every forward. So a rank that has finished its answers keeps running
+    forwards until all ranks have finished (`synced_gpus`).
     """
     if not questions:
         return []
@@ -80,7 +86,7 @@ def sample_answers(
 
 
 def answers_as_text(answers: list[SampledAnswer]) -> str:
-    """The answers as a Markdown table."""
+    """Format the answers as a Markdown table."""
 
     def cell(text: str) -> str:
         return " ".join(text.replace("|", "&#124;").split())

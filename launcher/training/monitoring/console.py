@@ -1,4 +1,4 @@
-"""What a run prints: on a terminal one line for each step, elsewhere one for every few."""
+"""Rank 0's console output: a line for each step on a terminal, otherwise for every few steps."""
 
 from __future__ import annotations
 
@@ -10,27 +10,33 @@ from datetime import timedelta
 from rich.console import Console
 from rich.text import Text
 
-LINES = 50  # a run without a terminal prints about this many
-BAR = 12  # characters
+LINES = 50  # step lines of a whole run without a terminal, roughly
+BAR = 12  # width of the progress bar in characters
 
 
 class RunConsole:
-    """Rank 0's lines on stdout; the time left is what the steps of this process took, waits for saves included."""
+    """Print rank 0's lines on stdout.
+
+    The remaining time is estimated from the steps of this process, including waits for checkpoints.
+    """
 
     def __init__(self, first_step: int, max_steps: int):
         self.max_steps = max_steps
         self.every = max(1, max_steps // LINES)
         self.console = Console(file=sys.stdout, highlight=False)
-        # Open MPI gives its ranks a terminal of their own, wherever its output goes.
+        # Open MPI gives its ranks a pseudo-terminal even if its output goes to a file.
         self.is_terminal = self.console.is_terminal and "OMPI_COMM_WORLD_SIZE" not in os.environ
         self.goes_on_from(first_step - 1)
 
     def goes_on_from(self, step: int) -> None:
-        """The time left is counted from here: a run begins after `step`, or goes back to it."""
+        """Restart the time estimate: training starts after `step`, or has gone back to it."""
         self.last, self.begun = step, time.perf_counter()
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Show a step, by TensorBoard tag; all of them on a terminal, else the first, the last and some between."""
+        """Print a step's line; without a terminal only for the first, the last and some steps between.
+
+        values: by TensorBoard tag.
+        """
         taken = max(1, step - self.last)
         left = (time.perf_counter() - self.begun) / taken * (self.max_steps - step)
         eta = f"ETA {_clock(left)}"
@@ -49,16 +55,16 @@ class RunConsole:
             f" {step / self.max_steps:>4.0%}  ", (eta, "cyan"), "  ", (losses, "bold" if _is_finite(loss) else "bold red"),
             f"  {speed}  {rate}",
         )  # fmt: skip
-        # A narrow window cuts the end off: what matters most stands first.
+        # A narrow window cuts off the end of the line, so the most important values come first.
         self.console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
 
     def say(self, message: str) -> None:
-        """Print a sentence as it is."""
+        """Print a message unchanged."""
         print(message, flush=True)
 
 
 def _clock(seconds: float) -> str:
-    """Seconds as 02:05 or 1:02:05 or 3 days, 1:02:05."""
+    """Format seconds as 02:05, 1:02:05 or 3 days, 1:02:05."""
     text = str(timedelta(seconds=round(seconds)))
     return text.removeprefix("0:")
 

@@ -1,4 +1,4 @@
-"""TensorBoard's files, written by a run that a full disk does not end."""
+"""A TensorBoard writer that survives a full disk."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-KEPT = 200_000  # figures that wait for the disk; a step has about a hundred
+# Figures that are kept in memory while the disk is full. A step writes about a hundred.
+KEPT = 200_000
 FLUSH_AFTER = 5_000  # figures
 RETRY_SECONDS = 60.0
 
 
 class EventWriter:
-    """A `SummaryWriter` that keeps what the disk does not take, says so once, and writes it when there is space again.
+    """A `SummaryWriter` that keeps figures in memory if the disk is full, and writes them once there is space.
 
-    purge_step: TensorBoard forgets what earlier writers have written of this step and later ones.
+    purge_step: TensorBoard hides what earlier writers wrote for this step and later ones.
+    say: called with a sentence when writing starts to fail, and when it works again.
     """
 
     def __init__(self, folder: Path, purge_step: int, say: Callable[[str], None]) -> None:
@@ -40,15 +42,15 @@ class EventWriter:
         self._add("add_text", tag, text, step)
 
     def add_summary(self, summary: object, step: int) -> None:
-        """Add a summary of one of TensorBoard's plugins as it is."""
+        """Add a ready-made summary, such as one of a TensorBoard plugin."""
         self._add("add_summary", "", summary, step)
 
     def flush(self) -> None:
-        """Let a reader find all figures so far, if the disk takes them."""
+        """Write all figures so far to disk, so that TensorBoard can read them."""
         self._attempt(self._flush)
 
     def forget_after(self, step: int) -> None:
-        """The steps after `step` are taken again."""
+        """Discard all figures after `step`, because training repeats those steps."""
         self._attempt(self._flush)
         self._kept = deque((entry for entry in self._kept if entry[3] <= step), maxlen=KEPT)
         self._purge_step = step + 1
@@ -58,7 +60,9 @@ class EventWriter:
     def close(self) -> None:
         self._attempt(self._flush)
         if self._kept:
-            self._say(f"{len(self._kept)} figures of the last steps are lost: {self._folder} could not be written to")
+            self._say(
+                f"{len(self._kept)} TensorBoard figures of the last steps are lost: {self._folder} cannot be written"
+            )
         self._close()
 
     def _add(self, method: str, tag: str, value: object, step: int) -> None:
@@ -70,7 +74,10 @@ class EventWriter:
             self._attempt(self._flush)
 
     def _open(self) -> None:
-        """A new file. What is kept is written to it, and hidden where the file before has some of it already."""
+        """Open a new event file and write all kept figures to it.
+
+        The previous file may hold some of them already; `purge_step` hides those.
+        """
         first = min((step for *_, step in self._kept), default=self._purge_step)
         self._writer = SummaryWriter(str(self._folder), purge_step=min(first, self._purge_step))
         for entry in self._kept:
@@ -97,17 +104,17 @@ class EventWriter:
             self._close()
             if self._failed_at is None:
                 self._say(
-                    f"TensorBoard's files in {self._folder} cannot be written ({error.strerror or error}): the figures are "
-                    "kept in memory, and written when there is space"
+                    f"TensorBoard files in {self._folder} cannot be written ({error.strerror or error}); training "
+                    "continues, and the figures are kept in memory until they can be written"
                 )
             self._failed_at = time.monotonic()
             return
         if self._failed_at is not None and self._writer is not None and not self._kept:
-            self._say(f"TensorBoard's files in {self._folder} are written again")
+            self._say(f"TensorBoard files in {self._folder} are written again")
             self._failed_at = None
 
     def _close(self) -> None:
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with suppress(OSError):  # said, or about to be, by whoever wrote last
+            with suppress(OSError):  # reported by the failed write or flush
                 writer.close()

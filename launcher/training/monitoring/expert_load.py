@@ -1,11 +1,11 @@
-"""Which experts of which layers the tokens went to, as a picture."""
+"""A picture of how many tokens each expert of each layer received."""
 
 from __future__ import annotations
 
 import torch
 
-CELL = 16  # pixels
-# Load over the fair share, and its colour: unused dark blue, balanced white, three times as busy and more red.
+CELL = 16  # width and height of an expert's square in pixels
+# Colours by load relative to the fair share: dark blue for unused, white for balanced, red for three times and more.
 COLOURS = (
     (0.0, (8, 29, 88)),
     (0.5, (103, 169, 207)),
@@ -14,13 +14,13 @@ COLOURS = (
     (3.0, (178, 24, 43)),
 )
 LEGEND = (
-    "A row for each layer (the first on top), a column for each expert. White: its fair share of the tokens; "
-    "dark blue: none; red: three times its share or more."
+    "A row for each layer (the first on top), a column for each expert. White: the fair share of the tokens; "
+    "dark blue: none; red: three times the fair share or more."
 )
 
 
 def load_image(load: torch.Tensor) -> torch.Tensor:
-    """Expert loads `[L, E]` (counts) as a picture, uint8 `[3, 16 L, 16 E]`."""
+    """Draw expert loads `[L, E]` (token counts) as a picture, uint8 `[3, 16 L, 16 E]`."""
     share = load / load.mean(-1, keepdim=True).clamp(min=torch.finfo(load.dtype).tiny)
     stops = torch.tensor([stop for stop, _ in COLOURS], dtype=share.dtype)
     colours = torch.tensor([colour for _, colour in COLOURS], dtype=share.dtype)

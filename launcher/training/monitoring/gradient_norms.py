@@ -1,4 +1,4 @@
-"""The norm of the gradient of each group of layers, wherever ZeRO keeps the pieces."""
+"""Gradient norms by group of layers, computed from the pieces that ZeRO leaves on each rank."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
 
-# The first that matches a parameter's name is its group.
+# A parameter belongs to the first group with a part that occurs in its name.
 GROUPS = {
     "norms": ("norm.weight",),
     "embedding": ("embed_tokens.", "liquid_embedding.", "lm_head."),
@@ -21,20 +21,23 @@ GROUPS = {
 
 
 def group_of(name: str) -> str:
-    """The group of a parameter, before or after AutoEP renames it."""
+    """Return the group of a parameter, given its name before or after AutoEP renames it."""
     for group, parts in GROUPS.items():
-        # `attention_norm.weight` and `norm.weight` are both norms.
+        # "norm.weight" also matches `attention_norm.weight`, which is a norm as well.
         if any(part in f".{name}" for part in parts):
             return group
-    raise ValueError(f"the parameter {name} is in no group; launcher/training/monitoring/gradient_norms.py names them")
+    raise ValueError(
+        f"the parameter {name} is in no group; add it to GROUPS in launcher/training/monitoring/gradient_norms.py"
+    )
 
 
 @torch.no_grad()
 def gradient_norms(engine) -> dict[str, float]:
-    """The gradient's norm by group, called by all ranks between a step's last backward and `engine.step()`.
+    """Return the gradient norm of each group, before clipping and without the loss scale.
 
-    Under ZeRO every number of the gradient is on one rank only, the experts' too, so that squares add up over all ranks.
-    Before clipping; without the loss scale. Empty where ZeRO is off: every rank then has the whole gradient.
+    Called by all ranks between a step's last backward and `engine.step()`. Under ZeRO each element of the gradient is on
+    exactly one rank, including those of experts, so the squares are summed over all ranks. The result is empty if ZeRO
+    is off, because every rank then has the whole gradient.
     """
     if engine.zero_optimization_stage() == 0:
         return {}
@@ -50,7 +53,7 @@ def gradient_norms(engine) -> dict[str, float]:
 
 
 def _own_piece(parameter: torch.nn.Parameter) -> torch.Tensor | None:
-    """The part of a parameter's averaged gradient that this rank's optimizer uses; None where it has none."""
+    """Return the part of a parameter's averaged gradient that this rank's optimizer uses; None if it has no part."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         return safe_get_local_grad(parameter)
     mapping = getattr(parameter, "_hp_mapping", None)  # ZeRO-1 and ZeRO-2

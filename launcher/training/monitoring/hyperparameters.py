@@ -1,4 +1,4 @@
-"""The run's keys as TensorBoard's hparams tab compares them between runs."""
+"""The run's keys in the format of TensorBoard's hparams tab, which compares runs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ METRICS = ("train/loss", "train/cross_entropy", "validation/cross_entropy", "val
 
 
 def write_hyperparameters(writer: EventWriter, config: RunConfig, step: int) -> None:
-    """Write every key of the run, sections as `section.key`, and the curves to judge it by.
+    """Write every key of the run (those of sections as `section.key`) and the metrics to compare runs by.
 
-    Into the run's own event file: `SummaryWriter.add_hparams` would make a second folder, which TensorBoard takes for
-    another run.
+    They go into the run's own event file. `SummaryWriter.add_hparams` would create a second folder, which TensorBoard
+    shows as another run.
     """
     experiment, session, _ = hparams(_flat(as_dict(config)), dict.fromkeys(METRICS, 0.0))
     for summary in (experiment, session):

@@ -1,4 +1,4 @@
-"""What goes on inside the model every `monitor.every` steps: activations, their gradients, the weights' gradient norms."""
+"""Figures from inside the model every `monitor.every` steps: activations, their gradients, and gradient norms."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from launcher.training.monitoring.gradient_norms import gradient_norms
 
 
 class LayerWatch:
-    """Looks at the steps whose number divides by `settings.every` (0: at none); the same calls on all ranks."""
+    """Measure every `settings.every`-th step (0: none). All ranks must make the same calls."""
 
     def __init__(self, engine, settings: Monitor):
         self.engine = engine
@@ -29,17 +29,18 @@ class LayerWatch:
         if self._looks:
             self._activations.begin(self.engine.device)
         elif self._activations is not None:
-            self._activations.stop()  # the last step may have been given up before its backward
+            self._activations.stop()  # the previous step may have been skipped before its backward
 
     def backward_ended(self) -> None:
-        """Gather `values` (by TensorBoard tag) and `warnings`, after the last backward of a step that is looked at."""
+        """Collect `values` (by TensorBoard tag) and `warnings` after the last backward of a measured step."""
         engine = self.engine
         if not self._looks or not engine.is_gradient_accumulation_boundary():
             return
         self._looks = False
         self.values = {f"grad_norm/{group}": norm for group, norm in gradient_norms(engine).items()}
         loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-        # The loop multiplies by ranks and micro-batches, the engine divides by the latter and multiplies by the former.
+        # The training loop multiplies the loss by the number of ranks and of micro-batches. DeepSpeed divides it by the
+        # number of micro-batches and multiplies it by the loss scale. So loss scale times ranks is left.
         found = self._activations.collect(loss_scale * dist.get_world_size())
         for kind, layers in found.items():
             for name, statistics in layers.items():

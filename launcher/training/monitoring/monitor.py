@@ -1,4 +1,4 @@
-"""What a person sees of a run: TensorBoard, and lines on the console."""
+"""Rank 0's output about a run: TensorBoard figures and console lines."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ from launcher.training.monitoring.validation import ValidationResult
 from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN, weight_of
 from model.metrics import load_max_over_mean
 
-SOURCES = 8  # whose validation losses are curves; all of them are in a table
-RUN_FILE = "run.yaml"  # beside the TensorBoard folder (launcher/run_folder.py)
+# Number of sources, the largest first, whose validation losses are drawn as curves. A table lists all sources.
+SOURCES = 8
+RUN_FILE = "run.yaml"  # next to the TensorBoard folder (launcher/run_folder.py)
 
 
 class Monitor:
-    """Rank 0's view of the run; the other ranks make one with `active=False` that only takes part in adding up."""
+    """Show a run's figures on rank 0. On other ranks (`active=False`) it only takes part in the collectives."""
 
     def __init__(self, folder: Path, first_step: int, config: RunConfig, active: bool):
         self.active = active
@@ -42,8 +43,8 @@ class Monitor:
         self.started = time.perf_counter()
         if not active:
             return
-        # purge_step hides the points that a run wrote after the checkpoint it resumes from: one point a step.
         self.console = RunConsole(first_step, config.max_steps)
+        # The second argument hides the points written after the checkpoint that this run resumes from.
         self.writer = EventWriter(folder, first_step, self.say)
         self.run_file = _as_code((folder.parent / RUN_FILE).read_text())
         self._describe(first_step)
@@ -51,9 +52,10 @@ class Monitor:
             self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
 
     def watch(self, engine, seq_len: int) -> None:
-        """Look inside the engine's model from now on, and time its steps; called by all ranks.
+        """Start to measure the engine's layers and to time its steps; called by all ranks.
 
-        seq_len: of the rows, for counting FLOPs. Raises `ConfigurationError` where `monitor.layers` names no layer.
+        seq_len: tokens in a row, for counting FLOPs.
+        Raises `ConfigurationError` if a pattern in `monitor.layers` matches no layer.
         """
         self.device = engine.device
         self.timer = StepTimer(engine.device)
@@ -72,19 +74,23 @@ class Monitor:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add to the seconds of a part of the step, `perf/PART_seconds`."""
-        # Who does not show them would never take them from the timer, whose CUDA events would pile up.
+        """Add the time of the `with` block to `perf/PART_seconds`."""
+        # Ranks that don't display timings must not collect them, or CUDA events pile up.
         with self.timer.timed(part) if self.active else nullcontext():
             yield
 
     def backward_ended(self) -> None:
-        """Look at the gradients, where this is a step to look at; called by all ranks after each backward."""
+        """Measure the gradients if this step is a measured one; called by all ranks after each backward."""
         self.layers.backward_ended()
 
     def step_ended(
         self, step: int, totals: dict[str, torch.Tensor], supervised: float, tokens: float, values: dict[str, float]
     ) -> None:
-        """Record one step: its loss and routing sums over all ranks and what they are divided by, and other values."""
+        """Record one step.
+
+        totals: loss and routing sums over all ranks. supervised, tokens: numbers of tokens to divide them by.
+        values: other figures by TensorBoard tag.
+        """
         if not self.active:
             return
         seconds = time.perf_counter() - self.started
@@ -110,12 +116,12 @@ class Monitor:
         for warning in self.layers.warnings:
             self.say(f"step {step}: {warning}")
         if self.profiler is not None and (trace := self.profiler.step_ended(step)):
-            self.say(f"the profile is in {trace}")
+            self.say(f"profile written to {trace}")
 
     def validated(
         self, step: int, result: ValidationResult, is_best: bool, answers: list[SampledAnswer], seconds: float
     ) -> None:
-        """Show what a validation of `seconds` found, and a few held-out questions with the model's answers."""
+        """Show a validation's results, its duration, and the model's answers to a few held-out questions."""
         if not self.active:
             return
         self.writer.add_scalar("perf/validation_seconds", seconds, step)
@@ -147,7 +153,7 @@ class Monitor:
             self.console.say(message)
 
     def goes_back_to(self, step: int) -> None:
-        """The steps after `step` are taken again: TensorBoard forgets their points."""
+        """Hide the points after `step` in TensorBoard, because training repeats those steps."""
         if self.active:
             self.writer.forget_after(step)
             self.console.goes_on_from(step)
@@ -155,13 +161,13 @@ class Monitor:
                 self._describe(step + 1)
 
     def saved(self, step: int, seconds: float | None) -> None:
-        """Show how long training waited for a save, None where there was none to make, and flush all points so far."""
+        """Record how long training waited for a save (None if nothing was saved), and flush all points so far."""
         if self.active and seconds is not None:
             self.writer.add_scalar("perf/save_seconds", seconds, step)
         self.flush()
 
     def flush(self) -> None:
-        """Let a reader, or a run that goes on from a checkpoint made now, find all points so far."""
+        """Write all points so far to disk, for readers and for a run that resumes from a checkpoint made now."""
         if self.active:
             self.writer.flush()
 
@@ -170,14 +176,14 @@ class Monitor:
             self.writer.close()
 
     def _describe(self, step: int) -> None:
-        """Write what does not change from step to step, at one step that TensorBoard must not forget."""
+        """Write the run's constant texts at `step`; `goes_back_to` writes them again if it hides that step."""
         self.described_at = step
         self.writer.add_text("run/run.yaml", self.run_file, step)
         self.writer.add_text("moe/load/legend", LEGEND, step)
         write_hyperparameters(self.writer, self.config, step)
 
     def _losses(self, totals: dict[str, torch.Tensor], supervised: float, tokens: float) -> dict[str, float]:
-        """Each loss term as the mean that training minimises, and their weighted sum."""
+        """Return each loss term as the mean that training minimises, and their weighted sum."""
         terms = {term: totals[term].item() / supervised for term in PER_SUPERVISED_TOKEN}
         terms |= {term: totals[term].item() / tokens for term in PER_TOKEN}
         loss = sum(weight_of(term, self.config.loss) * value for term, value in terms.items())
@@ -185,12 +191,12 @@ class Monitor:
 
 
 def memory_used(device: torch.device) -> float:
-    """The most bytes that were allocated so far: on CUDA those of its tensors, elsewhere this process's RAM."""
+    """Return the peak memory so far in bytes: of tensors on CUDA, otherwise of this process's RAM."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _as_code(text: str) -> str:
-    """Text as Markdown that shows it as it is, for TensorBoard."""
+    """Format text as a Markdown code block for TensorBoard."""
     return "\n".join(f"    {line}" for line in text.splitlines())

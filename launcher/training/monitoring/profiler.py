@@ -1,4 +1,4 @@
-"""A torch profiler's trace of a few steps of rank 0, and on CUDA what the memory was used for."""
+"""A torch profiler trace of a few steps of rank 0, with a memory snapshot on CUDA."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-MEMORY_EVENTS = 100_000  # allocations and releases that a snapshot holds
+MEMORY_EVENTS = 100_000  # allocations and releases in a memory snapshot
 
 
 class StepProfiler:
-    """Writes `trace-A-B.json` (for chrome://tracing or Perfetto), and on CUDA `memory-A-B.pickle`, into a folder.
+    """Write `trace-A-B.json` (for chrome://tracing or Perfetto) and, on CUDA, `memory-A-B.pickle` into a folder.
 
     steps: the first and the last step to profile.
     """
@@ -31,7 +31,7 @@ class StepProfiler:
             self._profile.start()
 
     def step_ended(self, step: int) -> Path | None:
-        """Write the files after the last step and tell where the trace is."""
+        """Write the files after the last profiled step and return the path of the trace; None after other steps."""
         if self._profile is None or step < self.last:
             return None
         name = f"{self.first}-{self.last}"

@@ -1,4 +1,4 @@
-"""Rows that a rank cannot read: all ranks learn of it at the same batch, and none waits for another in a collective."""
+"""Reading errors shared between ranks, so that no rank waits in a collective for one that failed to read."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Batch = TypeVar("Batch")
 
 
 def read_together(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """Give this rank's batches, of which all ranks have as many; all of them take the next one at the same time.
+    """Yield this rank's batches, in step with all other ranks. All ranks must have the same number of batches.
 
-    Raises `DataError` on all ranks where one cannot read its own, with what it says.
+    Raises `DataError` on all ranks if one cannot read its batch, with that rank's message.
     """
     reading = iter(batches)
     while True:
@@ -35,7 +35,7 @@ def read_together(batches: Iterable[Batch], device: torch.device) -> Iterator[Ba
 
 
 def first_error(own: str | None) -> str | None:
-    """What the first rank that has an error says; called by all ranks, each with its own or None."""
+    """Return the error of the first rank that has one; called by all ranks, each with its own error or None."""
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, own)
     return next((f"rank {rank}: {error}" for rank, error in enumerate(errors) if error), None)

@@ -1,4 +1,4 @@
-"""Sums over ranks: whatever a step has to add up, in one collective."""
+"""Sums over ranks: all that a step has to add up, in one collective."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def add_up(sums: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Add the same named tensors over this rank's micro-batches and over all ranks; the result is on the CPU in fp64."""
+    """Add up tensors by name over this rank's micro-batches and over all ranks; the result is on the CPU in fp64."""
     flat = sum(torch.cat([value.detach().double().flatten() for value in part.values()]) for part in sums)
     dist.all_reduce(flat)
     parts = flat.cpu().split([value.numel() for value in sums[0].values()])

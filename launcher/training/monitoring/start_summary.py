@@ -1,4 +1,4 @@
-"""What a run is about to do, on one screen."""
+"""A summary of the run, printed before its first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def start_summary(
     config: RunConfig, deepspeed: dict, sizes: LiquidConfig, data: RowReader, environment: Environment
 ) -> list[str]:
     """Return the lines that rank 0 prints before the first step. `deepspeed` is the resolved JSON."""
-    with torch.device("meta"):  # the engine's own parameters may be spread over the ranks
+    with torch.device("meta"):  # the engine's own parameters may be partitioned over the ranks
         count = count_parameters(LiquidForCausalLM(sizes))
     micro = deepspeed["train_micro_batch_size_per_gpu"]
     steps = deepspeed["gradient_accumulation_steps"]

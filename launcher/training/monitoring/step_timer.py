@@ -1,4 +1,4 @@
-"""Seconds that the parts of a step take, also where a GPU works on after Python has moved on."""
+"""Timing of the parts of a step, correct on GPUs, which run asynchronously to Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class StepTimer:
-    """Adds up the time in each named part until it is taken: with events on CUDA, with a clock elsewhere."""
+    """Add up the time spent in each named part, with events on CUDA and with a clock elsewhere."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
@@ -32,7 +32,7 @@ class StepTimer:
             self._seconds[part] += time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:
-        """Give the seconds of each part since they were last taken; on CUDA this waits for the last of them."""
+        """Return the seconds of each part since the last call; on CUDA this waits until the last part is done."""
         for part, begin, end in self._events:
             end.synchronize()
             self._seconds[part] += begin.elapsed_time(end) / 1000

@@ -1,8 +1,8 @@
-"""How much arithmetic a token costs, and what share of the device's peak that makes (model FLOPs utilisation, MFU).
+"""FLOPs per token, and the share of the device's peak that a run reaches.
 
-Counted are the products of matrices, 2 FLOPs a multiplication and addition, as Chowdhery et al. 2022 (PaLM, appendix B)
-do: forward once, backward twice. What is computed again in the backward is not the model's, so it is in the hardware's
-utilisation (HFU) alone.
+Only matrix products are counted, with 2 FLOPs for a multiplication and addition, as in Chowdhery et al. 2022 (PaLM,
+appendix B). The backward costs twice the forward. Recomputation in the backward counts in the hardware FLOPs utilisation
+(HFU) but not in the model FLOPs utilisation (MFU).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from model.configuration import LiquidConfig
 
-# Dense matrix products in 16 bits, TFLOP/s, from the makers' data sheets; the longest name that fits counts.
+# TFLOP/s of dense 16-bit matrix products, from the manufacturers' data sheets. The longest matching name counts.
 PEAK_TERAFLOPS = {
     "B200": 2250.0, "H200": 989.4, "H100 NVL": 835.0, "H100 PCIe": 756.0, "H100": 989.4, "GH200": 989.4,
     "A100": 312.0, "A30": 165.0, "A10G": 70.0, "A10": 125.0, "A40": 149.7, "L40S": 362.0, "L40": 181.0, "L4": 121.0,
@@ -24,7 +24,7 @@ PEAK_TERAFLOPS = {
 
 @dataclass(frozen=True)
 class TokenFlops:
-    """FLOPs of one token's forward: the blocks', the embedding's and the head's."""
+    """FLOPs of one token's forward in the blocks, the embedding and the head."""
 
     blocks: float
     embedding: float
@@ -32,28 +32,30 @@ class TokenFlops:
 
     @property
     def training(self) -> float:
-        """Forward and backward."""
+        """FLOPs of one token's forward and backward."""
         return 3 * (self.blocks + self.embedding + self.head)
 
     def recomputed(self, checkpointing: bool) -> float:
-        """What the backward computes again: always the logits (model/loss.py), with checkpointing the blocks, too."""
+        """Return the FLOPs recomputed in the backward: the logits (model/loss.py), and the blocks with checkpointing."""
         return self.head + (self.blocks if checkpointing else 0.0)
 
 
 def token_flops(config: LiquidConfig, seq_len: int) -> TokenFlops:
-    """Count the matrix products of one token in a full row of `seq_len` tokens.
+    """Count the FLOPs of one token's matrix products, averaged over a full row of `seq_len` tokens.
 
-    Attention: over the min(t + 1, W) keys that token t of a row sees; documents in a row are not known here, so for rows
-    of many short ones it is an upper limit. The band of the deformable convolution: its R taps. The LSTM runs once in
-    `memory_stride` tokens. The table's look-up is no product; the head, tied to it, is.
+    - Attention: token t sees min(t + 1, W) keys. Documents in a row are not known here, so this is an upper bound for rows
+      with many short documents.
+    - Deformable convolution: the R taps of its band.
+    - LSTM: runs once every `memory_stride` tokens.
+    - Embedding table: its look-up is not a product; the head, which shares its weights, is one.
     """
     width, window = config.hidden_size, min(config.sliding_window, seq_len)
-    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len  # seen by a token, on average
+    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len  # mean number of keys that a token sees
     attention = 2 * width * (2 * width + 2 * config.num_key_value_heads * config.head_dim) + 2 * 2 * keys * width
     taps = 2 * config.deformable_groups * config.deformable_taps
     convolution = 2 * width * (3 * width + taps) + 2 * config.deformable_range * width
     experts = config.num_experts_per_tok * config.moe_intermediate_size + config.shared_expert_intermediate_size
-    # The gate is asked twice: by the block, and for its logits (model/moe.py).
+    # The router runs twice: in the block, and for its logits (model/moe.py).
     mixture = 2 * 3 * width * experts + 2 * 2 * width * config.num_experts
     size = config.memory_hidden_size
     cells = 4 * size * (width + size) + (config.memory_num_layers - 1) * 4 * size * 2 * size
@@ -67,7 +69,7 @@ def token_flops(config: LiquidConfig, seq_len: int) -> TokenFlops:
 
 
 def peak_flops(device: torch.device, in_16_bits: bool) -> float | None:
-    """The FLOP/s that a device could have in 16 bits; None for a CPU, an unknown device, and training in fp32."""
+    """Return a device's peak FLOP/s in 16 bits; None for a CPU, an unknown device, or training in fp32."""
     if device.type != "cuda" or not in_16_bits:
         return None
     teraflops = known_teraflops(torch.cuda.get_device_name(device))
@@ -75,10 +77,10 @@ def peak_flops(device: torch.device, in_16_bits: bool) -> float | None:
 
 
 def known_teraflops(name: str) -> float | None:
-    """The peak of the GPU that CUDA calls `name`; None for one that is not known, a part of one (MIG), and a laptop's."""
+    """Return the peak TFLOP/s of the GPU with this CUDA name; None for unknown GPUs, MIG slices and laptop GPUs."""
     if re.search("MIG|Laptop", name):
         return None
-    # Whole words: an A1000 is no A100, and a GB200 no B200.
+    # Match whole words: an A1000 is not an A100, and a GB200 not a B200.
     known = [part for part in PEAK_TERAFLOPS if re.search(rf"(?<![A-Za-z0-9]){re.escape(part)}(?![0-9])", name)]
     return PEAK_TERAFLOPS[max(known, key=len)] if known else None
 
@@ -86,7 +88,10 @@ def known_teraflops(name: str) -> float | None:
 def utilisation(
     flops: TokenFlops, checkpointing: bool, tokens_per_second: float, world_size: int, peak: float
 ) -> dict[str, float]:
-    """MFU and HFU of a step, by TensorBoard tag; of non-padding tokens; `peak` in FLOP/s of one device."""
+    """Return MFU and HFU of a step by TensorBoard tag.
+
+    tokens_per_second: of non-padding tokens, over all ranks. peak: FLOP/s of one device.
+    """
     share = tokens_per_second / (world_size * peak)
     return {
         "perf/mfu": share * flops.training,

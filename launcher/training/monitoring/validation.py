@@ -1,4 +1,4 @@
-"""Validation during training: every held-out row once, whatever the number of ranks.
+"""Validation during training: each held-out row is scored once, for any number of ranks.
 
 Legend: B rows, T tokens, V vocabulary, S sources.
 """
@@ -25,18 +25,21 @@ from launcher.training.monitoring.reduction import add_up
 from launcher.training.setup.data_source import held_out_location, shard_cache
 
 TOP = 5
-LOGITS_AT_ONCE = 2**28  # of one forward: the model gives them whole, about half a gigabyte in 16 bits
-CHUNK_TOKENS = 512  # whose logits are widened to fp32 at a time
+# Most logits of one forward, about half a gigabyte in 16 bits. The model returns them all at once.
+LOGITS_AT_ONCE = 2**28
+CHUNK_TOKENS = 512  # tokens whose logits are converted to fp32 at a time
 
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """What the held-out rows say of the model; every rank has the same.
+    """Results on the held-out rows, the same on every rank.
 
-    cross_entropy: mean over supervised tokens, in nats. token_accuracy and top5_accuracy: shares of them whose token is
-    the likeliest, or among the five likeliest. sequence_accuracy: the share of the documents that lie whole in a row
-    whose answer has every token the likeliest, each after the right ones before it; None where there is none.
-    by_source: cross entropy and supervised tokens of each source that has any, the largest first.
+    cross_entropy: mean over supervised tokens, in nats.
+    token_accuracy, top5_accuracy: shares of supervised tokens that are the likeliest, or among the five likeliest.
+    sequence_accuracy: share of the documents in `sequences` in which each token of the answer is the likeliest, given the
+        correct tokens before it; None if there are no such documents.
+    sequences: number of documents that lie whole in a row and have an answer.
+    by_source: cross entropy and number of supervised tokens of each source that has any, the largest source first.
     """
 
     cross_entropy: float
@@ -49,13 +52,14 @@ class ValidationResult:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.cross_entropy, 700.0))  # above, a float overflows
+        return math.exp(min(self.cross_entropy, 700.0))  # a larger exponent overflows
 
 
 def open_validation_data(config: RunConfig, data: RowReader) -> RowReader | None:
-    """Open `validation_data`, or the folder `validation` in `data`; None where there is neither, or validation is off.
+    """Open `validation_data`, or the folder `validation` in `data`; None if there is neither, or validation is off.
 
-    Raises `ConfigurationError` where it goes with another tokenizer than `data`, and `DataError` where it cannot be read.
+    Raises `ConfigurationError` if the rows have another tokenizer than `data` or are longer, and `DataError` if they
+    cannot be read.
     """
     if config.validate_every == 0:
         return None
@@ -65,23 +69,26 @@ def open_validation_data(config: RunConfig, data: RowReader) -> RowReader | None
     held_out = open_data(location, config.on_bad_shard, shard_cache(config))
     if held_out.tokenizer_fingerprint != data.tokenizer_fingerprint or held_out.seq_len > data.seq_len:
         raise ConfigurationError(
-            f"validation_data {held_out.location} has another tokenizer than {data.location}, or longer rows; prepare it "
+            f"validation_data {held_out.location} has another tokenizer or longer rows than {data.location}; prepare it "
             f"with --tokenizer {data.tokenizer_path} --seq-len {data.seq_len}"
         )
     return held_out if held_out.num_rows else None
 
 
 class Validation:
-    """The held-out rows of a run, this rank's share of them, and when to look at them."""
+    """Score this rank's share of a run's held-out rows when a validation is due."""
 
     def __init__(self, config: RunConfig, data: RowReader | None, rank: int, world_size: int):
-        """Without `data` nothing is ever due. `of` names the rows and labels, so that figures of others are told apart."""
+        """Prepare the validation; without `data` it is never due.
+
+        `of` identifies the rows and labels: only validations with the same `of` are comparable.
+        """
         self.data = data
         self.every = config.validate_every or config.checkpoint_every
         self.last_step = config.max_steps
         self.of = "" if data is None else f"{config.loss_on} of {data.fingerprint}"
         if data is not None:
-            # The same on one rank and on many: only the machine's memory counts, and the figures do not depend on it.
+            # The batch size limits memory only; results do not depend on it or on the number of ranks.
             rows = max(1, min(config.micro_batch_rows, LOGITS_AT_ONCE // (data.seq_len * data.vocab_size)))
             self._batches, self._answers = (
                 ValidationBatches(data, micro_batch_rows=rows, rank=rank, world_size=world_size, loss_on=loss_on)
@@ -94,10 +101,10 @@ class Validation:
         return self.data is not None and (step % self.every == 0 or step == self.last_step)
 
     def run(self, engine, interrupted: Callable[[], bool]) -> tuple[ValidationResult, list[SampledAnswer]] | None:
-        """Look at every held-out row once and answer a few questions; called by all ranks, with as many forwards each.
+        """Score every held-out row once and answer a few questions; called by all ranks, each with as many forwards.
 
-        `interrupted` is asked before each batch and says the same on all ranks; where it is True there is no result.
-        Raises `DataError` on all ranks where one cannot read its rows, or they have no supervised token.
+        interrupted: called before each batch. It must return the same on all ranks; if it returns True, the result is None.
+        Raises `DataError` on all ranks if one cannot read its rows, or if there is no supervised token.
         """
         config = engine.module.config
         sums: dict[str, torch.Tensor] = {}
@@ -124,7 +131,7 @@ class Validation:
     def _result(self, totals: dict[str, torch.Tensor]) -> ValidationResult:
         tokens, sequences = int(totals["tokens"]), int(totals["sequences"])
         if tokens == 0:
-            raise DataError(f"{self.data.location} has no supervised token that could be read; set validate_every=0")
+            raise DataError(f"{self.data.location} has no supervised token in its readable rows; set validate_every=0")
         of_sources = zip(
             self.data.sources, totals["source_loss"].tolist(), totals["source_tokens"].tolist(), strict=True
         )
@@ -142,24 +149,24 @@ class Validation:
 
 @contextmanager
 def evaluating(engine) -> Iterator[None]:
-    """Put the engine into evaluation, and leave it as it was: without gradients, every buffer back at its value."""
+    """Switch the engine to evaluation without gradients, and afterwards restore training and the values of all buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
     engine.eval()
     try:
-        # Not inference mode: weights that ZeRO-3 gathers here may stay, and training could not use such tensors.
+        # Not inference mode: ZeRO-3 may keep weights that it gathers here, and training cannot use inference tensors.
         with torch.no_grad():
             yield
     finally:
         with torch.no_grad():
-            for buffer, before in buffers:  # AutoEP counts the tokens of each expert in one
+            for buffer, before in buffers:  # among them AutoEP's counts of tokens per expert
                 buffer.copy_(before)
         engine.train()
 
 
 def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give -log p of each target (fp32) and its place among all tokens by likelihood, from 0; both `[B, T]`.
+    """Return -log p of each target (fp32) and its rank among all tokens by likelihood, from 0; both `[B, T]`.
 
-    `logits` `[B, T, V]`, `targets` `[B, T]`. Of equally likely tokens the one with the lower id comes first.
+    `logits` `[B, T, V]`, `targets` `[B, T]`. Of equally likely tokens, the one with the lower id ranks first.
     """
     losses, places = [], []
     ids = torch.arange(logits.shape[-1], device=logits.device)
@@ -176,7 +183,7 @@ def score_tokens(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Ten
 def _token_sums(
     loss: torch.Tensor, place: torch.Tensor, labels: torch.Tensor, sources: torch.Tensor, num_sources: int
 ) -> dict[str, torch.Tensor]:
-    """Sums over the supervised tokens, in fp64; all arguments `[B, T - 1]`, of the tokens that are predicted."""
+    """Sum up the figures of the supervised tokens, in fp64; tensors are `[B, T - 1]`, of the predicted tokens."""
     asked = labels != -100
     loss, place, sources = loss[asked].double(), place[asked], sources[asked]
     none = loss.new_zeros(num_sources)
@@ -193,14 +200,14 @@ def _token_sums(
 def _sequence_sums(
     correct: torch.Tensor, ids: torch.Tensor, answers: torch.Tensor, positions: torch.Tensor, begin: int, end: int
 ) -> dict[str, torch.Tensor]:
-    """Count the documents that lie whole in a row, and those of them whose answer is right.
+    """Count the documents with an answer that lie whole in a row, and those of them whose answer is right.
 
-    `correct` `[B, T - 1]`: of the tokens behind each row's first. `answers` `[B, T]`: labels of the answers alone.
+    `correct` `[B, T - 1]`: for each row's tokens after the first. `answers` `[B, T]`: labels of the answers only.
     """
     document = (positions.flatten() == 0).cumsum(0) - 1
     starts = (positions.flatten() == 0).nonzero().squeeze(1)
     ends = torch.cat((starts[1:], starts.new_tensor([ids.numel()]))) - 1
-    is_whole = (ids.flatten()[starts] == begin) & (ids.flatten()[ends] == end)  # not a piece of a long one
+    is_whole = (ids.flatten()[starts] == begin) & (ids.flatten()[ends] == end)  # False for a piece of a long document
     asked = (answers != -100).flatten()
     wrong = asked & ~torch.nn.functional.pad(correct, (1, 0)).flatten()
     nothing = torch.zeros_like(starts)

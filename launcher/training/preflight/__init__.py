@@ -1,1 +1,1 @@
-"""What can be known wrong before a GPU hour is spent: one file for each kind of check, and the table of them."""
+"""Checks that find errors before training starts: one file for each kind of check, and the table of results."""

@@ -1,4 +1,4 @@
-"""The checks of one process, in order: all of them for `lfm preflight`, the cheap ones at the start of each training."""
+"""The checks that one process can make: all of them for `lfm preflight`, the cheap ones at each start of training."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from model import LiquidConfig
 
 
 def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environment: Environment) -> list[str]:
-    """The checks that take no time, where the settings, data and model have been read already; what to tell the user.
+    """Run the fast checks on settings and a model that are already loaded, and return the warnings.
 
-    Raises `ConfigurationError` for the first red one.
+    Raises `ConfigurationError` for the first red finding.
     """
     findings = [
         check_precision(resolved, environment),
@@ -45,11 +45,11 @@ def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environm
 def check_run(
     config_path: str, overrides: list[str], deepspeed_path: str, world: Environment, here: bool = True
 ) -> list[Finding]:
-    """All that one process can know of a run: its settings for `world`, its data and model, this machine.
+    """Check a run's settings for `world`, its data and model, and this machine.
 
     here: whether the run will be on this machine.
 
-    What a red line leaves unknown is not checked.
+    Checks that need the result of a failed one are left out.
     """
     findings = []
     config, found = refused("configuration", lambda: load_run_config(config_path, overrides))
@@ -81,10 +81,10 @@ def _check_json_keys(content: dict, path: str) -> list[Finding]:
 
 
 def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
-    """Open the rows as training will: the index is whole, each file there with its size, the tokenizer's words counted."""
+    """Open the rows as training will, which checks the index and the size of each file, and check the vocabulary."""
     if _will_be_prepared(config):
         found = Finding(
-            "data", YELLOW, f"{config.data} is not there yet: training makes it of {config.prepare.source} first",
+            "data", YELLOW, f"{config.data} does not exist yet: training prepares it from {config.prepare.source} first",
             f"lfm prepare {config.prepare.source} --out {config.data}",
         )  # fmt: skip
         return None, [found]
@@ -92,17 +92,17 @@ def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
     if data is None:
         return None, found
     bad = len(getattr(data, "bad_shards", ()))
-    level, skipped = (YELLOW, f", of which {bad} shards are bad and skipped") if bad else (GREEN, "")
+    level, skipped = (YELLOW, f"; {bad} bad shards are skipped") if bad else (GREEN, "")
     message = f"{data.location}: {data.num_rows:,} rows of {data.seq_len} tokens{skipped}"
     findings = [Finding("data", level, message, "lfm verify names the bad files" if bad else "")]
     words = len(AutoTokenizer.from_pretrained(data.tokenizer_path))
     if words > data.vocab_size:
         findings.append(Finding(
-            "vocabulary", RED, f"the tokenizer in {data.tokenizer_path} has {words:,} words and its index says "
-            f"{data.vocab_size:,}", "prepare the data again, with one tokenizer",
+            "vocabulary", RED, f"the tokenizer in {data.tokenizer_path} has {words:,} tokens, but the data's index says "
+            f"{data.vocab_size:,}", "prepare the data again with one tokenizer",
         ))  # fmt: skip
     held_out, found = refused("validation data", lambda: open_validation_data(config, data))
-    rows = f"{held_out.location}: {held_out.num_rows:,} rows" if held_out else "none: the run is not validated"
+    rows = f"{held_out.location}: {held_out.num_rows:,} rows" if held_out else "none, so the run is not validated"
     return data, [*findings, *(found or [Finding("validation data", GREEN, rows)])]
 
 
@@ -116,12 +116,12 @@ def _seq_len(config: RunConfig, data: RowReader | None) -> int:
 
 
 def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfig | None, list[Finding]]:
-    """The model's sizes: for the data's tokenizer, or the preset's own where the data will be prepared first."""
+    """Check the model's sizes: for the data's tokenizer, or those of the preset if the data is not prepared yet."""
     if data is not None:
         run = RunFolder(config.output)
         goes_on = run if has_checkpoints(run) else None
         sizes, found = refused("model", lambda: model_config(config, data, goes_on))
-        words = f"{data.vocab_size:,} words in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
+        words = f"{data.vocab_size:,} tokens in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
     elif _will_be_prepared(config) and config.init_from is None:
         sizes, found = refused("model", lambda: _preset(config.model))
         words = "a vocabulary of {}, {} positions"
@@ -132,11 +132,11 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
     if _seq_len(config, data) > sizes.max_position_embeddings:
         return sizes, [Finding(
             "model", RED, f"prepare.seq_len is {_seq_len(config, data)}, but the model has "
-            f"{sizes.max_position_embeddings} positions", "set a smaller prepare.seq_len, or take a model with more",
+            f"{sizes.max_position_embeddings} positions", "set a smaller prepare.seq_len, or use a model with more positions",
         )]  # fmt: skip
     name = config.init_from or config.model
     if data is not None and goes_on:
-        name = f"of the run {goes_on.path}"
+        name = f"the model of the run {goes_on.path}"
     return sizes, [
         Finding(
             "model", GREEN, f"{name}: " + words.format(f"{sizes.vocab_size:,}", f"{sizes.max_position_embeddings:,}")
@@ -147,14 +147,14 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
 def _preset(name: str) -> LiquidConfig:
     try:
         return LiquidConfig.from_preset(name)
-    except (ValueError, TypeError) as error:  # the strict dataclass raises either for a value of a wrong type
+    except (ValueError, TypeError) as error:  # the strict dataclass raises one of these for a value of the wrong type
         raise ConfigurationError(f"model {name}: {' '.join(str(error).split())}") from error
 
 
 def _check_settings(
     config: RunConfig, deepspeed_path: str, world: Environment, sizes: LiquidConfig, seq_len: int, here: bool
 ) -> list[Finding]:
-    """What only the JSON, the run's keys and the world together say: batch, experts, and what the machine must have."""
+    """Check what depends on the JSON, the run's keys and the world together: batch, experts and machine."""
     answer, found = refused("batch", lambda: resolve_deepspeed_config(deepspeed_path, config, world, sizes.num_experts))
     if answer is None:
         return found
@@ -181,12 +181,12 @@ def _check_experts(config: RunConfig, resolved: dict, world: Environment, sizes:
     message = f"{sizes.num_experts} experts over {used} of {world.world_size} processes"
     if used != config.expert_parallel_size:
         return [Finding(
-            "experts", YELLOW, f"{message}, since expert_parallel_size {config.expert_parallel_size} does not divide both",
+            "experts", YELLOW, f"{message}, because expert_parallel_size {config.expert_parallel_size} does not divide both",
             f"set expert_parallel_size={used}",
         )]  # fmt: skip
     if used > world.local_world_size:
         return [Finding(
             "experts", YELLOW, f"{message}: their all-to-all crosses nodes of {world.local_world_size}",
-            f"set expert_parallel_size={world.local_world_size} where the network is slow",
+            f"set expert_parallel_size={world.local_world_size} if the network is slow",
         )]  # fmt: skip
     return [Finding("experts", GREEN, message)]

@@ -1,4 +1,4 @@
-"""What a check found, and the table that shows it."""
+"""The result of a check, and the table of results."""
 
 from __future__ import annotations
 
@@ -10,33 +10,38 @@ from data_pipeline.errors import DataError
 from launcher.errors import ConfigurationError
 
 GREEN, YELLOW, RED = "green", "yellow", "red"
-OF_MACHINES = ("GPUs", "clocks", "links")  # checks that no setting turns red
+OF_MACHINES = ("GPUs", "clocks", "links")  # checks that turn red because of a machine, never because of a setting
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table: `level` is green, yellow (it will run, look at it) or red (it will not); how to mend it."""
+    """One line of the table.
+
+    level: green; yellow (the run would work, but something needs attention); or red (the run would fail).
+    fix: what to do about it.
+    nodes: the nodes with this result; empty for all.
+    """
 
     check: str
     level: str
     message: str
     fix: str = ""
-    nodes: tuple[str, ...] = ()  # that it is about, where it is not about all
+    nodes: tuple[str, ...] = ()
 
 
 def refused(check: str, attempt: Callable) -> tuple[object, list[Finding]]:
-    """What `attempt()` returns, or None and the red line that its one sentence makes: what is wrong, then the fix."""
+    """Return the result of `attempt()`, or None and a red finding made from its error: what is wrong, and the fix."""
     try:
         return attempt(), []
     except (ConfigurationError, DataError) as error:
         sentence = str(error)
-        # The house's sentences end with the fix, after a semicolon; those of the data after a colon.
+        # Error messages end with the fix, after a semicolon; those of data_pipeline after a colon.
         wrong, separator, fix = sentence.rpartition("; ") if "; " in sentence else sentence.rpartition(": ")
         return None, [Finding(check, RED, wrong, fix) if separator else Finding(check, RED, sentence)]
 
 
 def merge(by_node: dict[str, list[Finding]]) -> list[Finding]:
-    """The findings of all nodes in the order of the checks: what all share is one line, the rest names its nodes."""
+    """Merge the findings of all nodes, in the order of the checks. Those that not all nodes share name their nodes."""
     nodes_of: dict[Finding, list[str]] = {}
     for node, findings in by_node.items():
         for finding in findings:
@@ -50,16 +55,16 @@ def merge(by_node: dict[str, list[Finding]]) -> list[Finding]:
 
 
 def worst(findings: Iterable[Finding]) -> str:
-    """The level of the worst finding."""
+    """Return the level of the worst finding."""
     levels = {finding.level for finding in findings}
     return next((level for level in (RED, YELLOW) if level in levels), GREEN)
 
 
 def suspects(findings: Iterable[Finding], nodes: list[str]) -> list[str] | None:
-    """The nodes without which the run would start, where that alone is wrong; None where settings have to change.
+    """Return the nodes to exclude so that the run can start; None if settings have to change instead.
 
-    What most nodes find wrong is a matter of settings, such as data on one node's own disk; what a few do, of theirs. The
-    list is empty where machines are at fault and it is not known which.
+    A red finding of most nodes is blamed on the settings (such as data on one node's own disk), one of a few nodes on these
+    nodes. The list is empty if machines are to blame but it is unknown which.
     """
     found = []
     for finding in (finding for finding in findings if finding.level == RED):
@@ -71,17 +76,17 @@ def suspects(findings: Iterable[Finding], nodes: list[str]) -> list[str] | None:
 
 
 def print_table(findings: list[Finding]) -> None:
-    """One table on stdout; without a terminal as wide as its longest line needs, so that a log can be searched."""
+    """Print the findings as a table; without a terminal it is 160 columns wide, so that a log can be searched."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    # Open MPI gives its ranks a terminal of their own, wherever its output goes.
+    # Open MPI gives its ranks a pseudo-terminal even if its output goes to a file.
     if not console.is_terminal or "OMPI_COMM_WORLD_SIZE" in os.environ:
         console = Console(highlight=False, width=160, force_terminal=False)
     table = Table(title="preflight")
-    for column in ("", "check", "what was found", "how to mend it"):
+    for column in ("", "check", "result", "how to fix it"):
         table.add_column(column, overflow="fold")
     for finding in findings:
         unnamed = [node for node in finding.nodes if node not in finding.message]
@@ -94,6 +99,6 @@ def print_table(findings: list[Finding]) -> None:
 
 
 def as_json(findings: list[Finding], nodes: list[str]) -> dict:
-    """The findings as plain values, the worst of their levels, and where it is red, whom `suspects` names."""
+    """Return the findings as plain values, their worst level and, if that is red, the result of `suspects`."""
     blamed = suspects(findings, nodes) if worst(findings) == RED else []
     return {"level": worst(findings), "suspects": blamed, "checks": [asdict(finding) for finding in findings]}

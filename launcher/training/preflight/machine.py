@@ -1,4 +1,4 @@
-"""What the machine must have for a run: precision, memory, disk space, the right packages."""
+"""Checks of the machine: precision, memory, disk space and package versions."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from launcher.training.preflight.memory_estimate import Activations, Sizes, stat
 from model import LiquidConfig
 
 CONSTRAINTS = Path(__file__).parents[3] / "constraints.txt"
-# fp32 weights and Adam's two moments; the 16-bit weights that ZeRO-1's model file holds beside them.
+# Bytes per parameter: fp32 weights and Adam's two moments, and the 16-bit weights in ZeRO-1's model file.
 CHECKPOINT_BYTES = 14
-# A model of this share of the device's memory or more leaves nothing for CUDA, NCCL and fragments.
+# If a run needs more than this share of the device's memory, too little is left for CUDA, NCCL and fragmentation.
 TIGHT = 0.8
-# DeepSpeed's own, where a JSON leaves them out.
+# DeepSpeed's defaults, for a JSON without these keys.
 ZERO_DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters": 1_000_000_000}
 
 
 def check_precision(resolved: dict, environment: Environment) -> Finding:
-    """Whether the device computes in what the resolved JSON asks for."""
+    """Check that the device supports the precision of the resolved JSON."""
     asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), "fp32")
     device = environment.device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         if asked == "bf16" and torch.cuda.get_device_capability(device) < (8, 0):
             return Finding(
-                "precision", RED, f"{name} does not compute bf16", "take ds_configs/zero3.json, which is fp16"
+                "precision", RED, f"{name} does not support bf16", "use ds_configs/zero3.json, which trains in fp16"
             )
         return Finding("precision", GREEN, f"{asked} on {name}")
     if asked == "fp16":
@@ -43,8 +43,8 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
 
         if not get_accelerator().is_fp16_supported():
             return Finding(
-                "precision", RED, "the JSON asks for fp16, which DeepSpeed does not run on this device",
-                "leave precision.force out, or train where fp16 is native",
+                "precision", RED, "the JSON enables fp16, which DeepSpeed does not support on this device",
+                "remove precision.force, or train on a device with native fp16",
             )  # fmt: skip
     return Finding("precision", GREEN, f"{asked} on a CPU")
 
@@ -52,10 +52,12 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
 def check_memory(
     sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool, here: bool = True
 ) -> Finding:
-    """The estimate of ds_configs/README.md against the device; with `activations`, which takes seconds, or without.
+    """Compare the memory estimate of ds_configs/README.md with the device.
 
-    Red where weights, gradients and optimizer alone do not fit, yellow where all together leave too little; and where the
-    run will not be `here`, on this machine, yellow without a GPU to judge by.
+    Red if weights, gradients and optimizer alone do not fit; yellow if too little memory is left.
+
+    activations: whether to include activations, which takes seconds.
+    here: whether the run will be on this machine. If it will not, and this machine has no GPU, the result is yellow.
     """
     zero = {**ZERO_DEFAULTS, **resolved.get("zero_optimization", {})}
     if zero.get("stage") not in (1, 3):
@@ -66,36 +68,36 @@ def check_memory(
         if not isinstance(zero[key], (int, float)):
             return Finding(
                 "memory", RED, f"zero_optimization.{key} is {zero[key]!r} in the DeepSpeed JSON, which is not a number",
-                "write it there as a number, without quotes",
+                "write it as a number without quotes",
             )  # fmt: skip
     counted = Sizes.of(sizes)
     experts = resolved.get("expert_parallel", {}).get("autoep_size", 1)
     needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts)
     available, where = _device_memory(environment)
-    message = f"{counted.total / 1e6:,.1f} million parameters take {needed / 1e9:.1f} GB of a rank"
+    message = f"{counted.total / 1e6:,.1f} million parameters need {needed / 1e9:.1f} GB per rank"
     here = here or environment.device.type == "cuda"
     if here and needed > available:
         return Finding(
-            "memory", RED, f"{message}, and {where} has {available / 1e9:.1f} GB",
-            "take more GPUs, a larger expert_parallel_size, ds_configs/zero3_offload.json or a smaller model",
+            "memory", RED, f"{message}, and a rank has {available / 1e9:.1f} GB ({where})",
+            "use more GPUs, a larger expert_parallel_size, ds_configs/zero3_offload.json or a smaller model",
         )  # fmt: skip
     if activations:
         tokens = resolved["train_micro_batch_size_per_gpu"] * seq_len
         recompute = resolved.get("activation_checkpointing", {}).get("enabled", False)
         with torch.random.fork_rng(devices=[]):
             needed += Activations.of(sizes).peak(sizes, tokens, recompute)
-        message += f", with a micro-batch's activations {needed / 1e9:.1f} GB"
+        message += f", {needed / 1e9:.1f} GB with the activations of a micro-batch"
     if not here:
-        return Finding("memory", YELLOW, f"{message}; what the run's nodes have is not known here",
-                       "compare it with their GPUs, or call lfm preflight there")  # fmt: skip
-    message += f", of {available / 1e9:.1f} GB on {where}"
+        return Finding("memory", YELLOW, f"{message}; the memory of the run's nodes is not known here",
+                       "compare it with their GPUs, or run lfm preflight there")  # fmt: skip
+    message += f", of {available / 1e9:.1f} GB ({where})"
     if needed > TIGHT * available:
         return Finding("memory", YELLOW, message, "set a smaller micro_batch_rows, or activation_checkpointing=true")
     return Finding("memory", GREEN, message)
 
 
 def _device_memory(environment: Environment) -> tuple[int, str]:
-    """Bytes that one rank may have, and where."""
+    """Return the bytes of memory that one rank can use, and a description of that memory."""
     device = environment.device
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory, torch.cuda.get_device_name(device)
@@ -103,40 +105,40 @@ def _device_memory(environment: Environment) -> tuple[int, str]:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             total = min(total, int(text))
-    # SLURM holds a job to what it asked for by another file; in megabytes, and 0 where that was all.
+    # A SLURM job's own limit, which is not in these files. In megabytes; 0 stands for all of the node's memory.
     if (asked := os.environ.get("SLURM_MEM_PER_NODE", "0")).isdigit() and int(asked):
         total = min(total, int(asked) * 2**20)
-    return total // environment.local_world_size, "this machine for each rank"
+    return total // environment.local_world_size, "its share of this machine's memory"
 
 
 def check_disk(sizes: LiquidConfig, output: str, keep: int) -> Finding:
-    """Whether the checkpoints that will be kept, the best one, and the one being written fit beside what is there."""
+    """Check that the disk has space for the kept checkpoints, the best one and the one being written."""
     one = CHECKPOINT_BYTES * Sizes.of(sizes).total
     needed = (keep + 2) * one
     folder = Path(output).absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        tempfile.TemporaryFile(dir=existing).close()  # by doing it: os.access is wrong for root and on network disks
+        tempfile.TemporaryFile(dir=existing).close()  # os.access is wrong for root and on network disks
     except OSError as error:
         found = f"{existing} is not writable: {error.strerror}"
         return Finding("disk", RED, found, "set output to a folder that you may write to")
     there = _bytes_below(folder / "checkpoints")
     room = shutil.disk_usage(existing).free + there
     message = (
-        f"{keep + 2} checkpoints of {one / 1e9:.2f} GB need {needed / 1e9:.2f} GB, and {folder} has room for "
+        f"{keep + 2} checkpoints of {one / 1e9:.2f} GB need {needed / 1e9:.2f} GB, and {folder} has space for "
         f"{room / 1e9:.2f} GB"
     )
     if one > room:
-        return Finding("disk", RED, message, "delete old runs, or set output to a larger disk")
+        return Finding("disk", RED, message, "delete old runs, or set output to a folder on a larger disk")
     if needed > room:
-        return Finding("disk", YELLOW, message, "delete old runs, set a smaller keep_checkpoints, or another output")
+        return Finding("disk", YELLOW, message, "delete old runs, or set a smaller keep_checkpoints or another output")
     return Finding("disk", GREEN, message)
 
 
 def _bytes_below(folder: Path) -> int:
-    """The sizes of all files in a folder, but of those that another job deletes meanwhile."""
+    """Add up the sizes of all files in a folder, ignoring files that another job deletes meanwhile."""
     total = 0
-    for place, _, names in os.walk(folder):  # which passes over folders that vanish
+    for place, _, names in os.walk(folder):  # ignores folders that vanish
         for name in names:
             with suppress(FileNotFoundError):
                 total += Path(place, name).stat().st_size
@@ -144,10 +146,13 @@ def _bytes_below(folder: Path) -> int:
 
 
 def check_versions() -> Finding:
-    """The installed packages against constraints.txt, with which the tests pass."""
+    """Compare the installed packages with constraints.txt, the versions that the tests use."""
     if not CONSTRAINTS.is_file():
         return Finding(
-            "versions", YELLOW, f"there is no {CONSTRAINTS} to compare with", "run from a checkout of the project"
+            "versions",
+            YELLOW,
+            f"package versions are not checked, because {CONSTRAINTS} is missing",
+            "run from a checkout of the project",
         )
     pinned = re.findall(r"^([\w.-]+)==(\S+)", CONSTRAINTS.read_text(encoding="utf-8"), re.MULTILINE)
     others = []
@@ -155,10 +160,10 @@ def check_versions() -> Finding:
         try:
             installed = version(package)
         except PackageNotFoundError:
-            continue  # an extra that is not needed here, or pip would have installed it
+            continue  # part of an optional extra that is not installed
         if installed.split("+")[0] != wanted.split("+")[0]:  # torch says +cpu or +cu130
             others.append(f"{package} {installed} (tested: {wanted})")
     if not others:
         return Finding("versions", GREEN, "as in constraints.txt")
     more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-    return Finding("versions", YELLOW, f"other than tested: {', '.join(others[:5])}{more}", "make setup")
+    return Finding("versions", YELLOW, f"not the tested versions: {', '.join(others[:5])}{more}", "run make setup")

@@ -1,9 +1,10 @@
-"""How much memory a GPU needs.
+"""Estimate the memory that a GPU needs.
 
-`python -m launcher.training.preflight.memory_estimate` prints the tables of ds_configs/README.md.
+`python -m launcher.training.preflight.memory_estimate` prints the tables of ds_configs/README.md. The estimate adds up:
 
-Model states by DeepSpeed's own estimators, corrected for experts that spread over ranks; what ZeRO-3 gathers and both
-stages' buckets, as the JSON limits them; activations as the model saves them, counted on a narrow piece of it.
+- model states, by DeepSpeed's own estimators, corrected for experts that are distributed over ranks
+- what ZeRO-3 gathers, and the buckets of ZeRO-1 and ZeRO-3, up to the limits in the JSON
+- activations, measured on a few layers of the model
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ TOKENS = 8192  # in a micro-batch: 4 rows of 2,048
 LED_WORDS = 50266
 COUNTED_TOKENS = 128
 HALF = 2  # bytes of an fp16 or bf16 number
-START = 4  # of an fp32 one: rank 0 makes a fresh model's weights from the seed, all at once
+# Bytes per parameter at the start: rank 0 creates all weights of a fresh model at once, in fp32.
+START = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters: all, of these the routed experts', and of the largest single tensor that is no expert's."""
+    """Numbers of parameters: of the model, of its routed experts, and of the largest tensor outside the experts."""
 
     total: int
     experts: int
@@ -53,24 +55,24 @@ class Sizes:
 
 
 def preset(name: str) -> LiquidConfig:
-    """A preset with LED's words."""
+    """Return a preset with the vocabulary size of LED's tokenizer."""
     return LiquidConfig.from_preset(name).sized_for(LED_WORDS, pad_token_id=1, bos_token_id=0, eos_token_id=2)
 
 
 def expert_parallel_size(num_experts: int, gpus: int) -> int:
-    """The largest that fits and stays inside a node, where all-to-all is fast."""
+    """Return the largest size that fits and stays inside a node, where all-to-all is fast."""
     return max(n for n in range(1, min(gpus, GPUS_PER_NODE) + 1) if gpus % n == 0 and num_experts % n == 0)
 
 
 def state_bytes(sizes: Sizes, deepspeed: dict, gpus: int, expert_parallel: int) -> tuple[int, int]:
-    """Bytes of parameters, gradients, optimizer and buckets: of one GPU, and of one node's host memory."""
+    """Return the bytes of parameters, gradients, optimizer and buckets on one GPU, and in one node's host memory."""
     zero = deepspeed["zero_optimization"]
     per_node, nodes = min(gpus, GPUS_PER_NODE), max(1, gpus // GPUS_PER_NODE)
     dense, local_experts = sizes.total - sizes.experts, sizes.experts // expert_parallel
     bucket = HALF * min(zero["reduce_bucket_size"], dense + local_experts)
     if zero["stage"] == 1:
-        # Experts are data-parallel over the ranks that hold the same ones. The estimator is stage 2's: stage 1 keeps
-        # the whole of the 16-bit gradients, too.
+        # Experts are data-parallel over the ranks that hold the same ones. The estimator is that of stage 2; stage 1
+        # also keeps the whole 16-bit gradients, which are added below.
         gpu = estimate_zero2_model_states_mem_needs(dense, per_node, nodes, cpu_offload=False)[1]
         gpu += estimate_zero2_model_states_mem_needs(local_experts, gpus // expert_parallel, 1, cpu_offload=False)[1]
         return gpu + HALF * (dense + local_experts) + 2 * bucket, 0
@@ -80,14 +82,18 @@ def state_bytes(sizes: Sizes, deepspeed: dict, gpus: int, expert_parallel: int) 
     host, gpu, _ = estimate_zero3_model_states_mem_needs(
         sizes.total, largest, per_node, nodes, cpu_offload=offload, cpu_offload_params="offload_param" in zero
     )
-    # The estimator takes one layer to be whole at a time. DeepSpeed keeps what it will use again, up to a limit.
+    # The estimator assumes that one layer is gathered at a time. DeepSpeed also keeps weights that it will use again, up
+    # to a limit.
     gathered = HALF * min(zero["stage3_max_live_parameters"], dense + local_experts)
     return gpu + gathered + 2 * bucket, host if offload else 0
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes a token that the forward keeps: in each layer, where layers are computed again, and outside of them."""
+    """Bytes per token that the forward keeps for the backward.
+
+    layer: in each layer. recomputed_layer: in each layer with activation checkpointing. outside: outside the layers.
+    """
 
     layer: float
     recomputed_layer: float
@@ -95,7 +101,7 @@ class Activations:
 
     @classmethod
     def of(cls, config: LiquidConfig) -> Activations:
-        """Count them in bf16 on a few layers with few words; how many experts there are is nothing to a token."""
+        """Measure in bf16 on a few layers with a small vocabulary and only the experts that a token uses."""
         fields = config.to_dict()
         fields.update(
             num_hidden_layers=config.memory_every, num_experts=config.num_experts_per_tok, vocab_size=128,
@@ -110,18 +116,21 @@ class Activations:
         return cls(layer, inputs, recomputed / COUNTED_TOKENS - config.memory_every * inputs)
 
     def saved(self, config: LiquidConfig, tokens: int, recompute: bool) -> float:
-        """Bytes that the forward of a micro-batch keeps."""
+        """Return the bytes that the forward of a micro-batch keeps."""
         layer = self.recomputed_layer if recompute else self.layer
         return tokens * (config.num_hidden_layers * layer + self.outside)
 
     def peak(self, config: LiquidConfig, tokens: int, recompute: bool) -> float:
-        """Also what the backward makes: one chunk's logits and their gradient, and one layer at a time whole again."""
+        """Return the peak bytes, including what the backward adds.
+
+        That is one chunk's logits and their gradient and, with `recompute`, the recomputed activations of one layer.
+        """
         logits = 2 * HALF * config.vocab_size * min(tokens, CHUNK_TOKENS)
         return self.saved(config, tokens, recompute) + logits + (tokens * self.layer if recompute else 0)
 
 
 def saved_bytes(model: LiquidForCausalLM, tokens: int) -> int:
-    """What a forward over one row of `tokens` keeps for the backward, beside the weights."""
+    """Return the bytes that a forward over one row of `tokens` keeps for the backward, without the weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved = {}
 
@@ -138,8 +147,8 @@ def saved_bytes(model: LiquidForCausalLM, tokens: int) -> int:
 
 
 def states_table(folder: Path) -> str:
-    """Markdown: GB a GPU of model states by preset, JSON and number of GPUs, and GB of host memory."""
-    names = ("zero3", "zero3_offload", "zero1_ep")  # zero3_bf16 is as large as zero3
+    """Return a Markdown table of the model states by preset and JSON: GB per GPU, and GB of host memory."""
+    names = ("zero3", "zero3_offload", "zero1_ep")  # zero3_bf16 needs as much as zero3
     lines = [
         "| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"
     ]
@@ -157,8 +166,8 @@ def states_table(folder: Path) -> str:
 
 
 def activations_table() -> str:
-    """Markdown: GB of activations of a micro-batch of `TOKENS` by preset."""
-    lines = ["| preset | activations kept | computed again |", "|---|---|---|"]
+    """Return a Markdown table of the GB of activations of a micro-batch of `TOKENS`, by preset."""
+    lines = ["| preset | activations kept | recomputed |", "|---|---|---|"]
     for name in PRESETS:
         config = preset(name)
         activations = Activations.of(config)

@@ -1,7 +1,7 @@
-"""What only several machines together can tell: clocks, the shared file system, how fast they reach each other.
+"""Checks that need several machines: clocks, the shared file system, and the speed of the network.
 
-Called by all ranks of a started process group. Those with local rank 0 speak for their nodes; where there is one node
-alone, all its ranks take part instead.
+All ranks of an initialised process group call them. The ranks with local rank 0 represent their nodes. If there is only one
+node, all its ranks take part instead.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from launcher.training.preflight.findings import GREEN, RED, YELLOW, Finding, me
 
 CLOCK_ROUNDS = 5
 CLOCK_TOLERANCE, CLOCK_LIMIT = 1.0, 30.0  # seconds
-VISIBLE_WITHIN = 75.0  # seconds; NFS shows another node's new file up to a minute late, where it caches folders
-MEGABYTES = 16  # of a transfer
+# Seconds. NFS caches folders, so another node's new file may only be visible after a minute.
+VISIBLE_WITHIN = 75.0
+MEGABYTES = 16  # size of a transfer
 ROUNDS = 3
-SLOW, TOO_SLOW = 0.5, 0.1  # of the median node's speed
+SLOW, TOO_SLOW = 0.5, 0.1  # relative to the median node's speed
 
 
 class Nodes:
-    """The ranks that speak for their nodes, and the nodes' names; `is_member` tells whether this rank is one."""
+    """The ranks that represent their nodes, and the nodes' names. `is_member`: whether this rank is one of them."""
 
     def __init__(self, environment: Environment):
         self.device = environment.device
@@ -44,7 +45,7 @@ class Nodes:
 
 
 def gather(value) -> list:
-    """The value of every rank, on every rank."""
+    """Return the values of all ranks, on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -53,12 +54,14 @@ def gather(value) -> list:
 def check_nodes(
     environment: Environment, output: str | None, data: str | None, local: list[Finding]
 ) -> tuple[list[Finding], list[str]]:
-    """Each node's own findings as one list with what the nodes find together, and the nodes; the same on all ranks.
+    """Merge the nodes' own findings, add the checks between nodes, and return both with the nodes' names.
 
-    output, data: the run folder and a file of the data that every node must see, where known.
+    The result is the same on all ranks.
+
+    output, data: the run folder, and a file of the data, that every node must see; None if unknown.
     """
     nodes = Nodes(environment)
-    output, data = gather((output, data))[0]  # where a node does not see the data, its own finding says so
+    output, data = gather((output, data))[0]  # a node that does not see the data has reported that in `local`
     everyone = gather(local if nodes.is_member else None)
     findings = merge({name: everyone[rank] for name, rank in zip(nodes.names, nodes.ranks, strict=True)})
     findings.append(judge_clocks(dict(zip(nodes.names, _clock_offsets(nodes), strict=True))))
@@ -70,7 +73,10 @@ def check_nodes(
 
 
 def _clock_offsets(nodes: Nodes) -> list[float]:
-    """Seconds by which each node's clock is ahead of the first's: the smallest of a few looks right after a barrier."""
+    """Return the seconds by which each node's clock is ahead of the first node's.
+
+    Clocks are read right after a barrier. Of several rounds the smallest offset counts, because delays make it larger.
+    """
     looks = []
     for _ in range(CLOCK_ROUNDS):
         dist.barrier()
@@ -80,23 +86,23 @@ def _clock_offsets(nodes: Nodes) -> list[float]:
 
 
 def judge_clocks(offsets: dict[str, float]) -> Finding:
-    """Red where a node's clock is off by so much that time-outs, locks and file times between nodes mean nothing."""
+    """Judge clock offsets in seconds: red if timeouts, locks and file times cannot be compared between nodes."""
     middle = statistics.median_low(sorted(offsets.values()))
     off = {name: seconds - middle for name, seconds in offsets.items() if abs(seconds - middle) > CLOCK_TOLERANCE}
     if not off:
         spread = max(offsets.values()) - min(offsets.values())
         return Finding("clocks", GREEN, f"within {max(spread, 0.001):.3f} s of each other on {len(offsets)} nodes")
     level = RED if max(map(abs, off.values())) > CLOCK_LIMIT else YELLOW
-    if len(offsets) == 2:  # of which nobody knows which is right
+    if len(offsets) == 2:  # either of the two may be the wrong one
         (first, second), apart = offsets, max(offsets.values()) - min(offsets.values())
         return Finding("clocks", level, f"those of {first} and {second} are {apart:.1f} s apart",
-                       "have the wrong one set (chrony, ntpd)")  # fmt: skip
+                       "synchronise the wrong one (chrony, ntpd)")  # fmt: skip
     said = ", ".join(f"{name} is {seconds:+.1f} s off" for name, seconds in off.items())
-    return Finding("clocks", level, said, "have these nodes' clocks set (chrony, ntpd), or exclude them", tuple(off))
+    return Finding("clocks", level, said, "synchronise their clocks (chrony, ntpd), or exclude these nodes", tuple(off))
 
 
 def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
-    """Each node writes a file into the run folder, and looks for the files of all others."""
+    """Check that each node can write a file into the run folder and sees the files of all others."""
     folder = Path(output).absolute()
     probe = gather(secrets.token_hex(8))[0]
     created = not folder.exists()
@@ -104,7 +110,7 @@ def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
     problems = _try(
         lambda: (folder.mkdir(parents=True, exist_ok=True), _write(folder / f".{probe}-{nodes.index}")), nodes
     )
-    written = gather(problems)  # and nobody looks before all have written
+    written = gather(problems)  # also a barrier: no node looks before all have written
     missing = _wait_for({folder / f".{probe}-{n}" for n in range(len(nodes.ranks))}) if nodes.is_member else set()
     blind = gather(bool(missing) and not any(written))
     if nodes.is_member:
@@ -120,11 +126,13 @@ def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
     if unseen:
         return Finding("run folder", RED, f"{folder} is not the same folder everywhere: {', '.join(unseen)} do not see the "
                        "others' files", "set output to a folder on a file system that all nodes share")  # fmt: skip
-    return Finding("run folder", GREEN, f"{folder} is written and seen by all {len(nodes.ranks)} nodes")
+    return Finding(
+        "run folder", GREEN, f"all {len(nodes.ranks)} nodes can write to {folder} and see each other's files"
+    )
 
 
 def _try(attempt: Callable, nodes: Nodes) -> str:
-    """What goes wrong with the file system, or an empty string."""
+    """Run `attempt` on the ranks that represent a node; return the file system's error, or an empty string."""
     if not nodes.is_member:
         return ""
     try:
@@ -139,18 +147,18 @@ def _write(path: Path) -> None:
 
 
 def _wait_for(files: set[Path]) -> set[Path]:
-    """Those that do not appear in time."""
+    """Wait for files to appear, and return those that are still missing after `VISIBLE_WITHIN`."""
     deadline = time.monotonic() + VISIBLE_WITHIN
     while (missing := {file for file in files if not file.exists()}) and time.monotonic() < deadline:
         for folder in {file.parent for file in missing}:
             if folder.is_dir():
-                list(folder.iterdir())  # makes NFS look again
+                list(folder.iterdir())  # makes NFS refresh its cache
         time.sleep(0.2)
     return missing
 
 
 def _check_shared_file(nodes: Nodes, path: str) -> Finding:
-    """Whether all nodes read the same index of the data."""
+    """Check that all nodes read the same index of the data."""
     try:
         seen = Path(path).read_bytes()
     except OSError:
@@ -159,25 +167,25 @@ def _check_shared_file(nodes: Nodes, path: str) -> Finding:
     first = contents[nodes.ranks[0]]
     others = [name for name, rank in zip(nodes.names, nodes.ranks, strict=True) if contents[rank] != first]
     if first is None or others:
-        return Finding("shared data", RED, f"{path} is missing or another file on {', '.join(others or nodes.names[:1])}",
-                       "put the data on a file system that all nodes share, or copy it to each")  # fmt: skip
-    return Finding("shared data", GREEN, f"the same {path} on all {len(nodes.ranks)} nodes")
+        return Finding("shared data", RED, f"{path} is missing or different on {', '.join(others or nodes.names[:1])}",
+                       "put the data on a file system that all nodes share, or copy it to each node")  # fmt: skip
+    return Finding("shared data", GREEN, f"{path} is the same on all {len(nodes.ranks)} nodes")
 
 
 def hash_of(content: bytes | None) -> str | None:
-    """A short hash to compare contents by; None for none."""
+    """Return a hash for comparing contents; None if there is no content."""
     from hashlib import sha256
 
     return None if content is None else sha256(content).hexdigest()
 
 
 def _check_network(nodes: Nodes) -> list[Finding]:
-    """Gigabytes a second of an all-reduce, an all-to-all and each link of the ring of nodes."""
+    """Measure the speed of an all-reduce, of an all-to-all, and of each link in a ring of the nodes."""
     if not nodes.is_member:
         dist.barrier()
         return gather(None)[nodes.ranks[0]]
     count = len(nodes.ranks)
-    numbers = MEGABYTES * 250_000 // count * count  # fp32, the same share for each node
+    numbers = MEGABYTES * 250_000 // count * count  # of fp32, a multiple of the number of nodes
     sent = torch.ones(numbers, device=nodes.device)
     received = torch.empty_like(sent)
     reduced = _speed(nodes, lambda: dist.all_reduce(sent, group=nodes.group))
@@ -193,7 +201,7 @@ def _check_network(nodes: Nodes) -> list[Finding]:
 
 
 def _speed(nodes: Nodes, collective: Callable[[], object]) -> float:
-    collective()  # the first one connects
+    collective()  # not timed, because the first call opens the connections
     seconds = []
     for _ in range(ROUNDS):
         dist.barrier(nodes.group)
@@ -205,7 +213,7 @@ def _speed(nodes: Nodes, collective: Callable[[], object]) -> float:
 
 
 def _link_speeds(nodes: Nodes, data: torch.Tensor) -> list[float]:
-    """GB/s from each node to the next in a ring, one link after another, as its receiver counts."""
+    """Measure the GB/s from each node to the next in a ring, one link at a time, on the receiver."""
     count, speeds = len(nodes.ranks), {}
     for sender in range(count):
         receiver = (sender + 1) % count
@@ -222,16 +230,17 @@ def _link_speeds(nodes: Nodes, data: torch.Tensor) -> list[float]:
                 _finish(nodes.device)
                 seconds.append(time.perf_counter() - begin)
             speeds[sender] = data.nbytes / 1e9 / statistics.median(seconds)
-        dist.barrier(nodes.group)  # else a node's work on its other link would be counted
+        dist.barrier(nodes.group)  # otherwise a node's work on its other link would be timed as well
     known = [None] * count
     dist.all_gather_object(known, speeds, group=nodes.group)
     return [value for _, value in sorted({n: v for part in known for n, v in part.items()}.items())]
 
 
 def judge_links(names: list[str], speeds: list[float]) -> Finding:
-    """Name the nodes that are slow on both their links: `speeds[i]` is that from node i to the next in the ring.
+    """Judge the links between nodes and name the nodes that are slow on both of their links.
 
-    A healthy neighbour of a slow node has another link, which is fast; so it takes three nodes to know which is slow.
+    speeds: GB/s from node i to the next one in the ring. A healthy neighbour of a slow node is fast on its other link, so
+    at least three nodes are needed to tell which one is slow.
     """
     best = {name: max(speeds[n], speeds[n - 1]) for n, name in enumerate(names)}
     usual = statistics.median(best.values())
@@ -243,7 +252,7 @@ def judge_links(names: list[str], speeds: list[float]) -> Finding:
                        f"sbatch --exclude={','.join(slow)}", tuple(slow))  # fmt: skip
     if len(names) == 2 and min(speeds) < SLOW * max(speeds):
         return Finding("links", YELLOW, f"{min(speeds):.2f} GB/s one way and {max(speeds):.2f} the other between "
-                       f"{' and '.join(names)}", "try each of them with a third node")  # fmt: skip
+                       f"{' and '.join(names)}", "test each of them with a third node")  # fmt: skip
     return Finding("links", GREEN, f"{min(speeds):.2f} to {max(speeds):.2f} GB/s from each node to the next")
 
 

@@ -1,1 +1,1 @@
-"""What a run is made of, from its YAML, the DeepSpeed JSON, the data and the model's preset."""
+"""A run's settings, data and model, made from its YAML file, the DeepSpeed JSON and the model's preset."""

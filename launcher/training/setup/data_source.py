@@ -1,4 +1,4 @@
-"""The rows that a run trains on: a shard folder, or several with their weights, here or behind URLs."""
+"""The rows that a run trains on: one shard folder, or several with weights, on local disks or behind URLs."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from launcher.config import RunConfig
 
 
 def open_run_data(config: RunConfig) -> RowReader:
-    """Open the run's `data`; variables such as `$SLURM_TMPDIR` in the cache's folder are those of the machine.
+    """Open the run's `data`.
 
-    Raises `DataError` where a folder cannot be opened, or the folders do not go together.
+    Raises `DataError` if a folder cannot be opened, or the folders of a mixture do not fit together.
     """
     data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
     return open_data(data, config.on_bad_shard, shard_cache(config))
 
 
 def held_out_location(data: str | list, validation_data: str | None) -> str | None:
-    """Where a run's held-out rows lie: `validation_data`, or what `lfm prepare` held out of `data`; None for nowhere."""
+    """Return where a run's held-out rows are: `validation_data`, or the rows that `lfm prepare` held out of `data`.
+
+    None if there are none.
+    """
     if validation_data is not None:
         return validation_data
-    # Behind a URL nobody can tell cheaply whether there is one: name it.
+    # Looking for a validation folder behind a URL would be slow, so `validation_data` must name it.
     if not isinstance(data, str) or is_remote(data) or not Path(data, VALIDATION_FOLDER).is_dir():
         return None
     return str(Path(data, VALIDATION_FOLDER))
 
 
 def shard_cache(config: RunConfig) -> ShardCache:
-    """The cache that `data_cache` describes."""
+    """Create the cache that `data_cache` describes; variables such as `$SLURM_TMPDIR` are expanded on each machine."""
     folder = config.data_cache.folder
     return ShardCache(
         Path(os.path.expandvars(folder)).expanduser() if folder else default_cache_folder(),

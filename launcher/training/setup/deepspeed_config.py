@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON with every `"auto"` resolved: from the run configuration, the world and the device."""
+"""Resolve every `"auto"` in the DeepSpeed JSON from the run configuration, the world and the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.training.setup.json_keys import AUTOEP, OPTIMIZERS, SECTIONS, check_keys
 
-# Where a number in the JSON and a key of the run configuration say the same thing.
+# Numbers of the JSON that are also keys of the run configuration.
 SHARED_NUMBERS = {
     "train_batch_size": "global_batch_rows",
     "train_micro_batch_size_per_gpu": "micro_batch_rows",
@@ -32,11 +32,17 @@ FILLED = {*SHARED_NUMBERS, "gradient_accumulation_steps", "expert_parallel.use_g
 def resolve_deepspeed_config(
     path: str | Path, config: RunConfig, environment: Environment, num_experts: int
 ) -> tuple[dict, RunConfig, list[str]]:
-    """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and what a user should be told.
+    """Return the JSON ready for DeepSpeed, the run configuration that agrees with it, and notes for the user.
 
-    A number in the JSON wins over a default of the run configuration. Raises `ConfigurationError` for a missing or
-    broken file, for keys and sections that are wrong or missing, for different numbers in both places, for an `"auto"`
-    that nothing fills, and for a batch that does not divide.
+    A number in the JSON wins over a default of the run configuration.
+
+    Raises `ConfigurationError` for
+
+    - a missing or broken file
+    - wrong or missing keys and sections
+    - different numbers in the JSON and the run configuration
+    - an `"auto"` that is not supported
+    - a batch that does not divide over the ranks
     """
     resolved = read_json(path)
     automatic = _automatic(resolved)
@@ -52,7 +58,7 @@ def resolve_deepspeed_config(
 
 
 def _automatic(content, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Where `content` says `"auto"`, as the keys that lead there."""
+    """Return the path of keys to each `"auto"` in `content`."""
     if isinstance(content, dict):
         return [place for key, value in content.items() for place in _automatic(value, (*keys, key))]
     return [keys] if content == "auto" else []
@@ -63,14 +69,14 @@ def _at(content: dict, keys: tuple[str, ...]) -> str:
 
 
 def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> None:
-    """Raise `ConfigurationError` for what DeepSpeed would ignore, overwrite, or answer with a traceback."""
+    """Raise `ConfigurationError` for settings that DeepSpeed would ignore or overwrite, or that would make it crash."""
     for name in SECTIONS:
         if not isinstance(content.get(name, {}), dict):
             raise ConfigurationError(f"{name} in {path} must be an object with keys, not {json.dumps(content[name])}")
     check_keys(content, path)
     for keys in automatic:
         if (place := ".".join(keys)) not in FILLED:
-            raise ConfigurationError(f'{place} is "auto" in {path}, and nothing fills it; write its value there')
+            raise ConfigurationError(f'{place} is "auto" in {path}, but "auto" is not supported there; write a value')
     kind = content.get("optimizer", {}).get("type")
     if not kind:
         raise ConfigurationError(f'{path} has no optimizer.type; write one, such as "optimizer": {{"type": "AdamW"}}')
@@ -80,22 +86,22 @@ def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> N
         )
     if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
         raise ConfigurationError(
-            f"{path} has no zero_optimization.stage of 1, 2 or 3, without which DeepSpeed takes steps whose gradients "
-            "are not finite; set one of these"
+            f"{path} has no zero_optimization.stage of 1, 2 or 3, and without ZeRO DeepSpeed does not skip steps with "
+            "non-finite gradients; set one of these stages"
         )
     if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
         raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
 
 
 def read_json(path: str | Path) -> dict:
-    """The object in a JSON file, or a `ConfigurationError` that says what is wrong with it."""
+    """Return the object in a JSON file; raises `ConfigurationError` if it cannot be read or is not an object."""
     try:
         content = json.loads(Path(path).read_text(), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot read the DeepSpeed configuration {path}: {error.strerror}; ds_configs/zero3.json is the usual one"
+            f"cannot read the DeepSpeed configuration {path}: {error.strerror}; the usual one is ds_configs/zero3.json"
         ) from error
-    except ValueError as error:  # no JSON, or not even text
+    except ValueError as error:  # not JSON, or not text
         raise ConfigurationError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold a JSON object")
@@ -103,7 +109,10 @@ def read_json(path: str | Path) -> dict:
 
 
 def _as_typed(value, wanted, location: str, path: str):
-    """A value of the JSON in the type of the run's key: DeepSpeed would take 4.0 rows, or a number in quotes, and fail."""
+    """Convert a value of the JSON to the type of the run's key.
+
+    DeepSpeed would accept 4.0 rows or a number in quotes, and fail later.
+    """
     if value == "auto" or value is None:
         return "auto"
     numbers = isinstance(value, int | float) and not isinstance(value, bool)
@@ -123,26 +132,29 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict:
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice} is there twice")
+        raise ValueError(f"the key {twice} occurs twice")
     return content
 
 
 def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
-    """Fill every `"auto"` from the run configuration; let the JSON's own numbers win where that is unambiguous."""
+    """Fill every `"auto"` from the run configuration, and return the configuration with the JSON's own numbers.
+
+    Raises `ConfigurationError` if the user has set a key to another number than the JSON.
+    """
     from_json = {}
     for location, key in SHARED_NUMBERS.items():
         *parents, last = location.split(".")
         section = resolved
         for parent in parents:
             if parent == "expert_parallel" and parent not in section:
-                break  # `_resolve_experts` says that experts are not spread
+                break  # `_resolve_experts` notes that experts are not distributed
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise ConfigurationError(f"{parent} in {path} must be an object with keys, not {section!r}")
         else:
             wanted = getattr(config, key)
             section[last] = _as_typed(section.get(last, "auto"), wanted, location, path)
-            # What the JSON leaves out is "auto" as well: DeepSpeed's own default would be neither place's number.
+            # A number that is missing in the JSON is "auto" as well, since DeepSpeed's default may be another one.
             if section.get(last, "auto") == "auto":
                 section[last] = wanted
             elif section[last] != wanted and key in config.explicit:
@@ -156,7 +168,7 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
 
 
 def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
-    """On a CPU train in bf16 where that is native, else in fp32, instead of a half precision that would be slower."""
+    """Replace a half precision that a CPU does not support natively: by bf16 if that is native, otherwise by fp32."""
     asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), None)
     if environment.device.type != "cpu" or asked is None or config.precision.force:
         return
@@ -166,19 +178,19 @@ def _resolve_precision(resolved: dict, config: RunConfig, environment: Environme
     del resolved[asked]
     if native == "bf16":
         resolved["bf16"] = {"enabled": True}
-    used = "bf16, which it computes natively" if native == "bf16" else "fp32"
-    notes.append(f"this is a CPU, where {asked} is slow: training in {used} (precision.force=true keeps {asked})")
+    used = "bf16, which this CPU supports natively," if native == "bf16" else "fp32"
+    notes.append(f"{asked} is slow on this CPU: training in {used} instead (precision.force=true keeps {asked})")
 
 
 def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str]) -> None:
-    """On a CPU take torch's AdamW: DeepSpeed's needs a compiler, and a resumed run would differ in the last bits."""
+    """Use torch's AdamW on a CPU: DeepSpeed's needs a compiler, and a resumed run would differ in the last bits."""
     parameters = resolved["optimizer"]["params"]
     if environment.device.type != "cpu" or parameters.get("torch_adam"):
         return
     if "offload_optimizer" in resolved["zero_optimization"]:
         return
     parameters.update(torch_adam=True, fused=True)
-    notes.append("this is a CPU: the optimizer is torch's fused AdamW, as with torch_adam and fused in the JSON")
+    notes.append("on a CPU the optimizer is torch's fused AdamW, as if the JSON had torch_adam and fused")
 
 
 def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:
@@ -209,8 +221,8 @@ def _resolve_experts(
         resolved.pop("expert_parallel", None)
         if config.expert_parallel_size > 1:
             notes.append(
-                f"expert_parallel_size {config.expert_parallel_size} counts for nothing: the JSON's expert_parallel "
-                f"section is {'not enabled' if experts else 'missing'}, so that each rank has all the experts"
+                f"expert_parallel_size {config.expert_parallel_size} is ignored: the JSON's expert_parallel section is "
+                f"{'not enabled' if experts else 'missing'}, so each rank holds all experts"
             )
         return
     wanted = experts["autoep_size"]

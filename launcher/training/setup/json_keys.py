@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON may hold: keys that were tried with this training loop, and values that it can take.
+"""The keys that a DeepSpeed JSON may have, and the values that this training loop supports.
 
-DeepSpeed ignores unknown keys of some sections, answers those of others with a traceback, and takes values that change what
-is computed. So a key is either in these lists, each of which a test trains with, or it ends a run here by its name.
+DeepSpeed ignores unknown keys in some sections, crashes on them in others, and accepts values that change what is computed.
+So a run refuses every key that is not listed here. A test trains with each listed key.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from launcher.errors import ConfigurationError
 
 SECTIONS = ("optimizer", "zero_optimization", "fp16", "bf16", "expert_parallel", "activation_checkpointing")
-# What AutoEP has to know of the model in `model/`: where its experts are, and how its router chooses.
+# What AutoEP needs to know about the model in `model/`: where its experts are, and how its router works.
 AUTOEP = {
     "moe_layer_pattern": r"model\.layers\.\d+\.moe",
     "router_pattern": "router",
@@ -60,56 +60,57 @@ KEYS = {
     "optimizer": ("type", "params"),
     "optimizer.params": ("lr", "betas", "eps", "weight_decay", "torch_adam", "fused", "foreach", "adam_w_mode"),
 }  # fmt: skip
-# By DeepSpeed's name, and as they are written. Of the others, some have no kernel for a CPU, and the checkpoints of none
-# can be resumed on another number of ranks.
+# DeepSpeed's name (lower case) and the spelling in a JSON. Checkpoints of the other optimizers cannot be resumed on another
+# number of ranks, and some of them have no CPU kernel.
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW"}
-# Why a key that DeepSpeed knows is not taken.
+# Keys that DeepSpeed knows but this project does not support, and why.
 NOT_TAKEN = {
-    "scheduler": "the rate of each step comes from the run's learning_rate, warmup_steps and schedule",
-    "tensorboard": "a run writes its figures for TensorBoard by itself",
-    "wandb": "a run writes its figures for TensorBoard by itself",
-    "csv_monitor": "a run writes its figures for TensorBoard by itself",
-    "comet": "a run writes its figures for TensorBoard by itself",
-    "checkpoint": "a run saves its checkpoints by itself: checkpoint_every, keep_checkpoints",
-    "datastates_ckpt": "a run saves its checkpoints by itself: checkpoint_every, keep_checkpoints",
+    "scheduler": "a run sets the rate of each step from its own learning_rate, warmup_steps and schedule",
+    "tensorboard": "a run writes its own TensorBoard figures",
+    "wandb": "a run writes its own TensorBoard figures",
+    "csv_monitor": "a run writes its own TensorBoard figures",
+    "comet": "a run writes its own TensorBoard figures",
+    "checkpoint": "a run saves its own checkpoints, as set by checkpoint_every and keep_checkpoints",
+    "datastates_ckpt": "a run saves its own checkpoints, as set by checkpoint_every and keep_checkpoints",
     "data_efficiency": "the batches come from the run's own data",
     "dataloader_drop_last": "the batches come from the run's own data",
-    "vocabulary_size": "the tokenizer has it",
-    "moe": "the experts are spread by the expert_parallel section",
-    "pipeline": "the model is not cut into stages",
-    "tensor_parallel": "the model is not cut within its layers",
-    "sequence_parallel_size": "rows are not cut over ranks",
-    "hybrid_engine": "it is for inference between steps",
-    "torch_autocast": "the model computes in the precision of its weights, which bf16 or fp16 sets",
-    "compile": "it was never run with this model",
-    "zero_optimization.zero_hpz_partition_size": "expert parallelism under ZeRO-3 does not go with it",
-    "zero_optimization.zero_quantized_gradients": "expert parallelism under ZeRO-3 does not go with it",
-    "zero_optimization.legacy_stage1": "DeepSpeed no longer has it",
+    "vocabulary_size": "it comes from the tokenizer",
+    "moe": "the expert_parallel section distributes the experts",
+    "pipeline": "pipeline parallelism is not implemented",
+    "tensor_parallel": "tensor parallelism is not implemented",
+    "sequence_parallel_size": "sequence parallelism is not implemented",
+    "hybrid_engine": "it is for generation between training steps",
+    "torch_autocast": "the precision is that of the weights, set by bf16 or fp16",
+    "compile": "it is untested with this model",
+    "zero_optimization.zero_hpz_partition_size": "it does not work with expert parallelism under ZeRO-3",
+    "zero_optimization.zero_quantized_gradients": "it does not work with expert parallelism under ZeRO-3",
+    "zero_optimization.legacy_stage1": "DeepSpeed has removed it",
 }
-# The only value that goes with this loop, and what another one would do.
+# Keys with a single supported value, and why other values are refused.
 FIXED = {
-    "managed_gradient_accumulation": (True, "each micro-batch would be a step of the optimizer"),
-    "gradient_allreduce_op": ("mean", "the loss is scaled for a mean over the ranks"),
+    "managed_gradient_accumulation": (True, "the optimizer would step after each micro-batch"),
+    "gradient_allreduce_op": ("mean", "the loss is scaled for a mean over ranks"),
     "activation_checkpointing.partition_activations": (False, "it is for tensor parallelism"),
-    "activation_checkpointing.cpu_checkpointing": (False, "DeepSpeed's checkpoint function fails with it here"),
+    "activation_checkpointing.cpu_checkpointing": (False, "DeepSpeed's checkpoint function fails with it"),
     "activation_checkpointing.contiguous_memory_optimization": (False, "it is for partitioned activations"),
-    "zero_optimization.offload_optimizer.device": ("cpu", "only the host's memory was tried"),
-    "zero_optimization.offload_param.device": ("cpu", "only the host's memory was tried"),
-    **{f"expert_parallel.{key}": (value, "the model has it so") for key, value in AUTOEP.items()},
+    "zero_optimization.offload_optimizer.device": ("cpu", "only offloading to host memory is supported"),
+    "zero_optimization.offload_param.device": ("cpu", "only offloading to host memory is supported"),
+    **{f"expert_parallel.{key}": (value, "the model requires another value") for key, value in AUTOEP.items()},
 }
-# The same under ZeRO-1 and 2, and under ZeRO-2 and 3.
+# The same, under ZeRO-1 and 2 only.
 FIXED_BELOW_3 = {
-    "zero_optimization.contiguous_gradients": (True, "gradients of experts come out wrong without it"),
-    "zero_optimization.reduce_scatter": (True, "DeepSpeed has no other way for experts under ZeRO-1 and 2"),
+    "zero_optimization.contiguous_gradients": (True, "gradients of experts are wrong without it"),
+    "zero_optimization.reduce_scatter": (True, "DeepSpeed requires it for experts under ZeRO-1 and 2"),
 }
+# The same, under ZeRO-2 and 3 only.
 FIXED_ABOVE_1 = {
-    "prescale_gradients": (False, "DeepSpeed has it under ZeRO-1 alone"),
-    "gradient_predivide_factor": (1.0, "DeepSpeed has it under ZeRO-1 alone"),
+    "prescale_gradients": (False, "DeepSpeed supports it under ZeRO-1 only"),
+    "gradient_predivide_factor": (1.0, "DeepSpeed supports it under ZeRO-1 only"),
 }
 
 
 def check_keys(content: dict, path: str) -> None:
-    """Raise `ConfigurationError` for a key that is not supported, and for a value that the loop cannot take."""
+    """Raise `ConfigurationError` for a key or value that is not supported."""
     for section, keys in KEYS.items():
         found = value_at(content, section) if section else content
         for key, value in found.items() if isinstance(found, dict) else ():
@@ -123,22 +124,22 @@ def check_keys(content: dict, path: str) -> None:
         found = value_at(content, section) if section else content
         if isinstance(found, dict) and key in found and found[key] != allowed:
             raise ConfigurationError(
-                f"{location} is {json.dumps(found[key])} in {path}: {why}; leave it out, or write {json.dumps(allowed)}"
+                f"{location} is {json.dumps(found[key])} in {path}: {why}; remove it, or write {json.dumps(allowed)}"
             )
 
 
 def _refusal(location: str, section: str, known: tuple[str, ...], path: str) -> str:
     if location in NOT_TAKEN:
-        return f"{path} has {location}, which is not supported: {NOT_TAKEN[location]}; take it out"
+        return f"{path} has {location}, which is not supported: {NOT_TAKEN[location]}; remove it"
     key = location.rpartition(".")[2]
     near = difflib.get_close_matches(key, known, n=1)
     if near:
-        return f"{path} has {location}, which is no key of it; did you mean {f'{section}.{near[0]}'.lstrip('.')}?"
-    return f"{path} has {location}, which is not supported: it was never tried with this training loop; take it out"
+        return f"{path} has {location}, which is not a key that it may have; did you mean {f'{section}.{near[0]}'.lstrip('.')}?"
+    return f"{path} has {location}, which is not supported: it is untested with this training loop; remove it"
 
 
 def value_at(content: dict, location: str):
-    """Give the value at `section.key`; None if it is not there."""
+    """Return the value at `section.key`; None if there is none."""
     for part in location.split("."):
         if not isinstance(content, dict) or part not in content:
             return None
@@ -147,10 +148,10 @@ def value_at(content: dict, location: str):
 
 
 def zero_stage(content: dict) -> int:
-    """The ZeRO stage of a JSON; DeepSpeed's default is 0."""
+    """Return the ZeRO stage of a JSON; DeepSpeed's default is 0."""
     return value_at(content, "zero_optimization.stage") or 0
 
 
 def spreads_experts(content: dict) -> bool:
-    """Whether a JSON turns AutoEP on."""
+    """Return whether a JSON enables AutoEP."""
     return bool(value_at(content, "expert_parallel.enabled"))

@@ -1,4 +1,4 @@
-"""The model that a run begins with: a preset, a YAML file, or an exported folder."""
+"""The model that a run starts with: a preset, a YAML file, or an exported folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TABLE = "model.embed_tokens.weight"
 
 
 def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None = None) -> LiquidConfig:
-    """The sizes of the run's model: of the weights in `init_from`, or of `model`, sized for the data's tokenizer.
+    """Return the sizes of the run's model: those of `init_from`, or of `model` with the vocabulary of the data's tokenizer.
 
-    goes_on: the run, where it has checkpoints. What it began with then counts, and of exported weights its own note of
-    the sizes: their folder may be gone, and the checkpoint has what became of them.
-    Raises `ConfigurationError` where the preset is unknown, the rows are longer than the model's positions, or the
-    weights are for another tokenizer.
+    goes_on: the run, if it has checkpoints. It then keeps what it started with. If that was an exported folder, its sizes
+    are read from the run folder, since the exported one may be gone.
+    Raises `ConfigurationError` if the preset is unknown, the rows are longer than the model's positions, or the weights
+    are for another tokenizer.
     """
     init_from = goes_on.began_with() if goes_on else config.init_from
     if init_from is not None:
@@ -38,40 +38,44 @@ def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None =
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
         try:
             sizes = LiquidConfig.from_preset(config.model).sized_for(data.vocab_size, **special)
-        except (ValueError, TypeError) as error:  # the strict dataclass raises either for a value of a wrong type
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # the strict dataclass raises one of these for a value of the wrong type
             raise ConfigurationError(f"model {config.model}: {' '.join(str(error).split())}") from error
     if data.seq_len > sizes.max_position_embeddings:
         raise ConfigurationError(
             f"{data.location} has rows of {data.seq_len} tokens, but the model has {sizes.max_position_embeddings} "
-            "positions; prepare shorter rows or take a model with more"
+            "positions; prepare shorter rows, or use a model with more positions"
         )
     return sizes
 
 
 def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
-    """The configuration of an exported folder, once its weights and its tokenizer are found to go with it and the data."""
+    """Return the configuration of an exported folder, after checking that its weights and tokenizer fit it and the data."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise ConfigurationError(f"init_from={folder} is not a model folder; make one with `lfm export`")
+        raise ConfigurationError(f"init_from={folder} is not a model folder; create one with `lfm export`")
     try:
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != LiquidConfig.model_type:
             raise ConfigurationError(
-                f"init_from={folder} is a model of the type {kind!r}; only {LiquidConfig.model_type!r} can be gone on with"
+                f"init_from={folder} has model_type {kind!r}; use a folder exported by this project "
+                f"(model_type {LiquidConfig.model_type!r})"
             )
         sizes = LiquidConfig.from_pretrained(folder)
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"init_from={folder}: {' '.join(str(error).split())}") from error
     if not (folder / "tokenizer.json").is_file():
         raise ConfigurationError(
-            f"init_from={folder} has no tokenizer.json, so that nobody knows its ids; export again"
+            f"init_from={folder} has no tokenizer.json, so the meaning of its token ids is unknown; export it again"
         )
     if (
         fingerprint(AutoTokenizer.from_pretrained(folder).backend_tokenizer) != data.tokenizer_fingerprint
         or sizes.used_vocab_size != data.vocab_size
     ):
         raise ConfigurationError(
-            f"{data.location} was made with another tokenizer than that of {folder}; prepare it with the "
-            f"model's own: lfm prepare ... --tokenizer {folder}"
+            f"{data.location} was prepared with another tokenizer than that of init_from={folder}; prepare it with the "
+            f"model's tokenizer (lfm prepare ... --tokenizer {folder})"
         )
     with torch.device("meta"):
         model = LiquidForCausalLM(sizes)
@@ -81,19 +85,20 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
         if wanted.get(name) != found.get(name):
             raise ConfigurationError(
                 f"init_from={folder}: {name} has the shape {found.get(name)} in its weights and {wanted.get(name)} by its "
-                "config.json; the two are not of one export"
+                "config.json; use the files of a single export"
             )
-    # An export's table has the tokens alone, a run's is rounded up.
+    # An exported embedding table has a row for each token only; a run's table is rounded up.
     return sizes if sizes.vocab_size > sizes.used_vocab_size else sizes.sized_for(sizes.used_vocab_size)
 
 
 def build_model(
     config: RunConfig, data: RowReader, resolved: dict | None = None, goes_on: RunFolder | None = None
 ) -> LiquidForCausalLM:
-    """The model that a run begins with, of the weights in `init_from` or of fresh ones made from `seed`.
+    """Build the model that a run starts with, with the weights in `init_from` or fresh ones from `seed`.
 
-    With the resolved JSON all ranks call this together and have them from rank 0, as they are trained; without it they
-    are whole, in fp32, in this process. Where the run `goes_on`, zeros await the checkpoint's.
+    resolved: the resolved JSON. All ranks then call this together and receive the weights from rank 0, in the precision
+    and partitioning of training. Without it the weights are whole, in fp32, in this process.
+    goes_on: the run, if it resumes. The weights are then zeros, which the checkpoint replaces.
     """
     sizes = model_config(config, data, goes_on)
     torch.manual_seed(config.seed)
@@ -117,13 +122,13 @@ def build_model(
 
 
 def _reader_of_zeros(model: LiquidForCausalLM) -> Callable[[str], torch.Tensor]:
-    """Give a function from a weight's name to zeros of its shape."""
+    """Return a function that returns zeros in the shape of the named weight."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     return lambda name: torch.zeros(shapes[name])
 
 
 def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
-    """Give a function from a weight's name to the weight; each can be had once."""
+    """Return a function that returns the named initial weight. It can be called once for each weight."""
     if config.init_from is not None:
         files = WeightFiles(Path(config.init_from))
 
@@ -134,5 +139,5 @@ def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callab
             return torch.nn.functional.pad(tensor, (0, 0, 0, sizes.vocab_size - len(tensor)))
 
         return read
-    # All at once, as a seed's random numbers come one after another; what is taken from them is freed with its reader.
+    # All weights are created at once, because they share one sequence of random numbers. `pop` lets each one be freed.
     return LiquidForCausalLM(sizes).state_dict().pop

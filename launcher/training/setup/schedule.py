@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""The learning rate as a pure function of the step, so that a checkpoint need not hold its state."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from launcher.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of attempted step `step` (from 0).
+    """Return the learning rate of step `step` (from 0, counting skipped steps).
 
-    A linear warm-up over `warmup_steps`, then `schedule.cycles` cosine cycles from the peak to `minimum_ratio` of it,
-    each `multiplier` times as long as the one before; the last ends at `schedule.steps`, and the minimum holds after
-    it. Equal to torch's `CosineAnnealingWarmRestarts` stepped once a step after the warm-up.
+    A linear warm-up over `warmup_steps` is followed by `schedule.cycles` cosine cycles from the peak to `minimum_ratio` of
+    it. Each cycle is `multiplier` times as long as the previous one, and the last ends at `schedule.steps`; after it the
+    minimum is kept. After the warm-up this equals torch's `CosineAnnealingWarmRestarts`, stepped once a step.
     """
     peak, schedule = config.learning_rate, config.schedule
     if step < config.warmup_steps:

@@ -53,7 +53,7 @@ def test_the_table_shows_each_line_with_its_fix(trainer, capsys):
     [
         (["max_step=3"], "configuration", RED, "max_step"),
         (["data=/nowhere/at/all", "prepare=null"], "data", RED, "/nowhere/at/all"),
-        (["data=/nowhere/at/all", "prepare.source=sample"], "data", YELLOW, "training makes it of sample first"),
+        (["data=/nowhere/at/all", "prepare.source=sample"], "data", YELLOW, "training prepares it from sample first"),
         (["model=huge"], "model", RED, "'huge'"),
         (["global_batch_rows=12", "--nodes", "5", "--ranks-per-node", "2"], "batch", RED, "over 10 processes"),
         (["expert_parallel_size=3", "--ranks-per-node", "4"], "experts", YELLOW, "4 experts over 2 of 4 processes"),
@@ -72,14 +72,14 @@ def test_each_kind_of_fault_has_its_line(preflight, arguments, check, level, par
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"sequence_parallel_size": 2}, "sequence_parallel_size, which is not supported: rows are not cut over ranks"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size, which is not supported: sequence parallelism"),
         (
             {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}},
             "zero_optimization.zero_quantized_gradients",
         ),
         (
             {"moe": {"enabled": True}},
-            "moe, which is not supported: the experts are spread by the expert_parallel section",
+            "moe, which is not supported: the expert_parallel section distributes the experts",
         ),
     ],
 )

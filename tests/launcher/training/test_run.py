@@ -115,7 +115,7 @@ def test_a_report_that_cannot_be_written_is_one_sentence(runs, tmp_path):
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(runs):
-    assert "set max_steps above that to go on" in runs.outputs[0].stdout
+    assert "set a larger max_steps to continue" in runs.outputs[0].stdout
     assert "resuming from" in runs.outputs[0].stdout
 
 
@@ -181,7 +181,7 @@ def test_every_start_has_a_line_with_what_was_changed_since_the_start_before(cop
     assert [line["state"] for line in attempts(copied) if line["event"] == "ended"] == ["done", "done"]
     assert begun[1]["changed"] == {} and begun[1]["command"]
     plan = plan_for(copied, runs, "learning_rate=0.5", "loss_on=all")
-    (note,) = [note for note in plan.notes if note.startswith("not as at the start before")]
+    (note,) = [note for note in plan.notes if note.startswith("changed since the previous start")]
     assert "learning_rate 0.003 -> 0.5" in note and "loss_on answer -> all" in note
     assert "DeepSpeed JSON" not in note  # the rate is there too, and is told once
     line = attempts(copied)[-1]
@@ -196,7 +196,7 @@ def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
     description["deepspeed"]["optimizer"]["params"]["eps"] = 1e-6
     description["versions"]["deepspeed"] = "0.0.1"
     (copied.path / "run.yaml").write_text(yaml.safe_dump(description))
-    (note,) = [note for note in plan_for(copied, runs).notes if note.startswith("not as at the start before")]
+    (note,) = [note for note in plan_for(copied, runs).notes if note.startswith("changed since the previous start")]
     assert "optimizer.params.eps in the DeepSpeed JSON 1e-06 -> 1e-08" in note
     assert "deepspeed's version 0.0.1 -> 0.19.8" in note
 
@@ -285,7 +285,7 @@ def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, c
 
 def test_a_warm_up_that_outlasts_the_run_is_said(copied, runs):
     notes = plan_for(copied, runs, "warmup_steps=50").notes
-    assert any(f"the schedule ends at step {STEPS}, in the warm-up of 50 steps" in note for note in notes)
+    assert any(f"schedule ends at step {STEPS}, within the warm-up of 50 steps" in note for note in notes)
     assert not any("warm-up" in note for note in plan_for(copied, runs).notes)
 
 
