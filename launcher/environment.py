@@ -180,7 +180,10 @@ def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Enviro
 
 
 def _mpi_world(expected: int):
-    """Return MPI's communicator of all ranks, and the module. Raises `ConfigurationError` if MPI sees another number."""
+    """Return MPI's communicator of all ranks, and mpi4py's module.
+
+    Raises `ConfigurationError` if MPI counts other than `expected` ranks.
+    """
     try:
         from mpi4py import MPI  # only here: importing it starts MPI
     except (ImportError, RuntimeError) as error:

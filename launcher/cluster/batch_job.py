@@ -68,7 +68,7 @@ class Attempts:
         return count
 
     def began_at(self) -> float:
-        """Return when this start began, in seconds since 1970."""
+        """Return when this attempt started, in seconds since 1970."""
         return max((line["time"] for line in self._of_this_job() if line["event"] == "begins"), default=0.0)
 
     def _of_this_job(self) -> list[dict]:

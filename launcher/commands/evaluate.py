@@ -80,7 +80,7 @@ def _evaluate(options) -> None:
 
 
 def _default_folder(model: Path) -> Path:
-    """Return the default output folder: inside a run folder, but beside an exported one, which holds only the model."""
+    """Return the default output folder: inside a run folder, or beside an exported model folder, which holds only the model."""
     return model / "evaluation" if (model / "run.yaml").is_file() else model.with_name(f"{model.name}-evaluation")
 
 

@@ -25,7 +25,7 @@ def add_preflight(commands) -> None:
     )  # fmt: skip
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--nodes", type=int, default=argparse.SUPPRESS, metavar="N",
-                        help="nodes of the run (default: those of the SLURM job or of the ranks, otherwise 1)")  # fmt: skip
+                        help="number of nodes (default: from the SLURM job or the started ranks, otherwise 1)")  # fmt: skip
     parser.add_argument("--ranks-per-node", type=int, default=argparse.SUPPRESS, metavar="M",
                         help="ranks on each node (default: from the same source)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

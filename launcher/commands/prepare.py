@@ -103,7 +103,7 @@ def _ending_at_signals() -> Iterator[None]:
 
 
 def _end(number: int, frame) -> None:
-    """Exit at a signal as at an error, so that the worker processes also end."""
+    """On a signal, exit the same way as on an error, so that the worker processes are ended as well."""
     for again in (signal.SIGTERM, signal.SIGUSR1):  # a second signal must not interrupt the cleanup
         signal.signal(again, signal.SIG_IGN)
     print("stopped; run the same command again to resume", file=sys.stderr)

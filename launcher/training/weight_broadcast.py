@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 
 from model import LiquidForCausalLM
 
-# Bytes of a tensor. After larger ones, freed memory is returned to the system.
+# Size of a tensor in bytes. After a larger one, freed memory is returned to the system.
 LARGE = 2**20
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -104,7 +104,10 @@ def complete_checkpoints(run: RunFolder) -> list[Path]:
 
 
 def has_checkpoints(run: RunFolder) -> bool:
-    """Return whether the folder has a checkpoint, also a renamed one; a start then resumes from it or is refused."""
+    """Return whether the folder contains any checkpoint, including renamed ones.
+
+    If it does, training either resumes from it or is refused.
+    """
     return any(run.checkpoints.glob(f"step-*/{MANIFEST}")) or any(run.checkpoints.glob(f"left-*/{MANIFEST}"))
 
 
@@ -117,8 +120,8 @@ def step_in_name(name: str) -> int | None:
 def best_checkpoint(complete: list[Path]) -> Path | None:
     """Return the checkpoint whose own step had the lowest cross entropy, or None; `complete` lists the newest first.
 
-    Steps that were validated but not saved do not count. Neither do results on other rows or labels than the newest
-    result's. Checkpoints from before `validation_of` was recorded count, so that a run keeps its best one when this code
+    Steps that were validated but not saved are ignored, and so are results on rows or labels that differ from those of the
+    newest result. Checkpoints from before `validation_of` was recorded count, so that a run keeps its best one when this code
     is updated.
     """
     measured = [(*found, folder) for folder in complete if (found := _own_validation(folder)) is not None]

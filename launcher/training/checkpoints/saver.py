@@ -78,7 +78,10 @@ def _reason(error: Exception, path: str) -> str:
 
 @dataclass
 class PendingSave:
-    """A save whose files are written; `described` gives this rank's part of the manifest, and an error or None."""
+    """A save whose files are written but that is not published yet.
+
+    `described` yields this rank's part of the manifest, and an error (None if there was none).
+    """
 
     tag: str
     manifest: dict
@@ -172,7 +175,7 @@ class CheckpointSaver:
     def settle(self, last: bool = False) -> None:
         """Wait for a pending save and publish it, or remove it if a rank failed.
 
-        `last`: no save follows, so `finish` reports a failure.
+        `last`: this is the final save. If it failed, `finish` reports that, because no later save makes up for it.
         """
         if self._pending is None:
             return
@@ -193,7 +196,7 @@ class CheckpointSaver:
         self.seconds_blocked += time.perf_counter() - started
         if self._failure and not last:
             self._say(
-                f"checkpoint {self._failure}; training continues, and the next checkpoint is tried when it is due"
+                f"checkpoint {self._failure}; training continues, and the next checkpoint is attempted on schedule"
             )
         elif not self._failure:
             self._say(f"checkpoint {pending.tag} is saved; training waited {self.seconds_blocked:.2f} s for it")

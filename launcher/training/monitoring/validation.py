@@ -101,10 +101,12 @@ class Validation:
         return self.data is not None and (step % self.every == 0 or step == self.last_step)
 
     def run(self, engine, interrupted: Callable[[], bool]) -> tuple[ValidationResult, list[SampledAnswer]] | None:
-        """Score every held-out row once and answer a few questions; called by all ranks, each with as many forwards.
+        """Score every held-out row once and answer a few questions.
+
+        All ranks must call this, and all run the same number of forward passes.
 
         interrupted: called before each batch. It must return the same on all ranks; if it returns True, the result is None.
-        Raises `DataError` on all ranks if one cannot read its rows, or if there is no supervised token.
+        Raises `DataError` on all ranks if any rank cannot read its rows, or if there are no supervised tokens.
         """
         config = engine.module.config
         sums: dict[str, torch.Tensor] = {}

@@ -63,8 +63,8 @@ def worst(findings: Iterable[Finding]) -> str:
 def suspects(findings: Iterable[Finding], nodes: list[str]) -> list[str] | None:
     """Return the nodes to exclude so that the run can start; None if settings have to change instead.
 
-    A red finding of most nodes is blamed on the settings (such as data on one node's own disk), one of a few nodes on these
-    nodes. The list is empty if machines are to blame but it is unknown which.
+    If most nodes have the same red finding, the settings are to blame (for example, data on one node's local disk). If only a
+    few have it, these nodes are. The list is empty if some machine is at fault but it is not known which.
     """
     found = []
     for finding in (finding for finding in findings if finding.level == RED):

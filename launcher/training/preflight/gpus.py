@@ -17,7 +17,7 @@ FIELDS = (
     "clocks_throttle_reasons.hw_slowdown", "clocks_throttle_reasons.hw_thermal_slowdown",
     "clocks_throttle_reasons.hw_power_brake_slowdown", "temperature.gpu",
 )  # fmt: skip
-# GPUs remap rows from Ampere on; older ones retire pages. Remapping needs a query of its own, which names GPUs by UUID.
+# Ampere and newer GPUs remap faulty rows; older ones retire pages. Remapped rows need a separate query, by UUID.
 REMAPPED = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
 # Answers for values that are not available. Other answers in brackets are faults.
 UNKNOWN = ("[N/A]", "N/A", "[Not Supported]", "[Insufficient Permissions]")

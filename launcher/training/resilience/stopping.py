@@ -92,7 +92,10 @@ def _deepspeed_launchers() -> tuple[int, int] | None:
 
 
 def _was_orphaned(launchers: tuple[int, int]) -> bool:
-    """Return whether the `deepspeed` command ended before the first check; in a container it may itself be process 1."""
+    """Return whether the `deepspeed` command had already ended before the first check.
+
+    A parent with number 1 is no proof: in a container, `deepspeed` may be process 1 itself.
+    """
     if launchers[1] != 1:
         return False
     try:

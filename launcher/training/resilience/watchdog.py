@@ -16,7 +16,7 @@ import torch
 
 from launcher.exit_codes import HUNG
 
-FIRST_STEP = 3  # the first step's limit, in normal limits: it compiles and fills caches
+FIRST_STEP = 3  # the first step may take this many times the normal limit: it compiles kernels and fills caches
 # Seconds to wait so that the other ranks can write their stacks: a rank that exits ends those that wait for it.
 GRACE = 10.0
 
