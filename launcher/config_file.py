@@ -37,9 +37,7 @@ class _Once(argparse.Action):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--config` and the `key=value` overrides to a parser."""
-    parser.add_argument(
-        "--config", action=_Once, default=str(DEFAULT_CONFIG), help="run configuration, YAML (default: the sample)"
-    )
+    parser.add_argument("--config", action=_Once, default=str(DEFAULT_CONFIG), help="run configuration, a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
 
 

@@ -1,8 +1,8 @@
 """Count and report steps that are not finite or whose loss spikes, and end the run if it cannot recover.
 
 DeepSpeed skips a step whose gradients are not finite, on all ranks together and in fp32, bf16 and fp16: weights and
-moments stay as they were. This module makes it also skip a step of which only the loss is not finite, and checks the
-outcome of every step.
+moments stay as they were. This module also skips a step if only its loss is not finite, and checks the outcome of every
+step.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def test_each_way_of_decoding_does_its_part(small):
     beams = answer(*small, QUESTIONS, Decoding(20, num_beams=4))
 
     def likelihood(question: str, decoding: Decoding) -> float:
-        """Of the ids themselves: their text may be spelled by other ids, too."""
+        """Return the mean log probability of the generated ids. Encoding their text again could give other ids."""
         prompt = torch.tensor([prompt_ids(tokenizer, question)])
         with torch.no_grad():
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), **decoding.arguments())

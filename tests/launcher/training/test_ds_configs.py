@@ -21,6 +21,7 @@ from launcher.training.setup.json_keys import AUTOEP, KEYS, value_at
 from model import LiquidConfig, LiquidForCausalLM
 from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import PROJECT, start
+from tests.launcher.training.test_fp16 import SCALING
 
 FOLDER = PROJECT / "ds_configs"
 STEPS = 6
@@ -90,10 +91,11 @@ OF_A_STAGE = {
     3: {"zero_optimization": {"contiguous_gradients": False, "reduce_scatter": False}},
 }
 # Of the run, and what other tests train with: test_fp16.py, test_bf16.py, and here, with an operator that is compiled.
+OFFLOAD = read_json(FOLDER / "zero3_offload.json")
 ELSEWHERE = {
     "": {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"},
-    "fp16": set(KEYS["fp16"]), "bf16": set(KEYS["bf16"]), "zero_optimization": {"offload_optimizer"},
-    "zero_optimization.offload_optimizer": set(KEYS["zero_optimization.offload_optimizer"]),
+    "fp16": set(SCALING), "bf16": {"enabled"}, "zero_optimization": {"offload_optimizer"},
+    "zero_optimization.offload_optimizer": set(value_at(OFFLOAD, "zero_optimization.offload_optimizer")),
 }  # fmt: skip
 
 

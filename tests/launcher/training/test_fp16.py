@@ -10,12 +10,16 @@ import torch
 from launcher.tools.export.export import load_run
 
 SETTLED, STEPS = 19, 24
+# Every key that a JSON's fp16 section may have.
+SCALING = {
+    "enabled": True, "loss_scale": 0, "initial_scale_power": 31, "hysteresis": 1, "consecutive_hysteresis": True,
+    "loss_scale_window": 1000, "min_loss_scale": 2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(trainer):
-    scaling = {"enabled": True, "loss_scale": 0, "initial_scale_power": 31, "hysteresis": 1, "loss_scale_window": 1000}
-    deepspeed_config = trainer.deepspeed_config("fp16", fp16=scaling)
+    deepspeed_config = trainer.deepspeed_config("fp16", fp16=SCALING)
     overrides = [
         "precision.force=true",
         "expert_parallel_size=2",

@@ -214,7 +214,7 @@ def test_every_expert_has_a_gradient_of_its_own(plain):
 
 @torch.no_grad()
 def test_the_bias_decides_for_many_tokens_from_the_first_step_on(config):
-    """So that the equality above says something about the bias, too."""
+    """Otherwise the equality above would say nothing about the bias."""
     model = build_model(config, ShardFolder(config.data))
     for layer in model.model.layers:
         tokens = torch.randn(1000, 32)
