@@ -1,1 +1,1 @@
-"""Text to shards to batches; knows nothing of the model."""
+"""Turns text into shards and shards into batches, independently of the model."""

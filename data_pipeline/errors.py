@@ -1,5 +1,5 @@
-"""The one exception for what a user's input or machine caused."""
+"""The exception for errors caused by the user's input or machine."""
 
 
 class DataError(Exception):
-    """A mistake in the data or its settings, told in one sentence: what is wrong, where, and how to fix it."""
+    """A problem with the data or its settings; the message is one sentence: what is wrong, where, and how to fix it."""

@@ -1,9 +1,9 @@
-"""Local attention with grouped queries and rotary positions, in blocks of one window, so that its cost is linear.
+"""Local attention with grouped queries and rotary positions, computed in blocks of one window at linear cost.
 
-`block_local` is registered with transformers as an attention and a mask function, and is the default; `sdpa`, `eager`
-and `flex_attention` can be asked for by `attn_implementation` and give the same results.
+`block_local` is registered with transformers as an attention function and a mask function, and is the default.
+`attn_implementation` can select `sdpa`, `eager` or `flex_attention` instead; all give the same results.
 
-Legend: B rows, T tokens, P tokens of the past in the cache, H query heads, K key/value heads, G = H / K queries a key
+Legend: B rows, T tokens, P past tokens in the cache, H query heads, K key/value heads, G = H / K query heads per key
 head, d head size, W window, n blocks, L queries in a block.
 """
 
@@ -24,12 +24,12 @@ from model.configuration import BLOCK_LOCAL, LiquidConfig
 from model.documents import Documents
 from model.projection import ResidualProjection
 
-# Up to this window two matrix products and a softmax take a CPU half the time of its fused kernel.
+# For windows up to this size, two matrix products and a softmax take half the time of the fused kernel on a CPU.
 SMALL_WINDOW = 128
 
 
 class LocalAttention(nn.Module):
-    """Each token attends to the last `sliding_window` tokens of its own document, itself included."""
+    """Attend from each token to the last `sliding_window` tokens of its own document, itself included."""
 
     def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
@@ -44,7 +44,7 @@ class LocalAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = ResidualProjection(config.hidden_size, config.hidden_size)
-        # Norms on queries and keys bound the logits, whatever the activations' size (Dehghani et al. 2023).
+        # Norms on queries and keys bound the logits for activations of any size (Dehghani et al. 2023).
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
@@ -55,9 +55,10 @@ class LocalAttention(nn.Module):
         attention_mask: torch.Tensor | BlockMask | None,
         past_key_values: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden` `[B, T, D]` → `[B, T, D]` and, where the implementation has them, the weights `[B, H, T, keys]`.
+        """Attend: `hidden` `[B, T, D]` → `[B, T, D]` and the weights `[B, H, T, keys]`.
 
-        `rotation` is what `RotaryPositions` returns, the mask `local_mask`.
+        The weights are None if the implementation does not return them. `rotation` comes from `RotaryPositions`, the
+        mask from `local_mask`.
         """
         heads = (*hidden.shape[:2], -1, self.head_dim)
         query = rotate(self.q_norm(self.q_proj(hidden).view(heads)), rotation).transpose(1, 2)
@@ -73,7 +74,7 @@ class LocalAttention(nn.Module):
 
 
 class RotaryPositions(nn.Module):
-    """Cosines and sines `[B, T, 1, d]` of rotary positions (Su et al. 2021), computed in fp32."""
+    """Compute the cosines and sines `[B, T, 1, d]` of rotary positions (Su et al. 2021) in fp32."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__()
@@ -88,7 +89,7 @@ class RotaryPositions(nn.Module):
 
 
 def rotate(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn `[B, T, heads, d]` vectors by their positions' angles."""
+    """Rotate `[B, T, heads, d]` vectors by the angles of their positions."""
     cosine, sine = rotation
     first, second = vectors.chunk(2, dim=-1)
     return vectors * cosine + torch.cat((-second, first), dim=-1) * sine
@@ -97,9 +98,9 @@ def rotate(vectors: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -
 def local_mask(
     config: LiquidConfig, hidden: torch.Tensor, documents: Documents, past_key_values: Cache | None
 ) -> torch.Tensor | BlockMask | None:
-    """The mask of every layer's attention, in the form that the chosen implementation reads; made once a forward.
+    """Make the attention mask in the form that the selected implementation reads; one mask serves all layers.
 
-    Token i sees token j when i - W < j ≤ i and j is in its document, which reaches back `documents.offset` tokens.
+    Token i sees token j if i - W < j ≤ i and j is in i's document, which reaches back `documents.offset` tokens.
     """
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
@@ -126,11 +127,11 @@ def block_local_mask(
     config: LiquidConfig,
     **kwargs,
 ) -> torch.Tensor | BlockMask:
-    """transformers' mask function for `block_local`: bool `[B * n, 1, G * L, keys of a block]`, never `[T, T]`.
+    """Make the mask for `block_local`: bool `[B * n, 1, G * L, keys of a block]`, never `[T, T]`.
 
-    On CUDA, while gradients are recorded, it is flex attention's block mask instead: `block_local_attention` then calls
-    that kernel, which takes heads of 16 and more. Decoding keeps to the blocks: flex attention compiles anew for new
-    lengths.
+    transformers calls this as a mask function. On CUDA with gradients enabled it returns flex attention's block mask
+    instead, and `block_local_attention` calls that kernel, which needs heads of at least 16. Decoding uses the blocks,
+    because flex attention recompiles for every new length.
     """
     if torch.device(device).type == "cuda" and torch.is_grad_enabled() and config.head_dim >= 16:
         return flex_attention_mask(
@@ -139,7 +140,7 @@ def block_local_mask(
     window = config.sliding_window
     block, blocks = _blocks(q_length, window)
     lead = q_offset - kv_offset  # keys before the first query
-    before = window if blocks > 1 else lead  # keys of a block before its first query
+    before = window if blocks > 1 else lead  # keys in a block before its first query
     width = before + block
     query = torch.arange(blocks * block, device=device).view(1, blocks, block, 1)
     start = torch.arange(blocks, device=device).view(1, blocks, 1, 1) * block - before
@@ -147,7 +148,7 @@ def block_local_mask(
     row = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
     seen = mask_function(row, 0, query.clamp(max=q_length - 1) + q_offset, key.clamp(max=q_length - 1) + q_offset)
     seen = seen & (key >= -lead) & (key <= query)
-    # Queries that only fill the last block see themselves: a softmax over nothing would not be finite.
+    # Queries that pad the last block see themselves: a softmax over no keys would not be finite.
     seen = seen | (key == query)
     groups = config.num_attention_heads // config.num_key_value_heads
     seen = seen.expand(batch_size, blocks, block, width).repeat(1, 1, groups, 1)
@@ -164,17 +165,17 @@ def block_local_attention(
     sliding_window: int,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Exact causal sliding-window attention in O(T · W), as an attention function of transformers.
+    """Compute exact causal sliding-window attention in O(T · W), as an attention function of transformers.
 
     `query` `[B, H, T, d]`, `key` and `value` `[B, K, P + T, d]`, `attention_mask` from `block_local_mask` → `[B, T, H, d]`.
-    Rows are cut into blocks of W queries, each against its own and the previous block's keys; the G query heads
-    that share a key head are folded into the query rows, so that keys are never repeated.
+    Rows are cut into blocks of W queries. Each block attends to its own keys and those of the previous block. The G
+    query heads that share a key head are folded into the query rows, so keys are never repeated.
     """
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     batch, query_heads, tokens, size = query.shape
     block, blocks = _blocks(tokens, sliding_window)
-    # A static cache returns its empty places as well, behind the newest token; the mask's width leaves them out.
+    # A static cache also returns its unused slots, after the newest token. The mask's width excludes them.
     lead = (attention_mask.shape[-1] if blocks == 1 else key.shape[2]) - tokens
     key, value = key[:, :, : lead + tokens], value[:, :, : lead + tokens]
     if blocks > 1:
@@ -194,13 +195,13 @@ def block_local_attention(
 
 
 def _blocks(tokens: int, window: int) -> tuple[int, int]:
-    """Queries in a block, and how many blocks: one, as long as the queries fit into a window."""
+    """Return the queries per block and the number of blocks: one if all queries fit into a window."""
     block = min(window, tokens)
     return block, -(-tokens // block)
 
 
 def _with_block_before(x: torch.Tensor, block: int, lead: int, surplus: int) -> torch.Tensor:
-    """Keys `[B, K, P + T, d]` → each block's own behind the ones of the block before, `[B, K, n * 2 L, d]`."""
+    """Put the previous block's keys before each block's own: `[B, K, P + T, d]` → `[B, K, n * 2 L, d]`."""
     x = F.pad(x, (0, 0, block - lead, surplus)).unflatten(2, (-1, block))
     return torch.cat((x[:, :, :-1], x[:, :, 1:]), dim=3).flatten(2, 3)
 
@@ -214,7 +215,7 @@ def eager_attention(
     scaling: float,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention by its definition, `[B, T, H, d]` and the weights `[B, H, T, keys]`; quadratic in the length."""
+    """Compute attention by its definition: `[B, T, H, d]` and the weights `[B, H, T, keys]`; quadratic in T."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     weights = (query @ key.transpose(2, 3) * scaling + attention_mask).softmax(-1, dtype=torch.float32)
     return (weights.to(query.dtype) @ value).transpose(1, 2), weights

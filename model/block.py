@@ -1,4 +1,4 @@
-"""One pre-norm layer: local attention, deformable convolution, (every few layers) memory, mixture of experts."""
+"""One pre-norm layer: local attention, deformable convolution, memory (in every few layers), mixture of experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from model.moe import MixtureOfExperts, router_logits
 
 
 class LiquidBlock(GradientCheckpointingLayer):
-    """Four residual branches, each on its own normalised input: `[B, T, D]` → hidden states and router logits."""
+    """Apply the residual branches, each to its own normalised input: `[B, T, D]` → hidden states and router logits."""
 
     def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
@@ -46,5 +46,5 @@ class LiquidBlock(GradientCheckpointingLayer):
         if self.has_memory:
             hidden = hidden + self.memory(self.memory_norm(hidden), documents, cache)
         normalised = self.moe_norm(hidden)
-        # The logits leave through the block's return value, so that they are counted once when it is recomputed.
+        # The logits are part of the return value, so that recomputing the block does not count them twice.
         return hidden + self.moe(normalised), router_logits(self.moe, normalised)

@@ -1,4 +1,4 @@
-"""The model's configuration: every size that shapes a parameter, validated where it is made."""
+"""The model's configuration: every size that shapes a parameter, validated on construction."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ AT_LEAST_ONE = (
     "deformable_taps", "deformable_groups", "moe_intermediate_size", "shared_expert_intermediate_size",
     "memory_hidden_size", "memory_num_layers", "memory_stride", "memory_every", "embedding_components",
 )  # fmt: skip
-# With 1, a part would see the present token only, and its cache would be empty; positions are measured by their log.
+# With 1, a component would see only the current token and its cache would be empty. For max_position_embeddings, the
+# embedding divides by its logarithm.
 AT_LEAST_TWO = ("sliding_window", "deformable_range", "embedding_kernel_size", "max_position_embeddings")
 POSITIVE = ("rms_norm_eps", "rope_theta", "embedding_temperature")
 EXPERT_SIZES = ("hidden_size", "moe_intermediate_size")
-EXPERT_MULTIPLE = 8  # 16 bytes of bf16
+EXPERT_MULTIPLE = 8  # 8 bf16 values are 16 bytes
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -31,10 +32,11 @@ SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 class LiquidConfig(PreTrainedConfig):
     """Sizes of a Liquid Foundation Model.
 
-    The vocabulary is stored in two numbers: `used_vocab_size`, what the tokenizer knows, and `vocab_size`, the rows of
-    the table and the head. In training that is the first number rounded up to a multiple of 128; an exported folder has
-    the tokens alone. Ids from `used_vocab_size` upwards get a logit that no token has. Raises `ValueError` with the fix
-    for sizes that do not fit together.
+    Two numbers describe the vocabulary. `used_vocab_size` is the number of tokens that the tokenizer knows. `vocab_size`
+    is the number of rows of the table and the head: in training, `used_vocab_size` rounded up to a multiple of 128; in
+    an exported folder, `used_vocab_size` itself. Ids from `used_vocab_size` upwards get a logit lower than any token's.
+
+    Raises `ValueError`, naming the fix, if the sizes do not fit together.
     """
 
     model_type = "liquid"
@@ -94,19 +96,19 @@ class LiquidConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches make of each layer (model/cache.py)."""
+        """The kind of each layer, from which transformers' caches derive its states (model/cache.py)."""
         return [LAYER_TYPE] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:
-        """How many convolution and recurrent states transformers' caches make room for in each layer."""
+        """The number of convolution and recurrent states that transformers' caches allocate in each layer."""
         return NUMBER_OF_STATES
 
     @classmethod
     def from_preset(cls, name_or_path: str, **overrides) -> LiquidConfig:
-        """Read a preset (model/configs) or a YAML file of fields; keyword arguments win over both.
+        """Read a preset (model/configs) or a YAML file of fields; keyword arguments override both.
 
-        Raises `ValueError` naming the presets there are, or the field that is not one.
+        Raises `ValueError` if there is no such preset or file, or if the file is invalid or sets an unknown field.
         """
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
@@ -114,7 +116,7 @@ class LiquidConfig(PreTrainedConfig):
         if not path.is_file():
             raise ValueError(
                 f"model {name_or_path!r} is neither a preset ({', '.join(preset_names())}) nor an existing YAML file; "
-                "give one of these or the path of a file with model fields"
+                "name a preset or give the path of a YAML file with model fields"
             )
         try:
             content = yaml.safe_load(path.read_text()) or {}
@@ -125,7 +127,7 @@ class LiquidConfig(PreTrainedConfig):
         fields = {**content, **overrides}
         unknown = sorted(set(fields) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"{path} sets {', '.join(unknown)}, which the model does not have; remove or rename it")
+            raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to the model; remove or rename it")
         return cls(**fields)
 
     def sized_for(self, used_vocab_size: int, **overrides) -> LiquidConfig:
@@ -157,7 +159,7 @@ class LiquidConfig(PreTrainedConfig):
         require(
             0.0 <= self.embedding_minimum_ratio < self.embedding_target_ratio < 1.0,
             f"embedding_minimum_ratio ({self.embedding_minimum_ratio}) must be below embedding_target_ratio "
-            f"({self.embedding_target_ratio}), and both inside [0, 1)",
+            f"({self.embedding_target_ratio}), and both must lie in [0, 1)",
         )
 
     def _validate_multiples(self) -> None:
@@ -173,13 +175,13 @@ class LiquidConfig(PreTrainedConfig):
             )
         require(
             self.head_dim % 2 == 0,
-            f"hidden_size / num_attention_heads is {self.head_dim}; rotary positions need an even number",
+            f"hidden_size / num_attention_heads is {self.head_dim}; it must be even for the rotary positions",
         )
         for name in EXPERT_SIZES:
             require(
                 getattr(self, name) % EXPERT_MULTIPLE == 0,
                 f"{name} ({getattr(self, name)}) must be a multiple of {EXPERT_MULTIPLE}: the experts' grouped matrix "
-                "product takes rows of whole 16 bytes only",
+                "product needs rows of a multiple of 16 bytes",
             )
 
     def _validate_special_ids(self) -> None:
@@ -189,7 +191,7 @@ class LiquidConfig(PreTrainedConfig):
             for token in value if isinstance(value, list) else [value]:
                 require(
                     token is None or 0 <= token <= last,
-                    f"{name} ({token}) must lie between 0 and used_vocab_size - 1 ({last}); give the tokenizer's, or None",
+                    f"{name} ({token}) must lie between 0 and used_vocab_size - 1 ({last}); use the tokenizer's id or None",
                 )
 
 
@@ -200,10 +202,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def own_fields() -> list[str]:
-    """The names of the fields that this class adds or redefines, in order."""
+    """List the fields that `LiquidConfig` adds or redefines, in order."""
     return [name for name in LiquidConfig.__annotations__ if name in LiquidConfig.__dataclass_fields__]
 
 
 def preset_names() -> list[str]:
-    """The presets that `from_preset` knows."""
+    """List the presets that `from_preset` knows."""
     return sorted(path.stem for path in PRESET_FOLDER.glob("*.yaml"))

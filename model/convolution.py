@@ -1,13 +1,13 @@
-"""Gated deformable convolution: a few taps whose delays into a bounded past are learned and depend on the token.
+"""Gated deformable convolution: a few taps with learned, token-dependent delays into a bounded past.
 
-Legend: B rows, T tokens, D channels in G groups, K taps a group, R the range of delays, L tokens in a block.
+Legend: B rows, T tokens, D channels in G groups, K taps per group, R the range of delays, L tokens in a block.
 
-    d_tgk = (R - 1) σ(·),  α_tgk = linear, of either sign       (linear in the token; what follows in fp32)
+    d_tgk = (R - 1) σ(·),  α_tgk = linear, of either sign       (linear in the token; the rest in fp32)
     w_tgr = Σ_k α_tgk max(0, 1 - |d_tgk - r|),  r = 0 … R-1   (linear interpolation as "hat" weights)
     y_tg  = Σ_r w_tgr u_{t-r,g},   out = W_o(rms(y) * silu(z))
 
-After Dai et al. 2017 (deformable convolution), in one dimension and causal; strengths without a softmax after Xiong et
-al. 2024 (DCNv4), the norm behind them keeps their scale. The sum over r is a banded matrix product.
+This is a causal, one-dimensional form of deformable convolution (Dai et al. 2017). The strengths have no softmax, as in
+DCNv4 (Xiong et al. 2024); the norm after the sum fixes their scale. The sum over r is a banded matrix product.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = 32
 
 
 class DeformableConvolution(nn.Module):
-    """`[B, T, D]` → `[B, T, D]`; no tap reaches before its document's beginning."""
+    """Convolve `[B, T, D]` → `[B, T, D]`; no tap reaches back beyond the start of its document."""
 
     def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
@@ -50,7 +50,7 @@ class DeformableConvolution(nn.Module):
         return self.out_proj(self.norm(mixed.flatten(2)) * F.silu(gate))
 
     def tap_weights(self, hidden: torch.Tensor, documents: Documents) -> torch.Tensor:
-        """The weights w_tgr, `[B, T, G, R]` in the input's dtype, zero where they would leave the document."""
+        """Compute the weights w_tgr, `[B, T, G, R]` in the input's dtype, zero for positions outside the document."""
         delay, strength = self.tap_proj(hidden).float().unflatten(-1, (2, self.groups, self.taps)).unbind(2)
         delay = (self.range - 1) * torch.sigmoid(delay)
         reach = torch.arange(self.range, device=hidden.device)
@@ -61,10 +61,10 @@ class DeformableConvolution(nn.Module):
 
 
 def banded_convolution(signal: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """y_tg = Σ_r weights_tgr signal_{t-r,g} as one batched product with a banded matrix a block of tokens.
+    """Compute y_tg = Σ_r weights_tgr signal_{t-r,g} as a batched product with one banded matrix per block of tokens.
 
-    `signal` `[B, P + T, G, C]` (up to R-1 tokens of the past in front), `weights` `[B, T, G, R]` → `[B, T, G, C]`. What
-    is missing of the past counts as zero.
+    `signal` `[B, P + T, G, C]` (preceded by up to R-1 past tokens), `weights` `[B, T, G, R]` → `[B, T, G, C]`. Missing
+    past tokens count as zero.
     """
     tokens, reach = weights.shape[1], weights.shape[-1]
     if tokens == 1 and signal.shape[1] == reach:  # decoding: the band is one row
@@ -72,12 +72,12 @@ def banded_convolution(signal: torch.Tensor, weights: torch.Tensor) -> torch.Ten
     block = max(min(BLOCK, tokens), reach - 1)
     blocks = math.ceil(tokens / block)
     surplus = blocks * block - tokens
-    # Row i of the band holds the weights at columns i … i+R-1: padding each row by L and cutting the rows one shorter
-    # shifts every row one further to the right than the row above.
+    # Row i of the band must hold its weights at columns i … i+R-1. Padding each row by L and re-cutting the flat array
+    # into rows that are one element shorter shifts each row one further to the right than the row above.
     band = F.pad(weights.flip(-1), (0, 0, 0, 0, 0, surplus)).unflatten(1, (blocks, block)).transpose(2, 3)
     width = block + reach - 1
     band = F.pad(band, (0, block)).flatten(-2)[..., : block * width].unflatten(-1, (block, width))
-    # Each block's signal behind the last R-1 tokens of the block before.
+    # Each block's signal, preceded by the last R-1 tokens of the previous block.
     past = signal.shape[1] - tokens
     own = F.pad(signal, (0, 0, 0, 0, block - past, surplus)).unflatten(1, (blocks + 1, block))
     window = torch.cat((own[:, :-1, block - (reach - 1) :], own[:, 1:]), dim=2).transpose(2, 3)  # [B, n, G, width, C]

@@ -1,4 +1,4 @@
-"""Where the documents of a batch begin and end, worked out once a forward and read by every component.
+"""Where the documents of a batch begin and end, computed once per forward pass and read by every component.
 
 Legend: B rows, T tokens, N documents in the whole batch.
 """
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 class Documents:
     """The documents in a batch of packed or padded rows.
 
-    `positions` `[B, T]`: position of a token in its text (rotary positions, the embedding's length rule).
-    `offset` `[B, T]`: tokens of the same document before this one (what a tap or a block may reach back to).
-    `number` `[B, T]`: which document of the batch a token belongs to, counted over all rows from 0.
+    `positions` `[B, T]`: a token's position in its text, for the rotary positions and the embedding's length rule.
+    `offset` `[B, T]`: how many tokens of the same document precede this one, the furthest that a tap may reach back.
+    `number` `[B, T]`: index of the token's document, counted from 0 over all rows of the batch.
     `first_token` `[N]`: index of each document's first token in the flattened `[B * T]` batch.
-    `lengths` `[N]`: each document's tokens in this batch.
-    `carried` `[B]`: tokens of a row's first document that went before, in the cache; None without a cache.
+    `lengths` `[N]`: each document's number of tokens in this batch.
+    `carried` `[B]`: how many tokens of a row's first document are in the cache; None without a cache.
     """
 
     positions: torch.Tensor
@@ -31,15 +31,15 @@ class Documents:
     carried: torch.Tensor | None = None
 
     def to(self, *arguments, **options) -> Documents:
-        """The same on another device; takes what `Tensor.to` takes. accelerate calls it for layers on several devices."""
+        """Copy to another device, with the arguments of `Tensor.to`. accelerate calls it for layers on several devices."""
         tensors = {name: value for name, value in vars(self).items() if value is not None}
         return replace(self, **{name: value.to(*arguments, **options) for name, value in tensors.items()})
 
     @classmethod
     def from_positions(cls, positions: torch.Tensor, past: int | None = None) -> Documents:
-        """A document begins wherever a position is 0, and at the beginning of every row.
+        """Find the documents: one begins at every position 0 and at the beginning of every row.
 
-        With a cache of `past` tokens, a row whose first position is not 0 goes on with the document in the cache.
+        With a cache of `past` tokens, a row whose first position is not 0 continues the document in the cache.
         """
         batch, tokens = positions.shape
         if tokens == 1 and past is not None:  # decoding
@@ -62,18 +62,18 @@ class Documents:
 
 
 def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor | None, past: int = 0) -> torch.Tensor:
-    """Give every run of padding positions of its own from 0, so that it is a document of its own.
+    """Number the positions of every run of padding from 0, so that it becomes a document of its own.
 
-    `attention_mask` `[B, past + T]` is 1 on text and 0 on padding; `position_ids` `[B, T]` (or None) are the text's
-    positions. Used for left- and right-padded batches alike: padding then neither sees the text nor is seen by it.
-    Raises `ValueError` for `position_ids` that do not begin at 0 behind padding.
+    Padding then neither sees the text nor is seen by it, on either side. `attention_mask` `[B, past + T]` is 1 for text
+    and 0 for padding; `position_ids` `[B, T]` (or None) are the text's positions. Raises `ValueError` if the
+    `position_ids` of a text after padding do not begin at 0.
     """
     text = attention_mask.bool()
     if position_ids is None:
         position_ids = (text.cumsum(1) - 1).clamp(min=0)[:, past:]
     behind_padding = (text & ~F.pad(text[:, :-1], (1, 0), value=True))[:, past:]
     if bool((behind_padding & (position_ids != 0)).any()):
-        raise ValueError("position_ids count padding as well; let them begin at 0 with each text, or leave them out")
+        raise ValueError("position_ids also count padding; make them begin at 0 with each text, or leave them out")
     text = text[:, past:]
     index = torch.arange(text.shape[1], device=text.device).expand_as(text)
     before = F.pad(text[:, :-1], (1, 0), value=True)
@@ -82,38 +82,39 @@ def positions_from_mask(attention_mask: torch.Tensor, position_ids: torch.Tensor
 
 
 def order_without_gaps(attention_mask: torch.Tensor, past: int = 0) -> torch.Tensor | None:
-    """The order `[B, T]` in which each row's padding comes before its text; None if no text has padding inside.
+    """Find the order `[B, T]` that puts each row's padding before its text; None if no text has padding inside.
 
-    PEFT's prompt tuning makes such texts: it puts its virtual tokens in front of a batch that is padded on the left.
-    `attention_mask` is `[B, past + T]`. Raises `ValueError` if a text in the cache goes on behind padding, as when
-    generating behind a prompt that is padded on the right: the cache then ends with the padding.
+    PEFT's prompt tuning produces padding inside a text: it prepends virtual tokens to a left-padded batch.
+    `attention_mask` is `[B, past + T]`. Raises `ValueError` if a text in the cache continues after padding. This happens
+    when generating from a right-padded prompt, because the cache then ends with padding.
     """
     text = attention_mask.bool()
     resumes = text[:, 1:] & ~text[:, :-1] & (text.cumsum(1)[:, :-1] > 0)
     if not bool(resumes[:, max(past - 1, 0) :].any()):
         return None
     if past:
-        raise ValueError('a text in the cache goes on behind padding; pad prompts with padding_side="left"')
+        raise ValueError('a text in the cache continues after padding; pad prompts with padding_side="left"')
     return text.int().argsort(dim=1, stable=True)
 
 
 def positions_from_packing(
     shape: tuple[int, int], seq_idx: torch.Tensor | None, cu_seq_lens: torch.Tensor | None
 ) -> torch.Tensor:
-    """Positions `[B, T]` of packed rows, told as transformers' collators tell them to Mamba's and flash attention's kernels.
+    """Compute the positions `[B, T]` of packed rows from what transformers' collators pass to specialised kernels.
 
-    `seq_idx` `[B, T]`: a number for each document. `cu_seq_lens` `[N + 1]`: where documents begin in the flattened batch,
-    and where the last ends. Raises `ValueError` if they are of another shape.
+    `seq_idx` `[B, T]` (for Mamba): the number of each token's document. `cu_seq_lens` `[N + 1]` (for flash attention):
+    where documents begin in the flattened batch, and where the last one ends. Raises `ValueError` if their shapes do not
+    fit the batch.
     """
     if seq_idx is not None:
         if seq_idx.shape != shape:
-            raise ValueError(f"seq_idx has the shape {tuple(seq_idx.shape)}; it must be {shape}, as the tokens")
+            raise ValueError(f"seq_idx has the shape {tuple(seq_idx.shape)}; it must be {shape}, like the tokens")
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
     else:
         tokens = shape[0] * shape[1]
         if cu_seq_lens[0] != 0 or cu_seq_lens[-1] != tokens:
             raise ValueError(
-                f"cu_seq_lens_q reaches from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])}; it must begin with 0 and end "
+                f"cu_seq_lens_q ranges from {int(cu_seq_lens[0])} to {int(cu_seq_lens[-1])}; it must begin with 0 and end "
                 f"with the batch's {tokens} tokens"
             )
         begins = torch.zeros(tokens, dtype=torch.bool, device=cu_seq_lens.device)

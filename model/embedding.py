@@ -2,17 +2,18 @@
 
 With table rows e_t at unit size (rms), convolved x_t, R ordered components and a document's tokens t = 0, 1, …:
 
-    x_t  = e_t + silu(W_g e_t) * Σ_j K_j * e_{t-j}          (depthwise, taps never leave the document)
+    x_t  = e_t + silu(W_g e_t) * Σ_j K_j * e_{t-j}          (depthwise; taps never leave the document)
     n_t  = 1 - cos(e_t, mean(e_0 … e_{t-1})), n_0 = 1        (novelty: scale-free, detached)
     c_t  = mean(n_0 … n_t)                                   (complexity of the document so far)
     ρ_t  = r_min + (1 - r_min) σ(a log1p(t) / log(max) + b c_t + d),   a, b > 0
     m_tr = σ((R ρ_t - r) / τ),  r = ½, 1½, …, R - ½          (soft mask over the ordered components)
     y_t  = U (m_t * V x_t)
 
-Short or simple beginnings keep few components, long or complex texts keep more. The reconstruction error
-‖rms(y_t) - e_t‖² / D = 2 - 2 cos(y_t, e_t) against the detached table row keeps the bottleneck faithful. Unit size is
-what keeps tokens apart while training begins: table rows begin at rms 1/√D, and the layers' first steps write a common
-direction of rms 1 and more, the unigram's, over them.
+Short or simple beginnings keep few components; long or complex texts keep more. The reconstruction error
+‖rms(y_t) - e_t‖² / D = 2 - 2 cos(y_t, e_t), against the detached table row, keeps the bottleneck faithful.
+
+Rows are scaled to unit size so that tokens stay distinguishable early in training. Table rows are initialised at rms
+1/√D, while the layers' first steps write a direction common to all tokens (the unigram's), of rms 1 or more, over them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from model.documents import Documents
 
 
 class LiquidEmbedding(nn.Module):
-    """Token embeddings `[B, T, D]` in, compressed embeddings out (equations above)."""
+    """Compress token embeddings `[B, T, D]` by the equations above."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__()
@@ -39,7 +40,7 @@ class LiquidEmbedding(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.compress = nn.Parameter(torch.empty(config.embedding_components, config.hidden_size))
         self.expand = nn.Parameter(torch.empty(config.hidden_size, config.embedding_components))
-        # a, b (through a softplus, so that both stay positive) and d of the rule for ρ
+        # a, b and d of the rule for ρ; a softplus keeps a and b positive
         self.rule = nn.Parameter(torch.empty(3))
 
     def forward(
@@ -72,11 +73,11 @@ class LiquidEmbedding(nn.Module):
         with torch.no_grad():
             known = None if cache is None else cache.get_recurrent_state(0, EMBEDDING)
             known = (None, None) if known is None else known.split((embedded.shape[-1], 1), dim=-1)
-            # In double, because a document's sum is a difference of row sums: in fp32 a token's novelty would depend on
-            # its row's other documents.
+            # Use fp64, because a document's sum is a difference of row sums: in fp32, rounding would make a token's
+            # novelty depend on the other documents in its row.
             wide = embedded.double()
             total = sum_in_document(wide, documents, known[0])
-            # 1 - cos of a token and the sum before it, which has the direction of the mean, all that a cosine sees
+            # The sum of the earlier tokens stands in for their mean: the cosine depends on the direction only.
             novelty = torch.where(documents.offset == 0, 1.0, 1 - cosine(wide, total - wide))
             complexity = sum_in_document(novelty.unsqueeze(-1), documents, known[1])
             if cache is not None:
@@ -91,15 +92,18 @@ class LiquidEmbedding(nn.Module):
 
 
 def cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Cosine of `[B, T, D]` vectors, `[B, T]`; 0 where one is zero. Three reductions, where torch's divides the vectors."""
+    """Compute the cosine of `[B, T, D]` vectors, `[B, T]`; 0 if either vector is zero.
+
+    It takes three reductions; torch's own function divides whole vectors.
+    """
     lengths = torch.linalg.vector_norm(first, dim=-1) * torch.linalg.vector_norm(second, dim=-1)
     return torch.einsum("btd,btd->bt", first, second) / lengths.clamp(min=torch.finfo(first.dtype).eps)
 
 
 def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Tensor | None = None) -> torch.Tensor:
-    """Running sum over each document of `[B, T, D]` values, the token itself included.
+    """Compute running sums of `[B, T, D]` values within each document, including the token itself.
 
-    `known` `[B, D]`: the sums over the tokens in the cache, for the documents that go on from it.
+    `known` `[B, D]`: the sums over the tokens in the cache, for documents that continue from it.
     """
     if values.shape[1] == 1:  # decoding
         return values if known is None else values + torch.where((documents.carried > 0)[:, None], known, 0.0)[:, None]

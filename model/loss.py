@@ -1,6 +1,6 @@
-"""What training minimises, as sums over tokens, so that no term depends on how a batch is cut over ranks.
+"""The terms of the training loss, as sums over tokens, so that none depends on how a batch is split over ranks.
 
-The terms, each divided by the global batch's supervised tokens N or non-padding tokens M by whoever trains:
+The trainer divides each term by N, the supervised tokens of the global batch, or by M, its non-padding tokens:
 
     cross_entropy   Σ -log p_t                                 / N
     focal           Σ (1 - p_t)^γ · -log p_t  (Lin et al. 2017) / N
@@ -9,9 +9,9 @@ The terms, each divided by the global batch's supervised tokens N or non-padding
     expert_usage    Σ Σ_e p_te log(E q_e)                      / M   (mean over layers)
     z_loss          Σ logsumexp(router logits_t)²              / M   (mean over layers; Zoph et al. 2022)
 
-Budget and expert usage are functions of batch means, (mean ρ - r*)² and Σ_e p̄_e log(E p̄_e) (zero when every expert is
-used equally). A function of a mean is not a sum over tokens; its first-order expansion around the earlier steps' means
-r̂ and q is, and has the same gradient there.
+Budget and expert usage are functions of batch means: (mean ρ - r*)², and Σ_e p̄_e log(E p̄_e), which is zero if every
+expert is used equally. A function of a mean is not a sum over tokens. Its first-order expansion around r̂ and q, the
+means of earlier steps, is such a sum and has the same gradient there.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch.utils.checkpoint import checkpoint
 PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
 PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
 CHUNK_TOKENS = 1024
-# Logits that are widened to fp32 at a time: what a CPU's cache holds; few calls on a GPU.
+# How many logits are widened to fp32 at a time: on a CPU as many as its cache holds, on a GPU enough to need few calls.
 SLICE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass
 class LossWeights:
-    """Weight of each term beside the cross entropy, which has weight 1, and the focal term's exponent γ."""
+    """The weights of the loss terms and the focal term's exponent γ; the cross entropy has weight 1."""
 
     focal: float = 0.1
     focal_gamma: float = 2.0
@@ -43,26 +43,26 @@ class LossWeights:
 
 
 def weight_of(term: str, weights: LossWeights) -> float:
-    """Give the weight of a term; `weights` may be any object with the fields of `LossWeights`."""
+    """Return the weight of a term; `weights` may be any object with the fields of `LossWeights`."""
     return 1.0 if term == "cross_entropy" else getattr(weights, term)
 
 
 @dataclass
 class RunningMeans:
-    """Means over earlier steps around which two terms are expanded: routing `[L, E]` and the retained ratio `[]`."""
+    """The means over earlier steps around which two terms are expanded: routing `[L, E]` and retained ratio `[]`."""
 
     routing: torch.Tensor
     retained_ratio: torch.Tensor
 
     @classmethod
     def initial(cls, layers: int, experts: int, target_ratio: float) -> RunningMeans:
-        """Uniform routing and the ratio on target: both terms then have no gradient."""
+        """Start from uniform routing and the target ratio: both terms then have no gradient."""
         return cls(torch.full((layers, experts), 1.0 / experts), torch.tensor(target_ratio))
 
     def updated(self, routing: torch.Tensor, retained_ratio: torch.Tensor, decay: float = 0.9) -> RunningMeans:
-        """The means after one more step with these global batch means.
+        """Return the means after one more step with these global batch means.
 
-        A batch that was not finite (fp16 overflow, say) is left out: it would stay in the means for good.
+        Skip a non-finite batch (after an fp16 overflow, for example): the means would never become finite again.
         """
         if not (routing.isfinite().all() and retained_ratio.isfinite()):
             return self
@@ -74,13 +74,13 @@ class RunningMeans:
 def check_labels(labels: torch.Tensor, used_vocab_size: int) -> None:
     """Raise `ValueError` for labels that are neither -100 nor a token's id.
 
-    On a GPU the lookup of such a label ends the process. Asked before the model's first kernel, where finding the
-    documents waits for the GPU anyway, the answer costs nothing.
+    On a GPU, looking up such a label aborts the process. The check costs nothing if it comes before the model's first
+    kernel, because finding the documents synchronises with the GPU there anyway.
     """
     if ((labels != -100) & ((labels < 0) | (labels >= used_vocab_size))).any():
         raise ValueError(
-            f"labels reach from {int(labels.min())} to {int(labels.max())}; each must be -100 or the id of a token that the "
-            f"model knows, 0 to {used_vocab_size - 1} (new ones take model.resize_token_embeddings(len(tokenizer)))"
+            f"labels range from {int(labels.min())} to {int(labels.max())}; each must be -100 or a token id from 0 to "
+            f"{used_vocab_size - 1} (after adding tokens, call model.resize_token_embeddings(len(tokenizer)))"
         )
 
 
@@ -91,12 +91,14 @@ def language_loss_sums(
     focal_gamma: float,
     chunk_tokens: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Cross entropy and focal loss summed over supervised tokens, in fp32, never holding all their logits at once.
+    """Sum the cross entropy and focal loss over supervised tokens in fp32, never holding all logits at once.
 
-    `hidden` `[B, T, D]`; `labels` `[B, T]` aligned with the inputs (position t is asked for label t + 1; -100 is not
-    asked); `head` `[n, D]` → logits `[n, V]`. The logits of one chunk of tokens exist at a time, and are computed again
-    in the backward. The head is called once a chunk, whatever the labels: under ZeRO-3 each call gathers its weight, and
-    ranks that differed in their number would wait for one another for ever.
+    `hidden` `[B, T, D]`; `labels` `[B, T]` aligned with the inputs: position t predicts label t + 1, and -100 is not
+    predicted; `head` `[n, D]` → logits `[n, V]`. Only one chunk of tokens has its logits in memory at a time; the
+    backward pass recomputes them.
+
+    The head is called exactly once per chunk, whatever the labels. Under ZeRO-3 each call gathers its weight, and ranks
+    that made different numbers of calls would deadlock.
     """
     chunk_tokens = chunk_tokens or CHUNK_TOKENS
     states, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
@@ -113,16 +115,16 @@ def _chunk_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     asked = targets != -100
     negative_log_likelihood = NegativeLogLikelihood.apply(head(states[asked]), targets[asked])
-    # expm1 keeps (1 - p) exact where p is nearly 1; where it is 0, a power below 1 has no finite gradient.
+    # expm1 keeps (1 - p) exact if p is nearly 1. The clamp is needed because at 0 a power below 1 has no finite gradient.
     missing = (-torch.expm1(-negative_log_likelihood)).clamp(min=torch.finfo(torch.float32).eps)
     return negative_log_likelihood.sum(), (missing**focal_gamma * negative_log_likelihood).sum()
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
-    """-log p of each target in fp32, from `[n, V]` logits and `[n]` targets, never holding the logits in fp32.
+    """Compute -log p of each target in fp32, from `[n, V]` logits and `[n]` targets, without an fp32 copy of the logits.
 
-    Cross entropy's own kernels pass over an fp32 copy of all logits several times; here a slice is widened, used and
-    forgotten while it is in the cache, and the gradient softmax - onehot is written in the logits' dtype.
+    torch's cross-entropy kernels pass over an fp32 copy of all logits several times. Here each slice is widened, used
+    and dropped while it is in the cache, and the gradient (softmax - onehot) is written in the logits' dtype.
     """
 
     @staticmethod
@@ -155,15 +157,13 @@ def regularisation_sums(
     means: RunningMeans,
     target_ratio: float,
 ) -> dict[str, torch.Tensor]:
-    """The terms over non-padding tokens, summed in fp32.
+    """Sum the terms over non-padding tokens in fp32.
 
     `router_logits` `[L, B, T, E]`, `reconstruction_error` and `retained_ratio` `[B, T]`, `text` bool `[B, T]`.
     """
     logits = router_logits[:, text].float()  # [L, M, E]
     experts = logits.shape[-1]
-    used = means.routing.to(logits).clamp(
-        min=torch.finfo(torch.float32).tiny
-    )  # an expert may not have been used at all
+    used = means.routing.to(logits).clamp(min=torch.finfo(torch.float32).tiny)  # an expert may never have been used
     surplus = torch.log(used * experts).unsqueeze(1)
     mean_ratio = means.retained_ratio.to(retained_ratio)
     excess = mean_ratio - target_ratio
@@ -178,7 +178,7 @@ def regularisation_sums(
 def total_loss(
     sums: dict[str, torch.Tensor], weights: LossWeights, supervised: torch.Tensor, tokens: torch.Tensor
 ) -> torch.Tensor:
-    """Σ weight · sum / count, with N `supervised` and M non-padding `tokens` of the batch that the mean is over."""
+    """Return Σ weight · sum / count, with the batch's N `supervised` tokens and M non-padding `tokens` as counts."""
     language = sum(weight_of(term, weights) * sums[term] for term in PER_SUPERVISED_TOKEN)
     regularisation = sum(weight_of(term, weights) * sums[term] for term in PER_TOKEN)
     return language / supervised + regularisation / tokens

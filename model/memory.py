@@ -1,11 +1,11 @@
-"""LSTM memory: a slow recurrent state beside the local attention, read through a gate.
+"""LSTM memory (Hochreiter & Schmidhuber 1997): a slow recurrent state that complements the local attention.
 
-The LSTM advances once a block of S tokens, on the block's mean. Token t of a document reads the state after the last
-completed block before its own (zero in the first), so nothing of the block itself, or of the future, leaks in:
+The LSTM advances once per block of S tokens, on the block's mean. Token t of a document reads, through a gate, the state
+after the block before its own (zero in the first block). So nothing from its own block or the future leaks in:
 
     s_j = LSTM(mean(x_{jS} … x_{jS+S-1})),   out_t = σ(W_g x_t) * W_o s_{⌊t/S⌋-1}
 
-After Hochreiter & Schmidhuber 1997. All documents' blocks go through one call of `nn.LSTM`.
+A single call of `nn.LSTM` processes the blocks of all documents.
 
 Legend: B rows, T tokens, N documents, n completed blocks of all documents, M LSTM layers of size H.
 """
@@ -28,9 +28,9 @@ from model.projection import ResidualProjection
 
 @dataclass(frozen=True)
 class MemoryState:
-    """What the memory carries from one call to the next: h and c `[M, N, H]`, the unfinished block's sum `[N, D]`.
+    """The state carried from one call to the next: h and c `[M, N, H]`, and the unfinished block's sum `[N, D]`.
 
-    A row per document of the batch; zeros for those that begin in it.
+    Each document of the batch has an entry, which is zero if the document begins in this batch.
     """
 
     hidden: torch.Tensor
@@ -39,7 +39,7 @@ class MemoryState:
 
 
 class LSTMMemory(nn.Module):
-    """`[B, T, D]` → what each token reads from its document's memory, `[B, T, D]`."""
+    """Read each token's document memory: `[B, T, D]` → `[B, T, D]`."""
 
     def __init__(self, config: LiquidConfig, layer_index: int):
         super().__init__()
@@ -59,18 +59,19 @@ class LSTMMemory(nn.Module):
         states, after = self._run(self._means(hidden, blocks, before), blocks, before)
         if past_key_values is not None:
             self._remember(past_key_values, hidden, documents, blocks, before, after)
-        # Read through the small projection before spreading the states over tokens. The rows behind the blocks' are what
-        # each document's first block reads.
+        # Project the states before spreading them over tokens, because there are fewer states than tokens. The rows after
+        # the blocks' states serve tokens whose previous block was not completed in this call.
         entered = states.new_zeros(1, states.shape[1]) if before is None else before.hidden[-1]
         read = self.out_proj(torch.cat((states, entered)))
         return torch.sigmoid(self.gate(hidden)) * read[blocks.read_by(documents, per_document=before is not None)]
 
     def _decode(self, hidden: torch.Tensor, documents: Documents, cache: Cache) -> torch.Tensor:
-        """One token a row, `[B, 1, D]`: it reads the state as it is, and its block may be complete with it."""
+        """Decode one token per row, `[B, 1, D]`: it reads the current state and may complete its block."""
         before = self._recall(cache, hidden, documents)
         partial, states = before.partial + hidden[:, 0], torch.stack((before.hidden, before.cell))
         completes = documents.carried % self.stride == self.stride - 1
-        # With somebody listening (ZeRO-3 gathers weights so) the LSTM runs always, or other ranks would wait for it.
+        # If the LSTM has hooks, always run it: ZeRO-3 gathers weights in hooks, and skipping a call on one rank would
+        # leave the others waiting.
         if completes.any() or self.lstm._forward_pre_hooks or self.lstm._forward_hooks:
             means = (partial / self.stride).unsqueeze(1)
             _, after = self.lstm(means, (before.hidden.contiguous(), before.cell.contiguous()))
@@ -81,7 +82,7 @@ class LSTMMemory(nn.Module):
         return torch.sigmoid(self.gate(hidden)) * self.out_proj(before.hidden[-1]).unsqueeze(1)
 
     def _means(self, hidden: torch.Tensor, blocks: Blocks, before: MemoryState | None) -> torch.Tensor:
-        """Each completed block's mean, `[n, D]`."""
+        """Compute the mean of each completed block, `[n, D]`."""
         index = blocks.first_token.unsqueeze(1) + torch.arange(self.stride, device=hidden.device)
         flat = hidden.flatten(0, 1)
         if before is None:
@@ -93,11 +94,11 @@ class LSTMMemory(nn.Module):
     def _run(
         self, means: torch.Tensor, blocks: Blocks, before: MemoryState | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
-        """The LSTM over each document's blocks, in one call without padding steps.
+        """Run the LSTM over each document's blocks, in one call without padding steps.
 
-        `[n, D]` → the state after each block `[n, H]`, and h and c `[M, N', H]` of the N' documents that completed one.
-        Where no document has a block it runs on one step of zeros all the same: under ZeRO-3 a rank that skipped it
-        would leave the others waiting for its weights.
+        `[n, D]` → the state after each block `[n, H]`, and h and c `[M, N', H]` of the N' documents that completed a
+        block. If no document did, the LSTM still runs on one step of zeros: under ZeRO-3, a rank that skipped it would
+        leave the others waiting for its weights.
         """
         having = blocks.counts > 0
         if not having.any():
@@ -115,7 +116,7 @@ class LSTMMemory(nn.Module):
         return pad_packed_sequence(states, batch_first=True)[0][row, blocks.within], after
 
     def _recall(self, cache: Cache, hidden: torch.Tensor, documents: Documents) -> MemoryState:
-        """Each document's state at the beginning of this call: the cache's for a row's first one that goes on."""
+        """Return each document's state at the start of this call, from the cache if it continues a cached document."""
         layers, size, width = self.lstm.num_layers, self.lstm.hidden_size, hidden.shape[-1]
         flat = hidden.new_zeros(len(documents.lengths), 2 * layers * size + width)
         known = cache.get_recurrent_state(self.layer_index, MEMORY)
@@ -135,13 +136,13 @@ class LSTMMemory(nn.Module):
         before: MemoryState,
         after: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> None:
-        """Keep the state of each row's last document in the cache."""
+        """Store the state of each row's last document in the cache."""
         having = (blocks.counts > 0).nonzero().squeeze(1).to(hidden.device)
         states = [before.hidden, before.cell]
         if after is not None:
             states = [old.index_copy(1, having, new) for old, new in zip(states, after, strict=True)]
         last = documents.number[:, -1]
-        # the tokens behind the last completed block; all of the document's where it completed none
+        # The tokens after the last completed block, or all tokens of the document if it completed none.
         unfinished = blocks.unfinished[last].clamp(max=documents.lengths[last]).unsqueeze(1)
         newest = hidden[:, -min(self.stride, hidden.shape[1]) :]
         age = torch.arange(newest.shape[1] - 1, -1, -1, device=hidden.device)
@@ -153,10 +154,10 @@ class LSTMMemory(nn.Module):
 
 
 class OrderedLSTM(nn.LSTM):
-    """An LSTM whose weights get their gradients in one order, the last weight's first, whatever the sequences are.
+    """An LSTM whose weights always receive their gradients in the same order, the last weight's first.
 
-    On a CPU that order is one for sequences of equal lengths and another for unequal ones. DeepSpeed adds the ranks'
-    gradients up in the order in which they arrive at each rank: ZeRO-1 added those of different weights together.
+    On a CPU, `nn.LSTM`'s order differs between sequences of equal and unequal lengths. DeepSpeed reduces gradients in the
+    order in which they arrive on each rank, so ZeRO-1 summed gradients of different weights.
     """
 
     def forward(self, sequences, initial=None):
@@ -164,7 +165,7 @@ class OrderedLSTM(nn.LSTM):
             return super().forward(sequences, initial)
         weights = self._flat_weights
         ordered = list(weights)
-        for count in range(1, len(weights) + 1):  # each waits for the ones behind it
+        for count in range(1, len(weights) + 1):  # each gradient waits for those of the later weights
             ordered[:count] = Together.apply(*ordered[:count])
         self._flat_weights = ordered
         try:
@@ -174,7 +175,7 @@ class OrderedLSTM(nn.LSTM):
 
 
 class Together(torch.autograd.Function):
-    """Tensors as they are; their gradients wait for one another."""
+    """Return tensors unchanged and pass their gradients on only once all of them have arrived."""
 
     @staticmethod
     def forward(context, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -187,11 +188,14 @@ class Together(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks that the documents of a batch complete in it.
+    """The blocks that are completed in a batch.
 
-    `counts` `[N]` (on the CPU): how many each document completes. `unfinished` `[N]`: its tokens behind the last of them.
-    Of each block `[n]`: `owner`, its document; `within`, its number in that document, from 0; `first_token`, index of
-    its first token in the flattened batch (before `document_begins` where it began in an earlier call).
+    Per document: `counts` `[N]` (on the CPU) is how many blocks it completes, `unfinished` `[N]` how many tokens follow
+    the last of them.
+
+    Per block: `owner` `[n]` is its document, `within` `[n]` its index among the blocks that the document completes in
+    this batch, `first_token` `[n]` the index of its first token in the flattened batch. A block that began in an earlier
+    call has its `first_token` before `document_begins` `[n]`, the index of its document's first token.
     """
 
     stride: int
@@ -222,9 +226,10 @@ class Blocks:
         )
 
     def read_by(self, documents: Documents, per_document: bool) -> torch.Tensor:
-        """Which row of the states each token reads, `[B, T]`: the block before its own, of those completed in this call.
+        """Return the row of the states that each token reads, `[B, T]`: that of the block before its own.
 
-        Where there is none, the row behind the last block's, or with `per_document` the document's row among those.
+        If that block was not completed in this call, it is the row after the last block's or, with `per_document`, the
+        document's own row after them.
         """
         total = len(self.owner)
         block = documents.offset // self.stride

@@ -1,4 +1,4 @@
-"""What is measured while training, as sums over tokens that ranks can add up."""
+"""Training statistics, as sums over tokens that can be added over ranks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from model.moe import choose_experts
 
 
 def count_tokens(batch: dict[str, torch.Tensor], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """The two counts that losses are divided by: `supervised` tokens and non-padding `tokens` of one micro-batch."""
+    """Count what losses are divided by: the `supervised` tokens and the non-padding `tokens` of a micro-batch."""
     return {
         "supervised": (batch["labels"][:, 1:] != -100).sum(),
         "tokens": (batch["input_ids"] != pad_token_id).sum(),
@@ -23,11 +23,15 @@ def routing_statistics(
     top_k: int,
     selection_bias: torch.Tensor,
 ) -> dict[str, torch.Tensor]:
-    """Sums over the non-padding tokens of a batch, fp32.
+    """Sum routing statistics over the non-padding tokens of a batch, in fp32.
 
-    `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]`, `selection_bias` `[L, E]` (with which
-    the routers chose) → `routing` `[L, E]` (sum of probabilities), `load` `[L, E]` (how often an expert was chosen),
-    `router_entropy` `[L]` (of each token's probabilities, in nats), `retained_ratio` `[]`.
+    Takes `router_logits` `[L, B, T, E]`, `retained_ratio` `[B, T]`, `text` bool `[B, T]`, and `selection_bias` `[L, E]`,
+    the bias with which the routers chose. Returns:
+
+    - `routing` `[L, E]`: the sum of probabilities
+    - `load` `[L, E]`: how often each expert was chosen
+    - `router_entropy` `[L]`: the sum of the entropies of each token's probabilities, in nats
+    - `retained_ratio` `[]`: the sum of the ratios
     """
     probabilities = router_logits[:, text].float().softmax(-1)  # [L, M, E]
     chosen = choose_experts(probabilities, selection_bias.unsqueeze(1), top_k).flatten(1)
@@ -43,5 +47,5 @@ def routing_statistics(
 
 
 def load_max_over_mean(load: torch.Tensor) -> torch.Tensor:
-    """How much more than its fair share the busiest expert of each layer gets: `[L, E]` counts → `[L]`, 1 = balanced."""
+    """Divide each layer's busiest expert's load by the mean load: `[L, E]` counts → `[L]`; 1 is balanced."""
     return load.amax(-1) / load.mean(-1).clamp(min=torch.finfo(load.dtype).tiny)

@@ -1,4 +1,4 @@
-"""`LiquidModel` and `LiquidForCausalLM`: the blocks put together as Hugging Face models."""
+"""`LiquidModel` and `LiquidForCausalLM`: the blocks assembled into Hugging Face models."""
 
 from __future__ import annotations
 
@@ -22,15 +22,19 @@ from model.metrics import routing_statistics
 from model.moe import Experts, Router, balancing_bias
 from model.projection import ResidualProjection, TapProjection
 
-UNUSED_LOGIT = -1e4  # no token's is as low; and in fp16 its mean and its part in an entropy are still numbers
-CONVOLUTION_DEVIATION = 0.02  # of the embedding's taps: they begin all but silent
+# Lower than any token's logit, yet high enough in fp16 for means and entropies over the logits to stay finite.
+UNUSED_LOGIT = -1e4
+# Initial standard deviation of the embedding's taps: they have almost no effect at first.
+CONVOLUTION_DEVIATION = 0.02
 
 
 @dataclass
 class LiquidModelOutput(ModelOutput):
-    """`last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's two figures `[B, T]`.
+    """The output of `LiquidModel`.
 
-    Where asked for, `hidden_states` (L + 1 of `[B, T, D]`) and `attentions` (L of `[B, H, T, keys]`).
+    `last_hidden_state` `[B, T, D]`, `router_logits` `[L, B, T, E]`, and the embedding's `reconstruction_error` and
+    `retained_ratio`, both `[B, T]`. On request also `hidden_states` (L + 1 of `[B, T, D]`) and `attentions` (L of
+    `[B, H, T, keys]`).
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -44,13 +48,13 @@ class LiquidModelOutput(ModelOutput):
 
 @dataclass
 class LiquidCausalLMOutput(ModelOutput):
-    """`loss` is a mean over this batch: of all terms, weighted, in training, else the cross entropy alone.
+    """The output of `LiquidForCausalLM`.
 
-    A trainer that adds up several batches needs `loss_sums` and `statistics` instead.
-
-    `loss_sums`: one fp32 sum over tokens for each term of `model.loss`. `statistics`: `model.metrics.routing_statistics`.
-    `logits` `[B, T, V]` are left out while training with labels: nothing reads them there. `hidden_states` and
-    `attentions` as in `LiquidModelOutput`.
+    `loss`: the mean over this batch of the weighted sum of all terms in training, otherwise of the cross entropy alone.
+    `loss_sums`: an fp32 sum over tokens for each term of `model.loss`. `statistics`: from
+    `model.metrics.routing_statistics`. A trainer that accumulates several batches uses these two instead of `loss`.
+    `logits` `[B, T, V]`: left out in training with labels, because nothing reads them there. `hidden_states` and
+    `attentions`: as in `LiquidModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -63,7 +67,7 @@ class LiquidCausalLMOutput(ModelOutput):
 
 
 class LiquidPreTrainedModel(PreTrainedModel):
-    """Initialisation, and what Hugging Face needs to know."""
+    """The initialisation and the declarations that transformers reads."""
 
     config_class = LiquidConfig
     base_model_prefix = "model"
@@ -74,20 +78,20 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_record_outputs = {"hidden_states": LiquidBlock, "attentions": LocalAttention}
-    # A recurrent state cannot be rolled back: transformers then refuses assisted decoding.
+    # A recurrent state cannot be rolled back. This flag makes transformers refuse assisted decoding.
     _is_stateful = True
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """The experts can (model/moe.py); transformers would look for that in this file's text."""
+        """Return True: model/moe.py supports it, but transformers would search only this file's text for it."""
         return True
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Embedding:
-        """As in every transformers model; `new_num_tokens`, before padding, is then what the tokenizer knows.
+        """Resize the table as in every transformers model, and set `used_vocab_size` to `new_num_tokens`, before padding.
 
-        Raises `ValueError` for fewer tokens than the configuration's special ids need.
+        Raises `ValueError` if a special id of the configuration would not fit.
         """
         if new_num_tokens is not None:
             self.config.sized_for(new_num_tokens)
@@ -102,37 +106,37 @@ class LiquidPreTrainedModel(PreTrainedModel):
         if isinstance(module, ResidualProjection):
             init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
-            # Unit-size inputs give unit-size outputs (LeCun et al. 1998), which the residual stream of unit size needs.
-            # (The head's weight is the table's, which takes its place afterwards.)
+            # Unit-size inputs then give unit-size outputs (LeCun et al. 1998), to match the unit-size residual stream.
+            # The head's weight is also set here, but the tied table replaces it afterwards.
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, nn.Embedding):
-            # As the head it is such a layer, too; and Adam's first steps turn smaller rows about at random.
+            # The table is also the head, a linear layer. Adam's first steps would randomise smaller rows.
             init.normal_(module.weight, std=module.embedding_dim**-0.5)
         if isinstance(module, LiquidEmbedding):
             init.normal_(module.convolution, std=CONVOLUTION_DEVIATION)
-            init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the ratio begins between 0.63 and 0.85
-            # Two rotations. Were the second the first one's inverse, the head, tied to the table, would begin by
-            # predicting that each token repeats, and training by unlearning that.
+            init.zeros_(module.rule)  # a = b = ln 2: with r_min = ¼ the initial ratio is between 0.63 and 0.85
+            # Two independent rotations. If the second were the inverse of the first, the tied head would at first predict
+            # that each token repeats, and training would have to unlearn that.
             init.orthogonal_(module.compress)
             init.orthogonal_(module.expand)
         elif isinstance(module, TapProjection):
-            init.zeros_(module.weight)  # every token begins with the same taps (Dai et al. 2017)
+            init.zeros_(module.weight)  # all tokens start with the same taps (Dai et al. 2017)
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, Router):
             init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, std=self.config.hidden_size**-0.5)
-            init.zeros_(module.down_proj)  # as a ResidualProjection
+            init.zeros_(module.down_proj)  # like a ResidualProjection
         elif isinstance(module, nn.LSTM):
             for name, bias in module.named_parameters():
-                if name.startswith("bias_ih"):  # a forget gate that begins open (Jozefowicz et al. 2015)
+                if name.startswith("bias_ih"):  # open the forget gate at first (Jozefowicz et al. 2015)
                     forget = torch.zeros_like(bias)
                     forget[module.hidden_size : 2 * module.hidden_size] = 1.0
                     init.copy_(bias, forget)
 
 
 class LiquidModel(LiquidPreTrainedModel):
-    """Token ids to hidden states, causally, each document by itself."""
+    """Map token ids to hidden states, causally and independently for each document."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
@@ -155,23 +159,29 @@ class LiquidModel(LiquidPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> LiquidModelOutput:
-        """`input_ids` `[B, T]` (or their `inputs_embeds` `[B, T, D]`) → `LiquidModelOutput`.
+        """Run the model: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]` → `LiquidModelOutput`.
 
-        Packed rows are told by `position_ids` `[B, T]` that restart at 0, or by `seq_idx` or `cu_seq_lens_q` as
-        transformers' collators give them; padded batches by `attention_mask` `[B, P + T]`, P the tokens in the cache.
-        With `use_cache` (default: the configuration's, except in training) the output's `past_key_values` go on from
-        each row's last document. `output_hidden_states`, `output_attentions` and `return_dict` are those of every
-        transformers model; what else tools ask and this one does not have is passed over.
+        - Packed rows are described by `position_ids` `[B, T]` that restart at 0, or by `seq_idx` or `cu_seq_lens_q` as
+          transformers' collators make them.
+        - Padded batches are described by `attention_mask` `[B, P + T]`, with P tokens in the cache.
+        - With `use_cache`, the returned `past_key_values` continue each row's last document. The default is the
+          configuration's value, but False in training.
+        - `output_hidden_states`, `output_attentions` and `return_dict` work as in every transformers model. Other unknown
+          options are ignored.
 
-        Raises `ValueError` when both or neither of ids and embeddings are given, for a mask of another shape, for packing
-        that `position_ids` contradict, for a cache that was not made for this model, for one under gradient checkpointing,
-        for attention weights where `attn_implementation` is not `eager`, and for them or hidden states of texts with
-        padding inside.
+        Raises `ValueError`
+
+        - if both or neither of ids and embeddings are given
+        - if the mask has the wrong shape
+        - if `position_ids` contradict the packing, or the packing is given together with cached tokens
+        - if the cache was not made for this model, or is used under gradient checkpointing
+        - if attention weights are requested and `attn_implementation` is not `eager`
+        - if attention weights or hidden states are requested for texts with padding inside
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds, and not both")
+            raise ValueError("give either input_ids or inputs_embeds, not both")
         if kwargs.get("output_attentions") and self.config._attn_implementation != "eager":
-            raise ValueError('output_attentions needs the weights themselves: model.set_attn_implementation("eager")')
+            raise ValueError('output_attentions needs eager attention; call model.set_attn_implementation("eager")')
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -180,14 +190,17 @@ class LiquidModel(LiquidPreTrainedModel):
         if past_key_values is not None:
             check_cache(past_key_values, self.config.sliding_window, embedded.shape[1])
             if self.training and self.layers[0].gradient_checkpointing:
-                raise ValueError("layers that are computed again cannot fill a cache: call eval(), or use_cache=False")
+                raise ValueError("gradient checkpointing cannot fill a cache; call eval() or pass use_cache=False")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = _told_by_packing(position_ids, embedded, past, kwargs)
         _check_mask(attention_mask, embedded, past)
         order = None if attention_mask is None else order_without_gaps(attention_mask, past)
         if order is not None:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
-                raise ValueError("hidden states and attentions are not given for texts with padding inside")
+                raise ValueError(
+                    "hidden states and attentions are not available for texts with padding inside; move the padding to one "
+                    "side, or do not request them"
+                )
             attention_mask = attention_mask.gather(1, order)
             embedded = _in_order(embedded, order)
             position_ids = position_ids if position_ids is None else position_ids.expand_as(order).gather(1, order)
@@ -231,35 +244,37 @@ def _check_mask(attention_mask: torch.Tensor | None, embedded: torch.Tensor, pas
     batch, tokens = embedded.shape[:2]
     if attention_mask is not None and attention_mask.shape != (batch, past + tokens):
         raise ValueError(
-            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be {(batch, past + tokens)}: a "
-            "row for each text, with 1 or 0 for each token in the cache and in this call"
+            f"attention_mask has the shape {tuple(attention_mask.shape)}; it must be {(batch, past + tokens)}: one "
+            "row per text, with 1 or 0 for each token in the cache and in this call"
         )
 
 
 def _told_by_packing(
     position_ids: torch.Tensor | None, embedded: torch.Tensor, past: int, options: dict
 ) -> torch.Tensor | None:
-    """The positions, from `seq_idx` or `cu_seq_lens_q` where those alone tell where documents begin."""
+    """Return `position_ids`, or positions computed from `seq_idx` or `cu_seq_lens_q` if only those are given."""
     seq_idx, cu_seq_lens = options.get("seq_idx"), options.get("cu_seq_lens_q")
     if seq_idx is None and cu_seq_lens is None:
         return position_ids
     if past:
-        raise ValueError("seq_idx and cu_seq_lens_q are not read behind a cache; give position_ids")
+        raise ValueError("seq_idx and cu_seq_lens_q cannot be combined with cached tokens; give position_ids instead")
     told = positions_from_packing(tuple(embedded.shape[:2]), seq_idx, cu_seq_lens)
-    # Not asked of a row's first token, with which a document may go on that began in an earlier row.
+    # Ignore each row's first token: it may continue a document that began in an earlier row.
     if position_ids is not None and bool(((told == 0) != (position_ids.expand_as(told) == 0))[:, 1:].any()):
-        raise ValueError("position_ids do not restart at 0 where seq_idx or cu_seq_lens_q say that a document begins")
+        raise ValueError(
+            "position_ids do not restart at 0 where seq_idx or cu_seq_lens_q begin a document; give only one of them"
+        )
     return told if position_ids is None else position_ids
 
 
 def _in_order(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """The tokens of `[B, T]`, `[B, T, D]` or `[L, B, T, E]` in the order `[B, T]`."""
+    """Put the tokens of `[B, T]`, `[B, T, D]` or `[L, B, T, E]` into the order `[B, T]`."""
     index = order.unsqueeze(-1) if values.dim() > 2 else order
     return values.gather(-2 if values.dim() > 2 else 1, index.expand(values.shape))
 
 
 class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
-    """The model with a head tied to its token table."""
+    """The language model: `LiquidModel` and a head tied to its token table."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -285,15 +300,18 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         running_means: RunningMeans | None = None,
         **kwargs,
     ) -> LiquidCausalLMOutput:
-        """Logits, and with `labels` (aligned with the inputs, -100 = not asked) the loss and its terms.
+        """Compute the logits and, given `labels` (aligned with the inputs, -100 = not predicted), the loss and its terms.
 
-        In training the loss is the weighted sum of all terms, in `eval()` the cross entropy alone, as in transformers' own
-        models: its exponential is the perplexity. Padding neither predicts nor is predicted, on either side of a text.
+        In training the loss is the weighted sum of all terms. In `eval()` it is the cross entropy alone, as in
+        transformers' own models, so its exponential is the perplexity. Padding on either side of a text neither predicts
+        nor is predicted.
 
-        `num_items_in_batch`: the labels of all micro-batches of a step, as transformers' trainers count them; the loss is
-        then multiplied by this one's share of them, so that the micro-batches' sum is a mean. `running_means`: the state
-        around which the usage and budget terms are expanded; without it they have no gradient. Raises `ValueError` for
-        labels that are no token's ids.
+        `num_items_in_batch`: the number of labels in all micro-batches of a step, as transformers' trainers count them.
+        The loss is then scaled by this micro-batch's share, so that the sum over micro-batches is a mean.
+        `running_means`: the means around which the usage and budget terms are expanded; without them, these terms have no
+        gradient.
+
+        Raises `ValueError` for labels that are neither -100 nor token ids.
         """
         if labels is not None:
             check_labels(labels, self.config.used_vocab_size)
@@ -324,11 +342,11 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
-        """Leave the mask `[B, P + T]` as it is: the model makes attention's own from it, also for a static cache."""
+        """Return the mask `[B, P + T]` unchanged: the model derives the attention mask itself, even for a static cache."""
         return attention_mask
 
     def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of the ids that the tokenizer knows."""
+        """Compute the logits of the ids that the tokenizer knows."""
         return self.lm_head(hidden)[..., : self.config.used_vocab_size]
 
     def _loss_sums(
@@ -351,7 +369,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     def _text(
         self, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Which tokens are not padding, bool `[B, T]`: padding takes no part in routing statistics or regularisation."""
+        """Return which tokens are not padding, bool `[B, T]`; statistics and regularisation exclude padding."""
         if attention_mask is not None:
             return attention_mask[:, -labels.shape[1] :].bool()
         if input_ids is None or self.config.pad_token_id is None:
@@ -360,7 +378,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
 
 def _without_padding(labels: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """The labels `[B, T]` of tokens that are text, and that a token which is text comes before."""
+    """Mask the labels `[B, T]` of padding, and of each token that directly follows padding."""
     predicted = text.clone()
     predicted[:, 1:] &= text[:, :-1]
     return labels.masked_fill(~predicted, -100)

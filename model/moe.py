@@ -1,12 +1,12 @@
 """Mixture of experts: a softmax top-k router, SwiGLU experts in 3-D tensors, and a shared expert that sees every token.
 
-The layout (router.gate.weight `[E, D]`, router.e_score_correction_bias `[E]`, experts.gate_up_proj `[E, 2I, D]`,
-experts.down_proj `[E, D, I]`, shared_experts) is what DeepSpeed's AutoEP recognises; it replaces this block's forward by
-one that spreads the experts over ranks. So the block returns hidden states only: what the loss needs is read from the
-gate by `router_logits`, which works on either kind of block, as do the functions for the balancing bias.
+DeepSpeed's AutoEP recognises this layout: router.gate.weight `[E, D]`, router.e_score_correction_bias `[E]`,
+experts.gate_up_proj `[E, 2I, D]`, experts.down_proj `[E, D, I]`, shared_experts. It replaces this block with a layer that
+spreads the experts over ranks and returns hidden states only, so this block does the same. The loss gets its logits from
+`router_logits`, which reads the gate. That function and those for the balancing bias work on both kinds of block.
 
-Experts are kept equally busy by a bias on their choice (Wang et al. 2024, auxiliary-loss-free load balancing): it is no
-parameter and weighs nothing; whoever trains moves it against each step's load.
+A bias on the choice of experts balances their load (Wang et al. 2024, auxiliary-loss-free load balancing). It is not a
+parameter and does not affect the experts' weights; the trainer moves it against each step's load.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ class Router(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        # The name by which AutoEP finds it and carries it over.
+        # AutoEP finds and copies the buffer by this name.
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     @property
     def weight(self) -> nn.Parameter:
-        """The gate's weight, under the name by which AutoEP looks for it."""
+        """The gate's weight, under the name that AutoEP expects."""
         return self.gate.weight
 
     def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[T, D]` tokens → the chosen experts' indices and their normalised weights (fp32), both `[T, top_k]`.
+        """Route `[T, D]` tokens → the chosen experts' indices and their normalised fp32 weights, both `[T, top_k]`.
 
-        The bias takes part in the choice alone: the weights are the probabilities without it.
+        The bias affects only the choice; the weights are the probabilities without it.
         """
         probabilities = self.gate(tokens).softmax(dim=-1, dtype=torch.float32)
         experts = choose_experts(probabilities, self.e_score_correction_bias, self.top_k)
         weights = probabilities.gather(-1, experts)
-        # The bias can choose experts whose probabilities are all 0 in fp32; AutoEP adds the same.
+        # The bias can choose experts whose probabilities are all 0 in fp32. AutoEP adds the same constant.
         return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
     def _apply(self, *arguments, **options) -> Router:
-        """Leave the bias in fp32 where the module is cast: rounded, near biases are equal and other experts win."""
+        """Keep the bias in fp32 when the module is cast: rounding would make close biases equal and change the choice."""
         exact = self.e_score_correction_bias
         super()._apply(*arguments, **options)
         if self.e_score_correction_bias.dtype != exact.dtype:
@@ -60,8 +60,8 @@ class Router(nn.Module):
 class GroupedExperts(nn.Module):
     """E SwiGLU feed-forwards, each applied to the tokens that chose it.
 
-    How is selected by transformers' `experts_implementation`: its `grouped_mm` (the default) or `batched_mm`, which read
-    `num_experts` and `act_fn`, or `eager`, the forward below. Under AutoEP none of them runs.
+    transformers' `experts_implementation` selects the computation: its own `grouped_mm` (the default) or `batched_mm`,
+    which read `num_experts` and `act_fn`, or `eager`, the forward below. Under AutoEP none of them runs.
     """
 
     def __init__(self, config: LiquidConfig):
@@ -73,7 +73,7 @@ class GroupedExperts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, size))
 
     def forward(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """`tokens` `[T, D]`, `experts` and `weights` `[T, top_k]` → the weighted sum of the experts' outputs `[T, D]`."""
+        """Sum the weighted outputs: `tokens` `[T, D]`, `experts` and `weights` `[T, top_k]` → `[T, D]`."""
         top_k = experts.shape[1]
         order = experts.flatten().argsort(stable=True)
         counts = experts.flatten().bincount(minlength=self.num_experts).tolist()
@@ -83,13 +83,13 @@ class GroupedExperts(nn.Module):
                 tokens[order // top_k].split(counts), self.gate_up_proj, self.down_proj, strict=True
             )
         ]
-        # Undo the sort, then weigh and add in fp32, as AutoEP does it.
+        # Undo the sort, then weight and add in fp32, as AutoEP does.
         chosen = torch.cat(outputs)[order.argsort()].unflatten(0, (-1, top_k))
         return (chosen * weights.unsqueeze(-1)).sum(1).to(tokens.dtype)
 
 
 class Experts(GroupedExperts):
-    """The same, and without the sorting where a CPU decodes a single text: half of that time went into it."""
+    """`GroupedExperts` that skips the sorting when a CPU decodes a single text, where it took half of the time."""
 
     def forward(self, tokens: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if len(tokens) > 1 or tokens.device.type != "cpu" or torch.is_grad_enabled():
@@ -99,7 +99,7 @@ class Experts(GroupedExperts):
 
 
 class SharedExpert(nn.Module):
-    """One SwiGLU feed-forward that every token passes."""
+    """One SwiGLU feed-forward that is applied to every token."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__()
@@ -128,46 +128,46 @@ class MixtureOfExperts(nn.Module):
 
 
 def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """One expert: `tokens` `[n, D]`, `gate_up` `[2I, D]`, `down` `[D, I]` → `[n, D]` (Shazeer 2020)."""
+    """Apply one expert (Shazeer 2020): `tokens` `[n, D]`, `gate_up` `[2I, D]`, `down` `[D, I]` → `[n, D]`."""
     gate, up = F.linear(tokens, gate_up).chunk(2, dim=-1)
     return F.linear(F.silu(gate) * up, down)
 
 
 def router_logits(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """The gate's logits `[B, T, E]` of this block or of the AutoEP layer that took its place.
+    """Compute the gate's logits `[B, T, E]`, for this block or for the AutoEP layer that replaced it.
 
-    The gate is small (E columns), so asking it again costs less than carrying its logits out of a block whose
-    forward may have been replaced, and it is right under every kind of activation checkpointing.
+    The gate is small (E columns), so evaluating it again is cheap. Returning its logits from a block whose forward may
+    have been replaced is harder. Evaluating it again is also correct under every kind of activation checkpointing.
     """
     return block.router.gate(hidden)
 
 
 def choose_experts(probabilities: torch.Tensor, bias: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The experts that win with the bias on their side: `probabilities` and `bias` `[..., E]` → `[..., top_k]`.
+    """Choose the experts with the largest biased scores: `probabilities` and `bias` `[..., E]` → `[..., top_k]`.
 
-    The winners' order is left open, as in AutoEP, so that ties fall alike.
+    The result is unsorted, as in AutoEP, so that both break ties in the same way.
     """
     return (probabilities + bias).topk(top_k, dim=-1, sorted=False).indices
 
 
 def balancing_bias(model: PreTrainedModel) -> torch.Tensor:
-    """The bias that the model's routers choose with, `[L, E]`."""
+    """Stack the balancing biases of the model's routers, `[L, E]`."""
     return torch.stack([layer.moe.router.e_score_correction_bias for layer in model.model.layers])
 
 
 @torch.no_grad()
 def set_balancing_bias(model: PreTrainedModel, bias: torch.Tensor) -> None:
-    """Copy `bias` `[L, E]` into the model's routers, whatever device or dtype they have."""
+    """Copy `bias` `[L, E]` into the model's routers, on any device and in any dtype."""
     for layer, row in zip(model.model.layers, bias, strict=True):
         layer.moe.router.e_score_correction_bias.copy_(row)
 
 
 def updated_balancing_bias(bias: torch.Tensor, load: torch.Tensor, rate: float) -> torch.Tensor:
-    """The bias `[L, E]` after a step in which the experts were chosen `load` `[L, E]` times (Wang et al. 2024, alg. 1).
+    """Return the bias `[L, E]` after a step in which experts were chosen `load` `[L, E]` times (Wang et al. 2024, alg. 1).
 
-    An expert with less than its fair share gains `rate`, one with more loses it, and what all experts of a layer gain
-    alike, which chooses nothing, is taken off: the bias keeps its sum, zero from the start. Without a load, or with rate
-    0, it stays as it is.
+    An expert below the mean load gains `rate`, one above it loses `rate`. Each layer's mean change, which does not affect
+    the choice, is then subtracted, so the bias keeps its initial sum of zero. With no load or a rate of 0, the bias does
+    not change.
     """
     direction = (load.mean(-1, keepdim=True) - load).sign().to(bias)
     return bias + rate * (direction - direction.mean(-1, keepdim=True))

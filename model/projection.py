@@ -1,4 +1,4 @@
-"""Linear layers that begin differently from the others: `_init_weights` tells them by their class."""
+"""Linear layers with their own initialisation; `_init_weights` recognises them by class."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import nn
 
 
 class ResidualProjection(nn.Linear):
-    """Writes to the residual stream; begins at zero, so that the layers before it do not learn from noise (Zhang 2019).
+    """A linear layer that writes to the residual stream, initialised at zero.
 
-    With small random weights instead, the worst of three initialisations of `tiny` was twice as far behind the others.
+    At zero, the layers before it do not learn from noise (Zhang 2019). With small random weights instead, the worst of
+    three initialisations of `tiny` was twice as far behind the others.
     """
 
     def __init__(self, in_features: int, out_features: int):
@@ -17,14 +18,14 @@ class ResidualProjection(nn.Linear):
 
 
 class TapProjection(nn.Linear):
-    """From a token to its deformable taps: `2 G K` outputs, first the delays' logits, then the strengths'."""
+    """Map a token to its deformable taps: `2 G K` outputs, first the logits of the delays, then the strengths."""
 
     def __init__(self, in_features: int, groups: int, taps: int, delay_range: int):
         super().__init__(in_features, 2 * groups * taps)
         self.groups, self.taps, self.delay_range = groups, taps, delay_range
 
     def initial_bias(self) -> torch.Tensor:
-        """Begin with the K shortest delays (½, 1½, …), equally strong, in every group."""
+        """Return the bias that gives every group the K shortest delays (½, 1½, …) at equal strength."""
         delay = torch.arange(self.taps) + 0.5
         share = (delay / max(self.delay_range - 1, 1)).clamp(max=0.95)
         logit = torch.log(share / (1 - share)).repeat(self.groups)

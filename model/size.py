@@ -1,4 +1,4 @@
-"""How many parameters a model has, and how many of them one token is multiplied with."""
+"""Counts of a model's parameters: all of them, and those that a single token uses."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from model.moe import Experts
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """`total` parameters, and the `active` ones: all but the routed experts that a token did not choose."""
+    """Counts: `total` is all parameters; `active` leaves out the routed experts that a token did not choose."""
 
     total: int
     active: int
 
 
 def count_parameters(model: LiquidPreTrainedModel) -> ParameterCount:
-    """Count whole parameters, the tied head once, on any device: on `meta` a preset is counted without its memory.
+    """Count the parameters, with the tied head counted once; on `meta`, a preset is counted without allocating memory.
 
-    Count before an engine takes the model: ZeRO-3 leaves empty parameters, AutoEP other experts on every rank.
+    Call this before an engine wraps the model: ZeRO-3 leaves parameters empty, and AutoEP puts different experts on every
+    rank.
     """
     total = _elements(model.parameters())
     routed = sum(_elements(module.parameters()) for module in model.modules() if isinstance(module, Experts))

@@ -1,1 +1,1 @@
-"""Shard folders proved and looked at."""
+"""Verification and inspection of shard folders."""

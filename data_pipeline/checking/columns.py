@@ -1,4 +1,4 @@
-"""A whole shard at once, as columns: every byte of its format checked, without a loop over rows."""
+"""Parsing a whole shard as columns. Every byte of the format is checked, without a loop over rows."""
 
 import io
 import tarfile
@@ -16,26 +16,27 @@ KINDS = ("tokens", "spans")
 SPAN_BYTES = 8 * len(SPAN_COLUMNS)
 # The only fields of a header that differ between members; digits are octal.
 NAME, SIZE_DIGITS, CHECKSUM_DIGITS = slice(0, 100), slice(124, 135), slice(148, 154)
-CHECKSUM_FIELD = slice(148, 156)  # counts as spaces in the checksum itself
+CHECKSUM_FIELD = slice(148, 156)  # taken as spaces when the checksum is computed
 
 
 @dataclass(frozen=True)
 class ShardColumns:
-    """A shard that keeps the format.
+    """The contents of a shard that follows the format.
 
-    spans: int64 `[pieces, 6]`, columns as in SPAN_COLUMNS, rows one after another. piece_rows: int64 `[pieces]`, the
-    row of the shard that each piece stands in. row_ends: int64 `[rows]`, where each row's padding begins.
+    spans: int64 `[pieces, 6]`, columns as in SPAN_COLUMNS, in row order.
+    piece_rows: int64 `[pieces]`, each piece's row in the shard.
+    row_ends: int64 `[rows]`, where each row's padding begins.
     """
 
     spans: np.ndarray
     piece_rows: np.ndarray
     row_ends: np.ndarray
     seq_len: int
-    _token_blocks: np.ndarray  # first block of each row's tokens
-    _blocks: np.ndarray  # the tar as tokens, `[blocks, tokens in a block]`
+    _token_blocks: np.ndarray  # `[rows]`, the first block of each row's tokens
+    _blocks: np.ndarray  # `[blocks, tokens in a block]`, the tar seen as tokens
 
     def tokens(self, first: int, last: int) -> np.ndarray:
-        """Copy the tokens of the rows from first up to last, `[rows, seq_len]`."""
+        """Return a copy of the tokens of rows first to last - 1, `[rows, seq_len]`."""
         per_block = self._blocks.shape[1]
         skipped = len(_npy_header(self._blocks.dtype.str, (self.seq_len,))) // self._blocks.itemsize
         blocks_per_row = -(-(skipped + self.seq_len) // per_block)
@@ -44,10 +45,13 @@ class ShardColumns:
 
 
 def parse_shard(name: str, tar: np.ndarray, offsets: np.ndarray, seq_len: int, dtype: type) -> ShardColumns:
-    """Read a shard from its bytes.
+    """Parse the bytes of a shard.
 
-    name: the tar's file name, which its members' names begin with. tar: uint8 `[bytes]`. offsets: as in the offsets
-    file. dtype: of the tokens. Raises DataError with the first row where the shard breaks the format.
+    name: the tar's file name; its members' names begin with it.
+    tar: uint8 `[bytes]`.
+    offsets: the contents of the offsets file.
+    dtype: the type of the tokens.
+    Raises DataError if the shard breaks the format, with the first row that does.
     """
     token_type = np.dtype(dtype).newbyteorder("<")
     data_blocks = _data_blocks(name, tar, offsets)
@@ -62,14 +66,14 @@ def parse_shard(name: str, tar: np.ndarray, offsets: np.ndarray, seq_len: int, d
 
 
 def broken(name: str, what: str) -> NoReturn:
-    """Raise the DataError of a shard that breaks the format."""
+    """Raise the DataError for a shard that breaks the format."""
     raise DataError(f"{name} breaks the format of shards, {what}: prepare the folder again")
 
 
 def require(name: str, rows_hold: np.ndarray, what: str, rows: np.ndarray | None = None) -> None:
-    """Raise the DataError with the first row that doesn't hold.
+    """Raise the DataError for the first row whose condition does not hold, if there is one.
 
-    rows_hold: bool, by rows in its first axis. rows: their numbers, where these are not 0, 1, ….
+    rows_hold: bool; the first axis is rows. rows: the row numbers, if they are not 0, 1, ….
     """
     if not rows_hold.all():
         first = int(np.argwhere(~rows_hold)[0][0])
@@ -77,23 +81,23 @@ def require(name: str, rows_hold: np.ndarray, what: str, rows: np.ndarray | None
 
 
 def _data_blocks(name: str, tar: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Give the block where each member's data begin, int64 `[rows, 2]`."""
+    """Return the block where each member's data begins, int64 `[rows, 2]`."""
     if offsets.dtype != np.uint64 or offsets.ndim != 2 or offsets.shape[1] != len(KINDS) or not len(offsets):
-        broken(name, f"its offsets are {offsets.dtype} {list(offsets.shape)} and not uint64 [rows, {len(KINDS)}]")
+        broken(name, f"its offsets are {offsets.dtype} {list(offsets.shape)}, not uint64 [rows, {len(KINDS)}]")
     if len(tar) % tarfile.RECORDSIZE:
-        broken(name, f"its {len(tar)} bytes are no multiple of {tarfile.RECORDSIZE}")
+        broken(name, f"its size of {len(tar)} bytes is not a multiple of {tarfile.RECORDSIZE}")
     inside = (offsets >= BLOCK) & (offsets < len(tar)) & (offsets % BLOCK == 0)
-    require(name, inside, "an offset is not where a member of the tar can be")
+    require(name, inside, "an offset is not a possible position of a tar member")
     return offsets.astype(np.int64) // BLOCK
 
 
 def _member_sizes(name: str, blocks: np.ndarray, data_blocks: np.ndarray) -> np.ndarray:
-    """Check that a plain tar header with the right name stands before each member's data; give int64 `[rows, 2]`."""
+    """Check that each member has a plain tar header with the right name; return the data sizes, int64 `[rows, 2]`."""
     headers = blocks[data_blocks - 1]
     stem = name.removesuffix(".tar")
     expected = [[f"{stem}-{row:06d}.{kind}.npy".encode() for kind in KINDS] for row in range(len(headers))]
     names = np.ascontiguousarray(headers[..., NAME]).view("S100")[..., 0]
-    require(name, names == np.array(expected), "an offset leads to no member of the row's name")
+    require(name, names == np.array(expected), "an offset does not lead to the member with the row's name")
     sizes, checksums = _octal(headers[..., SIZE_DIGITS]), _octal(headers[..., CHECKSUM_DIGITS])
     template = np.frombuffer(tarfile.TarInfo().tobuf(format=tarfile.USTAR_FORMAT), dtype=np.uint8)
     fixed = np.ones(BLOCK, dtype=bool)
@@ -102,38 +106,38 @@ def _member_sizes(name: str, blocks: np.ndarray, data_blocks: np.ndarray) -> np.
     plain = (headers[..., fixed] == template[fixed]).all(axis=-1)
     headers[..., CHECKSUM_FIELD] = ord(" ")
     plain &= (sizes >= 0) & (checksums == headers.sum(axis=-1, dtype=np.int64))
-    require(name, plain, "a member's tar header is not a plain one")
+    require(name, plain, "a member's tar header is not a plain ustar header")
     return sizes
 
 
 def _octal(digits: np.ndarray) -> np.ndarray:
-    """Read octal numbers, uint8 `[..., digits]`; -1 where a character is no octal digit."""
-    values = digits - np.uint8(ord("0"))  # what stands before "0" wraps around to large numbers
+    """Parse octal numbers, uint8 `[..., digits]`. A number with a character that is no octal digit becomes -1."""
+    values = digits - np.uint8(ord("0"))  # characters below "0" wrap around to large numbers
     numbers = values.astype(np.int64) @ 8 ** np.arange(values.shape[-1] - 1, -1, -1)
     return np.where((values < 8).all(axis=-1), numbers, -1)
 
 
 def _check_layout(name: str, blocks: np.ndarray, data_blocks: np.ndarray, sizes: np.ndarray) -> None:
-    """Check that the members stand close together, each filled up with zeros, and that only zeros follow."""
+    """Check that the members follow each other without gaps, padded with zeros, and that only zeros follow the last."""
     member_blocks = -(-sizes // BLOCK)
     expected = 1 + np.concatenate([[0], np.cumsum(member_blocks + 1)])
     exact = (data_blocks.reshape(-1) == expected[:-1]).reshape(data_blocks.shape) & (sizes > 0)
-    require(name, exact, "its members don't follow one another")
+    require(name, exact, "its members do not follow each other without gaps")
     end = int(expected[-1]) - 1
-    # Two blocks of zeros end a tar, and whole records of 20 blocks make it up.
+    # A tar ends with two blocks of zeros and consists of whole records of 20 blocks.
     if len(blocks) != -(-(end + 2) // (tarfile.RECORDSIZE // BLOCK)) * (tarfile.RECORDSIZE // BLOCK):
-        broken(name, f"it has {len(blocks)} blocks, and its {len(data_blocks)} rows take {end}")
+        broken(name, f"it has {len(blocks)} blocks, but its {len(data_blocks)} rows take {end}")
     if blocks[end:].any():
-        broken(name, "something follows its last row")
+        broken(name, "there is data after its last row")
     last_blocks = blocks[data_blocks + member_blocks - 1]
     filling = np.arange(BLOCK) >= (sizes - BLOCK * (member_blocks - 1))[..., None]
-    require(name, ~(last_blocks.astype(bool) & filling).any(axis=-1), "a member is not filled up with zeros")
+    require(name, ~(last_blocks.astype(bool) & filling).any(axis=-1), "a member is not padded with zeros")
 
 
 def _check_npy_headers(
     name: str, blocks: np.ndarray, data_blocks: np.ndarray, sizes: np.ndarray, seq_len: int, token_type: np.dtype
 ) -> np.ndarray:
-    """Check that each member is the array that it has to be; give the number of pieces, int64 `[rows]`."""
+    """Check dtype and shape of each member; return the number of pieces per row, int64 `[rows]`."""
     tokens_header = _npy_header(token_type.str, (seq_len,))
     header_bytes = len(tokens_header)
     starts = blocks[data_blocks][..., :header_bytes]
@@ -151,7 +155,7 @@ def _check_npy_headers(
 
 @lru_cache
 def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
-    """Give what comes before an array's data: 128 bytes, for all that fits into a shard."""
+    """Return the header of an array in npy format; for every array that fits into a shard it has 128 bytes."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": descr, "fortran_order": False, "shape": shape})
     return buffer.getvalue()
@@ -167,13 +171,13 @@ def _gather_spans(tar: np.ndarray, data_blocks: np.ndarray, pieces: np.ndarray) 
 
 
 def _check_spans(name: str, spans: np.ndarray, pieces: np.ndarray, piece_rows: np.ndarray, seq_len: int) -> np.ndarray:
-    """Check that the pieces fill each row from its beginning; give where they end, int64 `[rows]`."""
+    """Check that the pieces fill each row from its start; return where the last one ends, int64 `[rows]`."""
     starts, answer_starts, ends = spans[:, 0], spans[:, 1], spans[:, 2]
     last_pieces = np.cumsum(pieces) - 1
     previous_ends = np.concatenate([[0], ends[:-1]])
     previous_ends[last_pieces[:-1] + 1] = 0
-    require(name, starts == previous_ends, "its pieces don't follow one another", piece_rows)
-    require(name, (starts < ends) & (ends <= seq_len), "a piece ends before its start or behind the row", piece_rows)
+    require(name, starts == previous_ends, "its pieces do not follow each other without gaps", piece_rows)
+    require(name, (starts < ends) & (ends <= seq_len), "a piece ends before its start or past the row", piece_rows)
     require(name, (starts <= answer_starts) & (answer_starts <= ends), "an answer begins outside its piece", piece_rows)
     require(name, (spans[:, 3:] >= 0).all(axis=-1), "a source, input row or offset is negative", piece_rows)
     return ends[last_pieces]

@@ -1,4 +1,4 @@
-"""What is in a shard folder: its numbers as tables, its rows as text."""
+"""The contents of a shard folder: statistics as tables, rows as text."""
 
 import io
 import os
@@ -19,16 +19,17 @@ ROWS_AT_ONCE = 1024
 QUANTILES = (5, 25, 50, 75, 95, 100)
 SOURCES_IN_TABLE = 20
 NAME_WIDTH = 40
-TEXT_HEAD, TEXT_TAIL = 280, 80  # characters that stay of a long text
+TEXT_HEAD, TEXT_TAIL = 280, 80  # characters kept at the two ends of a long text
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The numbers of a folder; 24 bytes a document and 16 a row, whatever the length of their texts.
+    """The statistics of a folder. They take 24 bytes per document and 16 per row, whatever the length of the texts.
 
-    question_tokens, answer_tokens, document_sources: int64 `[documents]`; `<s>`, `<sep>` and `</s>` don't count.
-    row_tokens, row_pieces: int64 `[rows]`. source_fill: float64 `[sources]`, how full the rows are that a source's
-    tokens stand in. used_ids: bool `[vocab_size]`.
+    question_tokens, answer_tokens, document_sources: int64 `[documents]`; `<s>`, `<sep>` and `</s>` are not counted.
+    row_tokens, row_pieces: int64 `[rows]`.
+    source_fill: float64 `[sources]`, the mean fill of the rows that a source's tokens are in.
+    used_ids: bool `[vocab_size]`.
     """
 
     path: Path
@@ -44,7 +45,7 @@ class Statistics:
 
     @cached_property
     def document_tokens(self) -> np.ndarray:
-        """Tokens of each document with its three special ones, int64 `[documents]`."""
+        """Tokens of each document with its three special tokens, int64 `[documents]`."""
         return self.question_tokens + self.answer_tokens + 3
 
     @cached_property
@@ -54,13 +55,14 @@ class Statistics:
 
 
 def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] | None = None) -> Statistics:
-    """Read a shard folder once, one shard after another; holds one shard, and about 120 bytes a document.
+    """Read a shard folder once, shard by shard, and return its statistics.
 
-    progress: called with the bytes of each tar that is done. Raises DataError where the folder breaks the format; that
-    the files are those that the index means, `verify` proves.
+    Needs memory for one shard and about 120 bytes per document.
+    progress: called with the size in bytes of each tar once it is done.
+    Raises DataError if the folder breaks the format. File hashes are not checked; `verify` does that.
     """
     if is_remote(path):
-        raise DataError(f"{path} is not on this machine: copy the folder, and inspect the copy")
+        raise DataError(f"{path} is not on this machine: copy the folder and inspect the copy")
     folder = ShardFolder(path)
     used = np.zeros(folder.vocab_size, dtype=bool)
     names = _source_names(folder)
@@ -72,9 +74,11 @@ def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] 
             used[shard.tokens(first, first + ROWS_AT_ONCE)] = True
         starts, answer_starts, ends, sources, input_rows, _ = shard.spans.T
         if sources.max() >= len(names):
-            raise DataError(f"{folder.path / entry['name']} has a source without a name: `lfm verify` the folder")
+            raise DataError(
+                f"{folder.path / entry['name']} has a source without a name: run `lfm verify` on the folder"
+            )
         parts = np.stack([answer_starts - starts, ends - answer_starts, sources]).astype(np.int32)
-        pieces.append((input_rows.copy(), parts))  # a view would keep all spans
+        pieces.append((input_rows.copy(), parts))  # a view would keep all spans in memory
         row_tokens.append(shard.row_ends)
         row_pieces.append(np.bincount(shard.piece_rows))
         lengths, fill = ends - starts, shard.row_ends[shard.piece_rows] / folder.seq_len
@@ -103,11 +107,16 @@ def _read_shard(folder: ShardFolder, entry: dict) -> ShardColumns:
         offsets = np.load(io.BytesIO((folder.path / entry["offsets"]["name"]).read_bytes()), allow_pickle=False)
         return parse_shard(entry["name"], tar, offsets, folder.seq_len, token_dtype(folder.vocab_size))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder.path / entry['name']} cannot be read: `lfm verify` the folder ({error})") from error
+        raise DataError(
+            f"{folder.path / entry['name']} cannot be read: run `lfm verify` on the folder ({error})"
+        ) from error
 
 
 def _join_pieces(input_rows: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Add up the pieces of each document, int32 `[3, pieces]`: tokens before the answer, tokens from there, source."""
+    """Sum the pieces of each document, and return its question tokens, answer tokens and source, int64 `[documents]`.
+
+    parts: int32 `[3, pieces]`: tokens before the answer, tokens from there on, source.
+    """
     order = np.argsort(input_rows, kind="stable")
     input_rows = input_rows[order]
     begins = np.flatnonzero(np.diff(input_rows, prepend=-1))
@@ -123,12 +132,12 @@ def _source_names(folder: ShardFolder) -> list[str]:
 
 
 def report(statistics: Statistics, full: bool = False) -> str:
-    """Give all tables of a folder as text; full: every source and not only the largest."""
+    """Return all tables of a folder as text. full: list every source, not only the largest."""
     return "\n\n".join((summary_table(statistics), length_table(statistics), source_table(statistics, full)))
 
 
 def summary_table(statistics: Statistics) -> str:
-    """Give rows, documents, tokens, fill, vocabulary and what was dropped."""
+    """Return rows, documents, tokens, fill, vocabulary and dropped rows as a table."""
     index, rows, pieces = statistics.index, len(statistics.row_tokens), statistics.row_pieces
     documents, tokens = len(statistics.document_tokens), int(statistics.row_tokens.sum())
     room = rows * index["seq_len"]
@@ -138,8 +147,8 @@ def summary_table(statistics: Statistics) -> str:
         ("packed rows", f"{rows:,} of {index['seq_len']:,} tokens, in {_count(len(index['files']), 'shard')}"),
         ("documents", f"{documents:,}"),
         ("tokens", f"{tokens:,} of {room:,} ({tokens / room:.2%} filled)"),
-        ("documents a row", f"{pieces.mean():.1f} ({pieces.min()} to {pieces.max()})"),
-        ("pieces that continue", f"{continued:,} of {pieces.sum():,} ({continued / pieces.sum():.2%})"),
+        ("documents per row", f"{pieces.mean():.1f} ({pieces.min()} to {pieces.max()})"),
+        ("continued pieces", f"{continued:,} of {pieces.sum():,} ({continued / pieces.sum():.2%})"),
         ("vocabulary", f"{index['vocab_size']:,} ids, {used:,} of them used ({used / index['vocab_size']:.1%})"),
     ]
     counts = index["counts"]
@@ -156,7 +165,7 @@ def summary_table(statistics: Statistics) -> str:
 
 
 def length_table(statistics: Statistics) -> str:
-    """Give quantiles of the lengths of documents, questions and answers, in tokens."""
+    """Return quantiles of the lengths of documents, questions and answers in tokens, as a table."""
     header = ["tokens", "mean", *(f"p{quantile}" for quantile in QUANTILES[:-1]), "max"]
     rows = []
     for name in ("document", "question", "answer"):
@@ -167,8 +176,8 @@ def length_table(statistics: Statistics) -> str:
 
 
 def source_table(statistics: Statistics, full: bool = False) -> str:
-    """Give documents, tokens, mean lengths and fill of every source, the largest first."""
-    header = ["source", "documents", "tokens", "share", "mean question", "mean answer", "fill of its rows"]
+    """Return documents, tokens, mean lengths and fill of every source as a table, the largest first."""
+    header = ["source", "documents", "tokens", "share", "mean question", "mean answer", "row fill"]
     tokens = statistics.source_tokens
     count = len(tokens)
     documents, questions, answers = (
@@ -179,7 +188,7 @@ def source_table(statistics: Statistics, full: bool = False) -> str:
     named = order if full or count <= SOURCES_IN_TABLE + 1 else order[:SOURCES_IN_TABLE]
     groups = [(statistics.source_names[source], [source]) for source in named]
     if len(named) < count:
-        groups.append((f"… {count - len(named)} smaller ones", order[len(named) :]))
+        groups.append((f"… {count - len(named)} smaller sources", order[len(named) :]))
     rows = []
     for name, sources in groups:
         its_documents, its_tokens = max(1, documents[sources].sum()), tokens[sources].sum()
@@ -205,13 +214,13 @@ def _count(number: int, thing: str) -> str:
 
 
 def shorten_name(name: str) -> str:
-    """Cut the middle out of a long source's name."""
+    """Replace the middle of a long source name by an ellipsis."""
     return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 13]}…{name[-12:]}"
 
 
 def _shorten_text(text: str) -> str:
     left_out = len(text) - TEXT_HEAD - TEXT_TAIL
-    if left_out <= TEXT_TAIL:  # not worth it
+    if left_out <= TEXT_TAIL:  # too little to be worth shortening
         return text
     return f"{text[:TEXT_HEAD]} [… {left_out:,} characters …] {text[-TEXT_TAIL:]}"
 
@@ -220,15 +229,15 @@ def _shorten_text(text: str) -> str:
 
 
 def choose_rows(path: str | os.PathLike, count: int, seed: int) -> list[int]:
-    """Draw up to `count` different rows of a folder, the same ones for the same seed, in ascending order."""
+    """Draw up to `count` different rows of a folder, in ascending order; the same seed gives the same rows."""
     num_rows = ShardFolder(path).num_rows
     return sorted(np.random.default_rng(seed).choice(num_rows, min(count, num_rows), replace=False).tolist())
 
 
 def rows_as_text(path: str | os.PathLike, rows: Sequence[int], full: bool = False) -> Iterator[str]:
-    """Yield each row with its documents' texts, decoded by the folder's own tokenizer, special tokens and all.
+    """Yield each row as text, decoded by the folder's own tokenizer, with special tokens.
 
-    full: don't shorten long texts. Raises DataError for a row that isn't there.
+    full: do not shorten long texts. Raises DataError if a row does not exist.
     """
     from tokenizers import Tokenizer
 
@@ -236,7 +245,7 @@ def rows_as_text(path: str | os.PathLike, rows: Sequence[int], full: bool = Fals
     for row in rows:
         if not 0 <= row < folder.num_rows:
             raise DataError(f"{folder.path} has no row {row}: its rows are 0 to {folder.num_rows - 1}")
-    # A validation folder may share the tokenizer of the folder that it is in.
+    # A validation folder may use the tokenizer of its parent folder.
     homes = (folder.tokenizer_path, folder.path.parent / TOKENIZER_FOLDER)
     tokenizer = Tokenizer.from_file(str(next(home for home in homes if home.is_dir()) / "tokenizer.json"))
     for row in rows:
@@ -248,10 +257,10 @@ def _row_as_text(folder: ShardFolder, tokenizer, row: int, full: bool) -> str:
     names = _source_names(folder)
     lines = [f"row {row}: {_count(len(spans), 'piece')}, {spans[-1, 2]:,} of {folder.seq_len:,} tokens"]
     for number, (start, answer_start, end, source, input_row, offset) in enumerate(spans.tolist(), 1):
-        begins = f", goes on from token {offset:,} of its document" if offset else ""
+        begins = f", continues at token {offset:,} of its document" if offset else ""
         lines.append(
             f"  {number:>3}  {names[source]}, input row {input_row}, tokens {start:,} to {end - 1:,}, "
-            f"{end - answer_start:,} of them the answer's{begins}"
+            f"{end - answer_start:,} of them in the answer{begins}"
         )
         for ids in (tokens[start:answer_start], tokens[answer_start:end]):
             if len(ids):

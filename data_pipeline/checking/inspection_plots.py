@@ -1,4 +1,4 @@
-"""A shard folder's histograms as one PNG picture."""
+"""The histograms of a shard folder as one PNG picture."""
 
 import os
 from pathlib import Path
@@ -13,16 +13,16 @@ from data_pipeline.shards.format import write_file
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PICTURE_NAME = "inspection.png"  # in a folder
+PICTURE_NAME = "inspection.png"  # if only a folder is given
 SOURCES_IN_PICTURE, FEW_SOURCES = 25, 8
 BLUE, ORANGE, GREY = "#3465a4", "#d9822b", "#666666"
 
 
 def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
-    """Draw lengths, fill and sources; return the picture's path.
+    """Draw histograms of lengths, fill and sources, and return the path of the picture.
 
-    path: a file name that ends in .png, or a folder that gets `inspection.png`. Raises DataError where matplotlib isn't
-    installed or the picture can't be written.
+    path: a file name that ends in .png, or a folder for `inspection.png`.
+    Raises DataError if matplotlib is not installed, or if the picture cannot be written.
     """
     try:
         import matplotlib
@@ -30,11 +30,11 @@ def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise DataError(
-            "histograms need matplotlib, which is not installed here: pip install matplotlib, or leave --png out"
+            "histograms need matplotlib, which is not installed: pip install matplotlib, or leave out --png"
         ) from error
     path = Path(path)
     path = path if path.suffix.lower() == ".png" else path / PICTURE_NAME
-    # Somebody's own style or mathematical text in a source's name must not change the picture.
+    # A user's own matplotlib style, or a source name that looks like a formula, must not change the picture.
     with matplotlib.rc_context(matplotlib.rcParamsDefault | {"text.parse_math": False, "font.size": 9}):
         panels, size, widths = _arrangement(len(statistics.source_names))
         figure = Figure(figsize=size, layout="constrained")
@@ -58,12 +58,12 @@ def _write(figure, path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, [picture.getvalue()])
     except OSError as error:
-        raise DataError(f"{path} cannot be written ({error.strerror or error}): name another place") from error
+        raise DataError(f"{path} cannot be written ({error.strerror or error}): name another path") from error
     return path
 
 
 def _arrangement(sources: int) -> tuple[list[list[str]], tuple[float, float], tuple[float, float]]:
-    """Give a column of its own to a long list of sources: panels, inches, widths."""
+    """Return panels, size in inches and column widths; a long list of sources gets its own column."""
     if sources <= FEW_SOURCES:
         return [["documents", "parts"], ["fill", "sources"]], (14, 8.5), (1, 1)
     return [[panel, "sources"] for panel in ("documents", "parts", "fill")], (14, 11), (1.4, 1)
@@ -84,8 +84,8 @@ def _draw_documents(axes: "Axes", statistics: Statistics) -> None:
     axes.axvline(median, color=GREY, linestyle="--", label=f"median: {median:,}")
     if lengths.max() >= seq_len / 2:
         longer = int((lengths > seq_len).sum())
-        axes.axvline(seq_len, color=ORANGE, label=f"a row: {seq_len:,}; longer: {longer:,}")
-    _label(axes, "Length of documents", "tokens, with the special ones (log scale)", "documents")
+        axes.axvline(seq_len, color=ORANGE, label=f"row length: {seq_len:,}; longer: {longer:,}")
+    _label(axes, "Length of documents", "tokens, with special tokens (log scale)", "documents")
     _length_axis(axes)
     _legend(axes)
 
@@ -95,10 +95,10 @@ def _draw_questions_and_answers(axes: "Axes", statistics: Statistics) -> None:
     bins = _length_bins(np.concatenate([lengths for _, lengths, _ in parts]))
     for name, lengths, color in parts:
         label = f"{name}, median {int(np.median(lengths)):,}"
-        # An empty one, which only a tokenizer without text could make, stands with those of one token.
+        # A log scale has no 0: texts without tokens, which only an odd tokenizer can cause, are shown at 1.
         axes.hist(np.maximum(lengths, 1), bins, color=color, alpha=0.25)
         axes.hist(np.maximum(lengths, 1), bins, color=color, histtype="step", linewidth=1.5, label=label)
-    _label(axes, "Questions and answers", "tokens, without the special ones (log scale)", "documents")
+    _label(axes, "Questions and answers", "tokens, without special tokens (log scale)", "documents")
     _length_axis(axes)
     _legend(axes)
 
@@ -108,7 +108,7 @@ def _draw_fill(axes: "Axes", statistics: Statistics) -> None:
 
     seq_len = statistics.index["seq_len"]
     padding = seq_len - statistics.row_tokens
-    # Nearly all rows are nearly full: 0, 1, 2, up to 4, up to 8, … tell them apart, and the few others, too.
+    # Most rows are nearly full: bins for 0, 1, 2, up to 4, up to 8, … tokens of padding separate them.
     limits = np.array([0, *(2 ** np.arange(int(padding.max()).bit_length() + 1))])
     limits = limits[: np.searchsorted(limits, padding.max()) + 1]
     rows = np.bincount(np.searchsorted(limits, padding), minlength=len(limits))
@@ -124,15 +124,15 @@ def _draw_fill(axes: "Axes", statistics: Statistics) -> None:
     mean = statistics.row_tokens.mean() / seq_len
     _label(
         axes,
-        f"Fill of rows, {mean:.2%} on average",
-        "up to so many tokens of padding; filled to at least (%)",
+        f"Row fill, {mean:.2%} on average",
+        "tokens of padding, up to; row fill, at least (%)",
         "rows (log scale)",
     )
     axes.yaxis.set_major_formatter(_thousands())
 
 
 def _percent(share: float) -> str:
-    hundredths = int(share * 10_000)  # rounded down, so that only a full row has 100
+    hundredths = int(share * 10_000)  # rounded down, so that only a full row shows 100
     return f"{hundredths / 100:.2f}" if 9900 <= hundredths < 10_000 else f"{hundredths / 100:.0f}"
 
 
@@ -157,7 +157,7 @@ def _draw_sources(axes: "Axes", statistics: Statistics) -> None:
 
 
 def _length_bins(lengths: np.ndarray) -> np.ndarray:
-    """Give edges that grow by a factor and lie between whole numbers, so that every bin can have lengths in it."""
+    """Return bin edges in geometric steps, placed between whole numbers so that every bin can hold lengths."""
     return np.unique(np.round(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 50))) - 0.5
 
 
@@ -179,13 +179,13 @@ def _thousands():
         for unit, name in ((1e9, "B"), (1e6, "M")):
             if value >= unit:
                 return f"{value / unit:g}{name}"
-        return f"{value:,.0f}" if value >= 1 or value == 0 else ""  # no length is less than 1
+        return f"{value:,.0f}" if value >= 1 or value == 0 else ""  # lengths are at least 1
 
     return FuncFormatter(as_text)
 
 
 def _legend(axes: "Axes") -> None:
-    # Above the panel, beside its title, where it hides nothing.
+    # Above the panel, beside its title, the legend hides nothing.
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),

@@ -1,4 +1,4 @@
-"""Whether the pieces of all shards together make every document once, and whole."""
+"""Check that the pieces of all shards together make up every document, whole and exactly once."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,10 +8,12 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ShardPieces:
-    """What a shard has to say of its documents; small, as most of them are one piece.
+    """The pieces of one shard, in a compact form, since most documents are a single piece.
 
-    whole: int64 `[documents in one piece]`, their input rows. parts: int64 `[other pieces, 7]`: input row, offset,
-    length, source, has a token of the answer, begins within the answer, ends its document. documents: how many begin.
+    whole: int64 `[documents in one piece]`, their input rows.
+    parts: int64 `[other pieces, 7]`: input row, offset, length, source, has a token of the answer, begins within the
+    answer, ends its document.
+    documents: the number of documents that begin in the shard.
     """
 
     whole: np.ndarray
@@ -20,7 +22,7 @@ class ShardPieces:
 
 
 def shard_pieces(spans: np.ndarray, closed: np.ndarray) -> ShardPieces:
-    """Gather the pieces of a shard; closed: bool `[pieces]`, whether each ends its document."""
+    """Gather the pieces of a shard. closed: bool `[pieces]`, whether each piece ends its document."""
     starts, answer_starts, ends, sources, input_rows, offsets = spans.T
     is_whole = (offsets == 0) & closed
     parts = (input_rows, offsets, ends - starts, sources, answer_starts < ends, answer_starts == starts, closed)
@@ -32,9 +34,9 @@ def shard_pieces(spans: np.ndarray, closed: np.ndarray) -> ShardPieces:
 
 
 class PieceLedger:
-    """The pieces of all shards; a shard is told by its number in the sequence given.
+    """The pieces of all shards. Shards are numbered by their place in the given sequence.
 
-    folders: which folder each shard is in; a document is in one folder.
+    folders: the number of the folder that each shard is in. A document must not span two folders.
     """
 
     def __init__(self, shards: Sequence[ShardPieces], folders: Sequence[int]) -> None:
@@ -50,20 +52,20 @@ class PieceLedger:
         self._row_shards = np.concatenate([whole_shards, self._part_shards[self._begins]])
 
     def problems(self) -> Iterator[tuple[tuple[int, ...], str]]:
-        """Yield the numbers of the shards that a fault lies in, and the fault."""
+        """Yield each fault, with the numbers of the shards that it is in."""
         broken_rows = self._parts[self._broken(), 0]
         places = np.isin(self._parts[:, 0], broken_rows)
         yield from _by_shards(
-            self._parts[places, 0], self._part_shards[places], "doesn't make one whole document of its pieces"
+            self._parts[places, 0], self._part_shards[places], "has pieces that do not form one whole document"
         )
         order = np.argsort(self._rows, kind="stable")
         rows, shards = self._rows[order], self._row_shards[order]
         again = np.diff(rows, prepend=-1) == 0
         again[:-1] |= again[1:]
-        yield from _by_shards(rows[again], shards[again], "stands there more than once")
+        yield from _by_shards(rows[again], shards[again], "occurs more than once")
 
     def _broken(self) -> np.ndarray:
-        """Tell which pieces don't continue what the piece before them begins, bool `[pieces]`."""
+        """Tell which pieces do not continue the piece before them, or leave their document incomplete, bool `[pieces]`."""
         _, offsets, lengths, sources, has_answer, within_answer, closed = self._parts.T
         continues = ~self._begins
         broken = self._begins & (offsets != 0)
@@ -78,7 +80,7 @@ class PieceLedger:
 
 
 def _by_shards(rows: np.ndarray, shards: np.ndarray, what: str) -> Iterator[tuple[tuple[int, ...], str]]:
-    """Join the input rows with the same fault in the same shards into one message. Input rows come in order."""
+    """Join input rows with the same fault in the same shards into one message. The input rows must be in order."""
     found: dict[tuple[int, ...], list[int]] = {}
     first_places = np.flatnonzero(np.diff(rows, prepend=-1))
     for row, at in zip(rows[first_places].tolist(), np.split(shards, first_places[1:]), strict=False):

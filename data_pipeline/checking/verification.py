@@ -1,4 +1,4 @@
-"""Proving that a shard folder is what its index says: every byte hashed, every row, document and token counted."""
+"""Verify that a shard folder matches its index: hash every byte, and count every row, document and token."""
 
 import hashlib
 import io
@@ -28,14 +28,16 @@ from data_pipeline.shards.format import (
     token_dtype,
 )
 
-BYTES_WORTH_A_PROCESS = 2**26  # starting a process takes as long as checking so many bytes
-ROWS_AT_ONCE = 256  # so many rows' tokens stay in the processor's cache while they are looked at
+# Starting a process takes as long as checking this many bytes.
+BYTES_WORTH_A_PROCESS = 2**26
+# The tokens of this many rows stay in the processor's cache while they are checked.
+ROWS_AT_ONCE = 256
 NAMED_PROBLEMS = 50
 
 
 @dataclass(frozen=True)
 class _Rules:
-    """What the index and the tokenizer say of every shard: sizes, counts and the ids of special tokens."""
+    """What the index and the tokenizer require of every shard: sizes, counts and the ids of special tokens."""
 
     seq_len: int
     vocab_size: int
@@ -49,7 +51,7 @@ class _Rules:
 
 @dataclass(frozen=True)
 class _ShardReport:
-    """One shard: what is wrong with it, or else what is in it."""
+    """The result for one shard: its problems, or its contents if there are none."""
 
     folder: Path
     entry: dict
@@ -61,11 +63,13 @@ class _ShardReport:
 def verify(
     path: str | os.PathLike, progress: Callable[[int], None] | None = None, *, workers: int | None = None
 ) -> dict:
-    """Rehash every file of a shard folder, check and count all that is in it, and return its index.
+    """Hash every file of a shard folder, check and count its contents, and return its index.
 
-    A folder `validation` in it is verified too. progress: called with the number of bytes of each file once it is
-    checked. workers: processes that take whole shards, a shard's bytes of memory each; by default one for each
-    processor that this one may use, and fewer for small folders. Raises DataError with the names of all bad files.
+    The folder's `validation` folder, if there is one, is also verified.
+    progress: called with the size in bytes of each file once it is checked.
+    workers: processes that check whole shards; each needs memory for one shard. The default is one per core that this
+    process may use, and fewer for small folders.
+    Raises DataError with the names of all bad files.
     """
     path = _local(path)
     indexes = _indexes(path)
@@ -77,10 +81,10 @@ def verify(
         problems += _strangers(folder, index)
         if index["tokenizer"]["fingerprint"] != indexes[path]["tokenizer"]["fingerprint"]:
             problems.append(
-                f"{folder / INDEX_NAME} names another tokenizer than {path / INDEX_NAME}: prepare both again"
+                f"{folder / INDEX_NAME} has a different tokenizer than {path / INDEX_NAME}: prepare both again"
             )
     for folder, index in indexes.items():
-        # The special tokens tell what the rows have to look like: without a sound tokenizer files are hashed alone.
+        # Checking rows takes the special tokens. If the tokenizer files are bad, the shards are only hashed.
         rules = None if problems else _rules(path, indexes[path], index)
         shards += [(folder, entry, rules) for entry in index["files"]]
     reports = []
@@ -96,13 +100,13 @@ def verify(
 
 
 def bytes_to_verify(path: str | os.PathLike) -> int:
-    """Give the sum of what `verify` reports to `progress`."""
+    """Return the sum of the sizes that `verify` reports to `progress`."""
     return sum(entry["bytes"] for index in _indexes(_local(path)).values() for entry in files_of(index))
 
 
 def _local(path: str | os.PathLike) -> Path:
     if is_remote(path):
-        raise DataError(f"{path} is not on this machine: copy the folder, and verify the copy")
+        raise DataError(f"{path} is not on this machine: copy the folder and verify the copy")
     return Path(path)
 
 
@@ -132,17 +136,17 @@ def _message(path: Path, problems: list[str]) -> str:
 
 
 def _problems_of(folder: Path, entry: dict, keep: Callable[[np.ndarray], None]) -> list[str]:
-    """Compare a file with its entry of the index; hand its bytes, uint8 `[bytes]`, to `keep` where it is unchanged."""
+    """Compare a file with its index entry. If it is unchanged, pass its bytes, uint8 `[bytes]`, to `keep`."""
     path = folder / entry["name"]
     try:
-        # Read and not mapped: a bad sector would end a process that reads a map, and nobody would learn which file it was.
+        # Read instead of memory-mapped: with a map, a bad sector would kill the process without naming the file.
         data = np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError:
-        return [f"{path} is missing, which the index names: copy or prepare the folder again"]
+        return [f"{path} is missing, but the index lists it: copy or prepare the folder again"]
     except OSError as error:
         return [f"{path} cannot be read ({error.strerror or error}): copy or prepare it again"]
     if len(data) != entry["bytes"]:
-        return [f"{path} has {len(data)} bytes and the index says {entry['bytes']}: copy or prepare it again"]
+        return [f"{path} has {len(data)} bytes, but the index says {entry['bytes']}: copy or prepare it again"]
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         return [f"{path} has changed since it was written: copy or prepare it again"]
     keep(data)
@@ -150,18 +154,18 @@ def _problems_of(folder: Path, entry: dict, keep: Callable[[np.ndarray], None]) 
 
 
 def _no_contents(_: np.ndarray) -> None:
-    """For files that are only hashed."""
+    """Ignore the bytes of a file that is only hashed."""
 
 
 def _strangers(folder: Path, index: dict) -> list[str]:
-    """Find tars that the index doesn't know: a WebDataset reader that is given `*.tar` would take them along."""
+    """Find tars that are not in the index: a WebDataset reader that opens `*.tar` would read them."""
     known = {entry["name"] for entry in index["files"]}
     strangers = sorted(path.name for path in folder.glob("*.tar") if path.name not in known)
     return [f"{folder / name} is not in the index: move it away" for name in strangers]
 
 
 def _rules(path: Path, main_index: dict, index: dict) -> _Rules:
-    """Join what an index and the main one say with the special tokens."""
+    """Combine a folder's index, the main index and the special tokens into rules."""
     tokenizer = path / TOKENIZER_FOLDER
     names = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
     added = json.loads((tokenizer / "tokenizer.json").read_bytes())["added_tokens"]
@@ -170,7 +174,7 @@ def _rules(path: Path, main_index: dict, index: dict) -> _Rules:
         seq_len=index["seq_len"],
         vocab_size=index["vocab_size"],
         num_sources=len(index["sources"]),
-        rows_in=main_index["counts"].get("rows_in"),  # a validation folder by itself doesn't know
+        rows_in=main_index["counts"].get("rows_in"),  # None for a validation folder verified by itself
         pad=index["tokenizer"]["pad_token_id"],
         bos=ids[names["bos_token"]],
         sep=ids[names["sep_token"]],
@@ -187,23 +191,23 @@ def _process_count(workers: int | None, indexes: dict[Path, dict]) -> int:
         worth = -(-sum(entry["bytes"] for entry in entries) // BYTES_WORTH_A_PROCESS)
         workers = min(available_cores(), worth)
     elif workers < 1:
-        raise DataError(f"{workers} workers cannot verify anything: give at least 1")
+        raise DataError(f"workers is {workers}: give at least 1")
     return min(workers, len(entries))
 
 
 def _check_shards(shards: list[tuple[Path, dict, _Rules | None]], processes: int) -> Iterator[_ShardReport]:
-    """Yield the reports of all shards, as they are done."""
+    """Yield the report of each shard as soon as it is done."""
     if processes <= 1:
         yield from (_check_shard(*shard) for shard in shards)
         return
-    # Fork would copy whatever threads and locks the caller has.
+    # Fork would copy the threads and locks of the caller.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             for future in as_completed([pool.submit(_check_shard, *shard) for shard in shards]):
                 yield future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process that verified shards was killed, by lack of memory perhaps: run again with fewer workers"
+                "a process that verified shards was killed, probably for lack of memory: run again with fewer workers"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -220,12 +224,12 @@ def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardRepor
         offsets = np.load(io.BytesIO(offsets_file), allow_pickle=False)
     except ValueError as error:
         return _ShardReport(
-            folder, entry, [f"{folder / entry['offsets']['name']} is no array: prepare it again ({error})"]
+            folder, entry, [f"{folder / entry['offsets']['name']} is not a numpy array: prepare it again ({error})"]
         )
     try:
         shard = parse_shard(entry["name"], tar, offsets, rules.seq_len, token_dtype(rules.vocab_size))
         if len(shard.row_ends) != entry["rows"]:
-            broken(entry["name"], f"it has {len(shard.row_ends)} rows and the index says {entry['rows']}")
+            broken(entry["name"], f"it has {len(shard.row_ends)} rows, but the index says {entry['rows']}")
         closed = _check_tokens(entry["name"], shard, rules)
     except DataError as error:
         return _ShardReport(folder, entry, [f"{folder}/{error}"])
@@ -233,11 +237,11 @@ def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardRepor
 
 
 def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> np.ndarray:
-    """Check that ids, padding and special tokens agree with the spans; tell which pieces end their documents."""
+    """Check ids, padding and special tokens against the spans; return which pieces end their documents, bool."""
     starts, answer_starts, ends, sources, input_rows, offsets = shard.spans.T
     require(name, sources < rules.num_sources, "a source has no name in the index", shard.piece_rows)
     if rules.rows_in is not None:
-        require(name, input_rows < rules.rows_in, "an input row is beyond the rows that were read", shard.piece_rows)
+        require(name, input_rows < rules.rows_in, "an input row is beyond the number of rows read", shard.piece_rows)
     columns = np.arange(rules.seq_len)
     first_tokens, last_tokens, separators = (np.empty(len(starts), dtype=np.int64) for _ in range(3))
     for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
@@ -246,21 +250,23 @@ def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> np.ndarray:
         require(name, tokens.max(axis=1) < rules.vocab_size, "a token is beyond the vocabulary", rows)
         padded = np.flatnonzero(shard.row_ends[rows] < rules.seq_len)
         is_text = columns < shard.row_ends[rows[padded], None]
-        require(name, (is_text | (tokens[padded] == rules.pad)).all(axis=1), "its padding has tokens", rows[padded])
+        require(
+            name, (is_text | (tokens[padded] == rules.pad)).all(axis=1), "its padding contains tokens", rows[padded]
+        )
         pieces = slice(*np.searchsorted(shard.piece_rows, (first, first + ROWS_AT_ONCE)))
         row = shard.piece_rows[pieces] - first
         first_tokens[pieces] = tokens[row, starts[pieces]]
         last_tokens[pieces] = tokens[row, ends[pieces] - 1]
         separators[pieces] = tokens[row, np.maximum(answer_starts[pieces] - 1, 0)]
     closed = last_tokens == rules.eos
-    require(name, (first_tokens == rules.bos) == (offsets == 0), "a document doesn't begin with <s>", shard.piece_rows)
+    require(name, (first_tokens == rules.bos) == (offsets == 0), "a document does not begin with <s>", shard.piece_rows)
     begins_inside = (starts < answer_starts) & (answer_starts < ends)
-    require(name, (separators == rules.sep) | ~begins_inside, "an answer doesn't follow <sep>", shard.piece_rows)
+    require(name, (separators == rules.sep) | ~begins_inside, "an answer does not follow <sep>", shard.piece_rows)
     require(name, (answer_starts < ends) | ~closed, "a document ends without an answer", shard.piece_rows)
     return closed
 
 
-# The whole
+# The whole folder
 
 
 def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardReport]) -> list[str]:
@@ -273,7 +279,7 @@ def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardR
             "tokens": sum(report.tokens for report in of_folder),
         }
         problems += [
-            f"{folder} holds {number} {name} and its index says {index['counts'][name]}: prepare it again"
+            f"{folder} has {number} {name}, but its index says {index['counts'][name]}: prepare it again"
             for name, number in counted.items()
             if index["counts"][name] != number
         ]
@@ -282,7 +288,7 @@ def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardR
     held_out = sum(index["counts"]["documents"] for folder, index in indexes.items() if folder != path)
     if held_out != validation:
         problems.append(
-            f"{path / INDEX_NAME} says {validation} validation documents and {held_out} are there: prepare it again"
+            f"{path / INDEX_NAME} says {validation} validation documents, but there are {held_out}: prepare it again"
         )
     if "rows_in" not in counts:
         return problems
@@ -290,7 +296,7 @@ def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardR
     if dropped + counts["documents"] + validation != counts["rows_in"]:
         problems.append(
             f"{path / INDEX_NAME} says {counts['rows_in']} rows were read, {dropped} dropped and "
-            f"{counts['documents'] + validation} kept, which is no sum: prepare the folder again"
+            f"{counts['documents'] + validation} kept, which does not add up: prepare the folder again"
         )
     return problems
 

@@ -1,1 +1,1 @@
-"""What is done to texts."""
+"""Text cleaning."""

@@ -1,10 +1,10 @@
-"""Text cleaning: one named polars expression per rule, the same for a corpus and for one prompt.
+"""Text cleaning: one named polars expression per rule, the same for a corpus and for a single prompt.
 
-Every rule leaves mathematics alone: LaTeX, `a < b` and `x<y>z` come out byte for byte as they went in. The rules
-together are idempotent: cleaning what is clean changes nothing.
+Every rule leaves mathematics alone: LaTeX, `a < b` and `x<y>z` stay byte for byte the same. The rules together are
+idempotent: cleaning a clean text changes nothing.
 
-Most texts need no rule, and no text needs all. So each rule has a pattern that finds the texts that it might change,
-and the union of the patterns finds the texts that need any: one search is all that a clean text costs.
+Most texts need no rule, and no text needs all of them. Each rule therefore has a pattern that finds the texts it might
+change, and the union of the patterns finds the texts that need any rule. A clean text costs only one search.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,10 @@ Newlines = Literal["keep", "space"]
 
 @dataclass(frozen=True)
 class CleaningOptions:
-    """What of cleaning is a matter of choice; raises DataError for a value that does not exist.
+    """The options of cleaning; raises DataError for an unknown value.
 
-    unicode_form: NFC only composes; NFKC also replaces compatibility forms: ﬁ becomes fi, but x² becomes x2, too.
-    newlines: `keep` keeps them, with one blank line at most; `space` makes each text one line.
+    unicode_form: NFC only composes; NFKC also replaces compatibility forms: ﬁ becomes fi, but x² also becomes x2.
+    newlines: `keep` keeps them, with at most one blank line in a row; `space` makes each text a single line.
     """
 
     unicode_form: UnicodeForm = "NFC"
@@ -35,14 +35,14 @@ class CleaningOptions:
     def __post_init__(self):
         for name, choices in (("unicode_form", get_args(UnicodeForm)), ("newlines", get_args(Newlines))):
             if (value := getattr(self, name)) not in choices:
-                raise DataError(f"cleaning's {name} is {value!r}: set it to {' or '.join(choices)}")
+                raise DataError(f"the cleaning option {name} is {value!r}: set it to {' or '.join(choices)}")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule of cleaning: called with a string expression, it gives the expression of the cleaned strings.
+    """A cleaning rule: called with a string expression, it returns the expression of the cleaned strings.
 
-    pattern: a regular expression (of polars) that matches every text that `apply` would change.
+    pattern: a polars regular expression that matches every text that `apply` would change.
     """
 
     pattern: str
@@ -56,8 +56,10 @@ class Rule:
 
 
 DEFAULT_OPTIONS = CleaningOptions()
-# In this order: wrongly decoded text holds control characters that right decoding needs; NFC makes `;` and `K` of
-# their look-alikes, which references need; tags hold URLs.
+# The order matters:
+# - mojibake before control characters: its repair needs the control characters in it
+# - NFC before character references: it turns look-alikes of `;` and `K`, which references are made of, into these
+# - tags before URLs: tags contain URLs
 RULES: dict[str, Rule] = {
     "fix_mojibake": Rule(characters.MOJIBAKE, characters.fix_mojibake),
     "remove_control_characters": Rule(characters.CONTROL_CHARACTERS, characters.remove_control_characters),
@@ -67,12 +69,12 @@ RULES: dict[str, Rule] = {
     "remove_urls": Rule(markup.MAY_HOLD_URL, markup.remove_urls),
     "normalize_whitespace": Rule(characters.UNTIDY_WHITESPACE, characters.normalize_whitespace),
 }
-RULES_OF_CHARACTERS = 3  # the first ones, which change texts with unusual characters only
+RULES_OF_CHARACTERS = 3  # the first three rules, which change only texts with unusual characters
 
 
 @cache
 def rules(options: CleaningOptions = DEFAULT_OPTIONS) -> dict[str, Rule]:
-    """The rules that the options ask for, by name, in order; a rule that is not the default's has another name."""
+    """Return the rules for these options by name, in order; a rule that differs from the default has its own name."""
     instead = {}
     if options.unicode_form == "NFKC":
         rule = Rule(characters.NOT_ASCII, characters.compose_compatibly)
@@ -85,25 +87,25 @@ def rules(options: CleaningOptions = DEFAULT_OPTIONS) -> dict[str, Rule]:
 
 
 def rule_names(options: CleaningOptions = DEFAULT_OPTIONS) -> list[str]:
-    """The names of the rules in order: together they say how a text was cleaned."""
+    """List the names of the rules in order; together they describe how a text was cleaned."""
     return list(rules(options))
 
 
 def clean(text: pl.Expr, options: CleaningOptions = DEFAULT_OPTIONS) -> pl.Expr:
-    """Applies the rules, in order, to a string column until they change nothing; nulls stay."""
+    """Apply the rules, in order, to a string column until they change nothing; nulls stay."""
     return text.map_batches(partial(_clean_series, options=options), return_dtype=pl.String, is_elementwise=True)
 
 
 def clean_text(text: str, options: CleaningOptions = DEFAULT_OPTIONS) -> str:
-    """Cleans one string as a corpus is cleaned."""
+    """Clean a single string in the same way as a corpus."""
     return _clean_series(pl.Series([text], dtype=pl.String), options).item()
 
 
 @cache
 def _whole(options: CleaningOptions) -> Rule:
-    """All rules as one, that applies them in order, once."""
+    """Combine all rules into one that applies them once, in order."""
     in_order = list(rules(options).values())
-    # Few texts hold any unusual character, so that one search saves those for each of the rules about them.
+    # Few texts have unusual characters, so one search for any of them saves a search per rule.
     of_characters, others = in_order[:RULES_OF_CHARACTERS], in_order[RULES_OF_CHARACTERS:]
     steps = [Rule(characters.UNUSUAL_CHARACTERS, partial(_apply_in_order, of_characters)), *others]
     return Rule("|".join(rule.pattern for rule in in_order), partial(_apply_in_order, steps))
@@ -119,8 +121,9 @@ def _clean_series(texts: pl.Series, options: CleaningOptions) -> pl.Series:
     whole = _whole(options)
     rows = texts.str.contains(whole.pattern).arg_true()
     texts = texts.clone()
-    # One rule's work may need another's (`&am&shy;p;lt;p>`), so rows go round until the rules leave them as they are.
-    # That ends: no rule undoes another's work, and all but composing make a text shorter or its spaces simpler.
+    # The result of one rule may need another (`&am&shy;p;lt;p>`), so the rules repeat until they no longer change a row.
+    # The loop terminates: no rule undoes another, and every rule except composing shortens a text or simplifies its
+    # spaces.
     while not rows.is_empty():
         before = texts.gather(rows)
         after = whole.apply(before)

@@ -1,6 +1,7 @@
 """Cleaning of markup: HTML character references, HTML tags and URLs; mathematics and code stay.
 
-Each function takes and gives a series of strings; its pattern beside it matches all texts that it would change.
+Each function takes and returns a series of strings. The pattern that belongs to it matches every text that it would
+change.
 """
 
 import re
@@ -11,7 +12,7 @@ import polars as pl
 
 from data_pipeline.cleaning.characters import replace_matches
 
-# Only references that end in `;`: without it `&parameter` in source code would become `¶meter`.
+# Only references that end in `;`: otherwise `&parameter` in source code would become `¶meter`.
 ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
 _ENTITY = re.compile(ENTITY)
 _REPEATED_AMPERSAND = re.compile(r"&(?:amp;)+")
@@ -28,8 +29,8 @@ _MARKDOWN_LINK = rf"(?i)!?\[([^\[\]]*)\]\(\s*<?{URL}>?(?:\s+[\"'][^\"'\n]*[\"'])
 _URL_AND_BRACKETS = rf"(?i)[ \t]?(?:\(\s*{URL}\s*\)|\[\s*{URL}\s*\]|<\s*{URL}\s*>|{URL})"
 
 MAY_HOLD_TAG = r"</?[A-Za-z]"
-# What the tags of prose leave. Those of programs (`<form>`, `<script>`) are not here: where they stand in a text, it is
-# about them. Nor is `<s>`: it is also the text of a special token, as `<mask>` is.
+# What each prose tag leaves behind. Tags of programs (`<form>`, `<script>`) are not listed: a text that contains them is
+# usually about them. `<s>` is not listed because, like `<mask>`, it is also the text of a special token.
 _NEWLINE_TAGS = (
     "address article aside blockquote br center dd details div dl dt figcaption figure footer h1 h2 h3 h4 h5 "
     "h6 header hr li main nav ol p pre section summary table tbody tfoot thead tr ul"
@@ -44,9 +45,9 @@ _LEFT_BY_TAG = {
     for names, left in ((_NEWLINE_TAGS, "\n"), (_SPACE_TAGS, " "), (_NOTHING_TAGS, ""))
     for name in names.split()
 }
-# Removing these behind a character would make 102 of 10<sup>2</sup>.
+# If these were removed after a character, 10<sup>2</sup> would become 102.
 _SCRIPTS = {"sup": ("^{", "}"), "sub": ("_{", "}")}
-# These stand without an end: the first anywhere, the second where a sentence or a line ends before them.
+# Tags that need no end tag: void tags anywhere, the others only after the end of a sentence or a line.
 _VOID_TAGS = frozenset("br hr wbr".split())
 _TAGS_WITH_OPTIONAL_END = frozenset("dd dt li p td th tr".split())
 _ENDS_OF_SENTENCE = "\n.?!"
@@ -58,33 +59,34 @@ _ATTRIBUTE = (
     r"""|(?i:allowfullscreen|checked|compact|disabled|noshade|nowrap|readonly|reversed|selected)(?=[\s/>]))"""
 )
 _NAMES = "|".join(sorted(_LEFT_BY_TAG, key=len, reverse=True))
-# `List<Object>` is code: a name is all in small letters or all in capitals.
+# A name must be all lower case or all upper case, because `List<Object>` is code.
 _TAG_PATTERN = rf"<(?P<end>/)?(?P<name>{_NAMES}|{_NAMES.upper()})(?P<attributes>(?:{_ATTRIBUTE})*)\s*/?>"
 _TAG = re.compile(_TAG_PATTERN)
-# Markdown's code begins with one, two or more backticks and ends with as many.
+# Code in Markdown begins with one or more backticks and ends with the same number.
 _CODE_OR_TAG = re.compile(
     r"(?<!`)(?:(?P<fence>`{3,})(?!`)(?s:.*?)(?<!`)(?P=fence)|(?P<tick>``?)(?!`).*?(?<!`)(?P=tick))(?!`)|" + _TAG_PATTERN
 )
 
 
 def unescape_html(texts: pl.Series) -> pl.Series:
-    """Replaces HTML character references by their characters, also those escaped several times."""
+    """Replace HTML character references with their characters, including references escaped several times."""
     return pl.Series([_unescape(text) for text in texts], dtype=pl.String)
 
 
 def remove_tags(texts: pl.Series) -> pl.Series:
-    """Removes HTML's tags and keeps what they enclose; blocks leave a newline, <sup> and <sub> ^{} and _{}.
+    """Remove HTML tags and keep their content; blocks leave a newline, <sup> and <sub> leave ^{} and _{}.
 
-    Only names that HTML has, with attributes as HTML writes them. A start tag without attributes goes with its end
-    tag; alone it may be maths or code (`a<b>c`, `List<a>`) and stays, but for `<br>`, and `<p>` after a sentence.
-    Markdown's code stays as it is.
+    - Only HTML's own tag names count, with attributes in HTML syntax.
+    - A start tag without attributes is removed together with its end tag. Without an end tag it may be maths or code
+      (`a<b>c`, `List<a>`) and stays. Exceptions are `<br>` and its like, and `<p>` and its like after a sentence.
+    - Code in Markdown stays.
     """
     return pl.Series([_remove_tags(text) for text in texts], dtype=pl.String)
 
 
 def remove_urls(texts: pl.Series) -> pl.Series:
-    """Removes URLs and the brackets that held nothing else; of a markdown link `[text](url)` the text stays."""
-    while texts.str.contains(_MARKDOWN_LINK).any():  # links nest
+    """Remove URLs, and brackets that contained only a URL; a Markdown link `[text](url)` keeps its text."""
+    while texts.str.contains(_MARKDOWN_LINK).any():  # links can be nested
         texts = replace_matches(texts, _MARKDOWN_LINK, "$1")
     return texts.str.replace_all(_URL_AND_BRACKETS, "")
 

@@ -1,1 +1,1 @@
-"""Which rows repeat others, or hold what is evaluated on."""
+"""Detection of rows that repeat other rows or contain evaluation texts."""

@@ -1,4 +1,4 @@
-"""Hashes of rows: what tells an exact duplicate, and on which side of the validation split a question falls."""
+"""Hashes of rows, which identify exact duplicates and assign questions to a side of the validation split."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import xxhash
 
 from data_pipeline.tokens.text_buffer import text_buffer
 
-# Case of ASCII letters and kinds of white space make no difference. One byte for one byte, so that a whole column is
-# normalised at the speed of memory; bytes of other characters are never in this range of UTF-8.
+# Ignores the case of ASCII letters and the kind of white space. Each byte maps to one byte, so that a whole column is
+# normalised at memory speed. In UTF-8, the bytes of other characters never lie in this range.
 _NORMALISED = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ\n\t", b"abcdefghijklmnopqrstuvwxyz  ")
 
 
 def row_keys(question: pl.Series, answer: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Give the XXH3 hashes of rows, uint64 `[rows, 2]` of question and answer, and `[rows]` of the question alone."""
-    # Cleaning leaves no NUL, so it tells where the question ends.
+    """Compute XXH3 hashes of rows: uint64 `[rows, 2]` of question and answer, and `[rows]` of the question alone."""
+    # A NUL separates question and answer; cleaning removes it from texts.
     buffer, offsets = text_buffer(pl.select(pl.concat_str(question, answer, separator="\0")).to_series())
     text = memoryview(buffer.tobytes().translate(_NORMALISED))
     question_ends = offsets[:-1] + question.str.len_bytes().to_numpy()
@@ -28,12 +28,12 @@ def row_keys(question: pl.Series, answer: pl.Series) -> tuple[np.ndarray, np.nda
 
 
 def repeated(keys: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-    """Tell which eligible rows have the key `[rows, 2]` of an eligible row before them: bool `[rows]`.
+    """Find the eligible rows whose key `[rows, 2]` equals that of an earlier eligible row: bool `[rows]`.
 
-    Takes about 32 bytes a row beside the keys.
+    Uses about 32 bytes per row in addition to the keys.
     """
     rows = np.flatnonzero(eligible)
-    # Stable sorts, the second key first: equal keys come to stand together in the rows' order.
+    # With stable sorts, the second column first, equal keys become adjacent and stay in row order.
     rows = rows[np.argsort(keys[rows, 1], kind="stable")]
     rows = rows[np.argsort(keys[rows, 0], kind="stable")]
     same = np.ones(max(len(rows) - 1, 0), dtype=bool)

@@ -1,15 +1,18 @@
-"""Near duplicates: a MinHash signature for every row, and the rows that repeat an earlier one.
+"""Near duplicates: computes a MinHash signature for every row, and finds the rows that repeat an earlier one.
 
-A row is the set of its word n-grams, question and answer together; two rows are near duplicates when the Jaccard
-similarity of their sets, estimated from the signatures, reaches a threshold. `signatures` looks at one chunk and needs no
-other; `duplicates` looks at all signatures, so its answer depends on the order of rows and on nothing else. Words are all
-that counts: rows that ask different questions about the same long passage are near duplicates too, and so are rows that
-differ in nothing but punctuation or operators.
+A row is represented by the set of its word n-grams, over question and answer together. Two rows are near duplicates if
+the Jaccard similarity of their sets, estimated from the signatures, reaches a threshold. Only words count. So rows that ask
+different questions about the same long passage are near duplicates, and so are rows that differ only in punctuation or
+operators.
 
-One-permutation hashing (Li, Owen and Zhang 2012, arXiv:1208.1259) hashes every n-gram once, into one of k bins; a bin keeps
-its smallest hash. A bin that stays empty borrows for the bands from another (optimal densification, Shrivastava 2017,
-arXiv:1703.04664), and is marked, because the estimate leaves bins out that are empty in both rows: for texts with fewer
-n-grams than bins, most questions and answers, that is more exact than k permutations.
+`signatures` processes each chunk independently. `duplicates` reads all signatures, so its result depends on the order of
+the rows but not on how they are divided into chunks.
+
+One-permutation hashing (Li, Owen and Zhang 2012, arXiv:1208.1259) hashes every n-gram once, into one of k bins, and each
+bin keeps its smallest hash. For the bands, an empty bin borrows its value from another bin (optimal densification,
+Shrivastava 2017, arXiv:1703.04664). Borrowed values are marked, because the estimate ignores bins that are empty in both
+rows. For texts with fewer n-grams than bins, which most questions and answers are, the estimate is more accurate than with
+k permutations.
 """
 
 from collections.abc import Sequence
@@ -30,25 +33,29 @@ from data_pipeline.deduplication.shingles import (
 )
 from data_pipeline.errors import DataError
 
-BORROWED = np.uint16(0x8000)  # marks the value of a bin that was empty; the lower 15 bits are the value
+BORROWED = np.uint16(0x8000)  # flag of a bin that was empty; the lower 15 bits are the value
 LARGEST_SIGNATURE = 300  # bytes
-WANTED_RECALL = 0.99  # of the bands, for pairs at the threshold
-REPRESENTATIVES = 8  # rows of a bucket that all others in it are compared with, which keeps a huge bucket linear
+WANTED_RECALL = 0.99  # share of the pairs at the threshold that the bands must find
+# Rows of a bucket that all its other rows are compared with. A small number keeps the cost of huge buckets linear.
+REPRESENTATIVES = 8
 PAIRS_AT_ONCE = 16384
 
 
 @dataclass(frozen=True)
 class NearDuplicateSettings:
-    """What counts as a near duplicate.
+    """The definition of a near duplicate.
 
-    threshold: the Jaccard similarity of two rows' n-grams from which on they are near duplicates.
-    ngram_words: words per n-gram. A row of fewer words is one n-gram; a row without words repeats nothing.
-    permutations: bins of a signature, 2 bytes each. seed: another one gives another, equally good, set of hashes.
-    Raises DataError where one of them makes no sense.
+    threshold: two rows are near duplicates if the Jaccard similarity of their n-grams is at least this.
+    ngram_words: words per n-gram. A row of fewer words is one n-gram; a row without words is never a duplicate.
+    permutations: bins of a signature, 2 bytes each.
+    seed: selects the hash functions; all seeds are equally good.
+    Raises DataError for a value out of range.
 
-    With the defaults, one changed word leaves texts of L words (L - 5) / (L + 1) similar: from 29 words on they are near
-    duplicates, and in longer texts one changed word in 27 is the limit. Two rows of similarity J are compared with
-    probability 1 - (1 - J^6)^21; that they are then dropped as well has, where all 128 bins are filled, the probability
+    With the defaults, changing one word of a text of L words leaves a similarity of (L - 5) / (L + 1). From 29 words on
+    the texts are still near duplicates; in longer texts, the limit is one changed word in 27.
+
+    Two rows of similarity J are compared with probability 1 - (1 - J^6)^21. If all 128 bins are filled, the
+    probabilities that the two rows are compared, and that one is then dropped, are
     J        0.60   0.70   0.75   0.80   0.85   0.90   0.95
     compared 0.633  0.928  0.984  0.998  1.000  1.000  1.000
     dropped  0.000  0.005  0.090  0.500  0.936  1.000  1.000
@@ -66,7 +73,7 @@ class NearDuplicateSettings:
             raise DataError(f"the n-grams of near duplicates have {self.ngram_words} words: give 1 or more")
         if not 16 <= self.permutations <= LARGEST_SIGNATURE // 2:
             raise DataError(
-                f"near duplicates are looked for with {self.permutations} permutations: "
+                f"near duplicates cannot be found with {self.permutations} permutations: "
                 f"give 16 to {LARGEST_SIGNATURE // 2}"
             )
         if not 0 <= self.seed < 2**64:
@@ -74,26 +81,26 @@ class NearDuplicateSettings:
 
     @property
     def rows_per_band(self) -> int:
-        """The most bins to a band, hence the fewest pairs to compare, with which pairs at the threshold meet."""
+        """The bins per band: the largest number, hence with the fewest comparisons, that reaches WANTED_RECALL."""
         wide_enough = range(self.permutations // 2, 1, -1)
         return next((r for r in wide_enough if _meet(self.threshold, self.permutations // r, r) >= WANTED_RECALL), 1)
 
     @property
     def bands(self) -> int:
-        """Bands of a signature; rows that agree in all bins of one are compared."""
+        """The bands per signature; rows that agree in all bins of a band are compared."""
         return self.permutations // self.rows_per_band
 
     def candidate_probability(self, jaccard: float) -> float:
-        """Gives the probability that two rows of this similarity are compared (the S-curve of LSH)."""
+        """Compute the probability that two rows of this similarity are compared (the S-curve of LSH)."""
         return _meet(jaccard, self.bands, self.rows_per_band)
 
 
 def signatures(
     question: pl.Series, answer: pl.Series, settings: NearDuplicateSettings = NearDuplicateSettings()
 ) -> np.ndarray:
-    """Computes the signatures of rows, uint16 `[rows, permutations]`; they need nothing but their row and the settings.
+    """Compute the signatures of rows, uint16 `[rows, permutations]`; each depends only on its row and the settings.
 
-    Nothing else has to be kept for `duplicates`: band keys are computed from these.
+    `duplicates` needs nothing else: it computes the band keys from the signatures.
     """
     blocks = [np.empty((0, settings.permutations), dtype=np.uint16)]
     for _, pairs in blocks_of_words(question, answer):
@@ -106,16 +113,17 @@ def duplicates(
     eligible: np.ndarray,
     settings: NearDuplicateSettings = NearDuplicateSettings(),
 ) -> np.ndarray:
-    """Finds the rows that repeat an earlier one: bool `[rows]`, true for those to drop.
+    """Find the rows that repeat an earlier one: bool `[rows]`, true for rows to drop.
 
-    signature_chunks: what `signatures` gave for the chunks, in order; memory-mapped arrays are read band by band.
-    eligible: bool `[rows]`, false for rows that are dropped anyway: they neither repeat nor are repeated.
-    Rows that are near duplicates of each other, directly or through others, are a cluster; its first row stays. Takes
-    about 45 bytes of memory a row beside the signatures.
+    signature_chunks: the results of `signatures` for the chunks, in order; memory-mapped arrays are read band by band.
+    eligible: bool `[rows]`, false for rows that are dropped anyway and are not compared with any other.
+
+    Rows that are near duplicates of each other, directly or through other rows, form a cluster, and its first row stays.
+    Uses about 45 bytes of memory per row in addition to the signatures.
     """
     rows = _Signatures(signature_chunks)
     if eligible.shape != (len(rows),):
-        raise ValueError(f"{len(rows)} signatures, and eligible has the shape {eligible.shape}")
+        raise ValueError(f"eligible has the shape {eligible.shape}; it must be {(len(rows),)}, one entry per signature")
     candidates = np.flatnonzero(eligible & rows.have_words())
     parents = np.arange(len(rows))
     for band in range(settings.bands):
@@ -126,14 +134,14 @@ def duplicates(
 
 
 def estimated_jaccard(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Estimates the similarity of pairs of rows from their signatures, `[pairs, permutations]` each; 0 without words."""
+    """Estimate the similarity of pairs of rows from their signatures, `[pairs, permutations]` each; 0 without words."""
     equal = np.count_nonzero((left == right) & (left < BORROWED), axis=1)
     empty = np.count_nonzero((left & right) >= BORROWED, axis=1)
     return equal / np.maximum(left.shape[1] - empty, 1)
 
 
 class _Signatures:
-    """The signatures of all chunks as one array that is never made."""
+    """A view of the signatures of all chunks as one array, without copying them into one."""
 
     def __init__(self, chunks: Sequence[np.ndarray]) -> None:
         self.chunks = chunks
@@ -143,7 +151,7 @@ class _Signatures:
         return int(self.starts[-1])
 
     def have_words(self) -> np.ndarray:
-        """A row with words has a bin of its own."""
+        """Find the rows that have words, bool `[rows]`: they have a bin that is not borrowed."""
         found = [chunk.min(axis=1) < BORROWED for chunk in self.chunks]
         return np.concatenate([np.empty(0, dtype=bool), *found])
 
@@ -183,16 +191,16 @@ def _one_permutation_hashing(words: Hashes, settings: NearDuplicateSettings) -> 
     smallest = np.full((len(offsets) - 1) * bins, np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(smallest, texts * bins + bin_of_text, hashes)
     smallest = smallest.reshape(-1, bins)
-    # The upper bits choose the bin and the order in it; the lower ones are left to tell n-grams apart.
+    # The upper bits of a hash choose the bin and the smallest value in it; the lower bits distinguish n-grams.
     values = smallest.astype(np.uint16) & ~BORROWED
     _densify(values, smallest, smallest != np.iinfo(np.uint64).max, settings.seed)
     return values
 
 
 def _densify(values: np.ndarray, smallest: np.ndarray, filled: np.ndarray, seed: int) -> None:
-    """Gives each empty bin a value that follows from the filled bin it likes best, `[rows, bins]` all of them."""
+    """Fill each empty bin with a value derived from its preferred filled bin; all arrays are `[rows, bins]`."""
     bins = values.shape[1]
-    values[~filled] = np.iinfo(np.uint16).max  # which stays in rows without any n-gram
+    values[~filled] = np.iinfo(np.uint16).max  # final only in rows without n-grams
     counts = filled.sum(axis=1)
     rows = np.argsort(-counts, kind="stable")
     rows = rows[(counts[rows] > 0) & (counts[rows] < bins)]
@@ -202,23 +210,23 @@ def _densify(values: np.ndarray, smallest: np.ndarray, filled: np.ndarray, seed:
     likings, multipliers = _likings(bins, seed)
     best = np.full(filled.shape, np.iinfo(np.uint16).max, dtype=np.uint16)
     for place in range(counts.max(initial=0)):
-        having = np.searchsorted(-counts, -place)  # rows with so many filled bins stand in front
+        having = np.searchsorted(-counts, -place)  # rows with more filled bins than `place`; they come first
         np.minimum(best[:having], likings[lenders[first_lender[:having] + place]], out=best[:having])
     borrowed = np.take_along_axis(smallest[rows], (best % bins).astype(np.int64), axis=1)
-    # Other bits of the hash in every bin: a row of one n-gram would have the 15 bits of one bin only, and unlike rows
-    # in a large corpus would have the same.
+    # Each bin takes different bits of the hash. Otherwise a row with one n-gram would have the same 15 bits in all bins,
+    # and unrelated rows in a large corpus would share them.
     borrowed = ((borrowed * multipliers) >> np.uint64(49)).astype(np.uint16) | BORROWED
     values[rows] = np.where(filled, values[rows], borrowed)
 
 
 @lru_cache(maxsize=4)
 def _likings(bins: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """How much each bin likes to borrow from another, and by what it multiplies what it borrows.
+    """Draw from which bins each bin prefers to borrow, and the factor by which it multiplies what it borrows.
 
-    The first, uint16 `[lender, borrower]`, is least for the one liked best, and the lender modulo bins; the second is
-    uint64 `[borrower]`, odd.
+    The preferences are uint16 `[lender, borrower]`; the smallest is preferred, and modulo `bins` it gives the lender. The
+    factors are uint64 `[borrower]`, odd.
     """
-    # A bit generator's raw stream is the same in every numpy version; what Generator.permutation makes of it is not.
+    # A bit generator's raw stream is the same in every numpy version; the result of Generator.permutation is not.
     generator = np.random.Philox(key=seed)
     order = np.argsort(generator.random_raw(bins * bins).reshape(bins, bins), axis=0, kind="stable")
     likings = order * bins + np.arange(bins)[:, None]
@@ -226,9 +234,9 @@ def _likings(bins: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _buckets(keys: np.ndarray, rows: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the rows that share their key with others; gives them, bucket by bucket in order, and a name of the bucket."""
-    # Key and row become one number: sorting it needs no second array, and keeps the order of rows. The bits that keys
-    # lose make a few pairs meet that should not; comparing them settles it.
+    """Find the rows that share their key with others; return them sorted by bucket and row, and each one's bucket."""
+    # Key and row are packed into one number: sorting it needs no second array and keeps the order of rows. Because keys
+    # lose bits, a few pairs share a bucket by accident; the comparison rejects them.
     row_bits = np.uint64(max(num_rows - 1, 1).bit_length())
     keys >>= row_bits
     keys <<= row_bits
@@ -245,7 +253,7 @@ def _buckets(keys: np.ndarray, rows: np.ndarray, num_rows: int) -> tuple[np.ndar
 def _join_similar(
     parents: np.ndarray, rows: _Signatures, members: np.ndarray, buckets: np.ndarray, threshold: float
 ) -> None:
-    """Joins rows of a bucket that are similar to its first row, then those left to the first row left, and so on."""
+    """Join the rows of each bucket that are similar to its first row; repeat with the remaining rows."""
     for _ in range(REPRESENTATIVES):
         first = np.ones(len(members), dtype=bool)
         first[1:] = buckets[1:] != buckets[:-1]
@@ -262,7 +270,7 @@ def _join_similar(
 
 
 def _join(parents: np.ndarray, left: np.ndarray, right: np.ndarray) -> None:
-    """Joins the clusters of pairs of rows; the parent of a cluster is its first row."""
+    """Join the clusters of the two rows of each pair; the root of a cluster is its first row."""
     while True:
         left, right = _roots(parents, left), _roots(parents, right)
         apart = left != right

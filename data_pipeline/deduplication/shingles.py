@@ -1,9 +1,10 @@
-"""Words and word n-grams of texts as 64-bit hashes: what near duplicates and contamination are found by.
+"""Words and word n-grams of texts as 64-bit hashes, which the near-duplicate and contamination searches compare.
 
-A word is a run of letters, digits and combining marks, in lower case after NFKC; everything else only separates words.
-Characters of scripts without spaces (Chinese, Japanese, Thai, …) are words of their own. The hashes use integer
-arithmetic alone, so they are the same on every machine; Unicode's tables come with polars and Python, whose versions
-`constraints.txt` fixes.
+A word is a run of letters, digits and combining marks, in lower case after NFKC; everything else separates words. In
+scripts without spaces (Chinese, Japanese, Thai, …), every character is a word.
+
+The hashes are the same on every machine, because they use only integer arithmetic. The Unicode tables come with polars and
+Python; `constraints.txt` pins their versions.
 """
 
 from collections.abc import Iterator
@@ -12,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-NOT_IN_A_WORD = r"[^\p{L}\p{M}\p{N}\x00-\x7f]"  # beyond ASCII, which a table of bytes decides
+NOT_IN_A_WORD = r"[^\p{L}\p{M}\p{N}\x00-\x7f]"  # non-ASCII only; WORD_BYTES decides about ASCII
 WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-LONGEST_WORD = 64  # bytes; what is longer (base64, a URL without its dots) counts as several words
-# Of a block of rows: keeps the arrays in the processor's cache, and memory bounded where rows are whole books.
+LONGEST_WORD = 64  # bytes; anything longer (base64, a URL without dots) counts as several words
+# Limits of a block of rows. They keep the arrays in the processor's cache, and bound the memory if rows are whole books.
 BLOCK_ROWS, BLOCK_BYTES = 4096, 8 * 2**20
 MULTIPLIER = np.uint64(0xC4CEB9FE1A85EC53)
 
@@ -28,13 +29,14 @@ def _byte_table() -> np.ndarray:
     return table
 
 
-# Each byte in lower case, 0 where it is in no word. Bytes from 0x80 on are parts of letters: the rest was replaced.
+# Each byte in lower case, or 0 if it is not part of a word. Bytes from 0x80 on always are, since other non-ASCII
+# characters have been replaced.
 WORD_BYTES = _byte_table()
 FIRST_BYTES = np.array([(1 << 8 * length) - 1 for length in range(9)], dtype=np.uint64)
 
 
 class Hashes(NamedTuple):
-    """Hashes of the words, or of the n-grams, of several texts in a row.
+    """Hashes of the words, or of the n-grams, of several consecutive texts.
 
     values: uint64 `[words]`. offsets: int64 `[texts + 1]`; text i has values[offsets[i]:offsets[i + 1]].
     """
@@ -44,7 +46,7 @@ class Hashes(NamedTuple):
 
 
 def words_of(texts: pl.Series) -> Hashes:
-    """Hashes every word of a string column."""
+    """Hash every word of a string column."""
     texts = _normalize(texts)
     if texts.is_empty():
         return Hashes(np.empty(0, dtype=np.uint64), np.zeros(1, dtype=np.int64))
@@ -52,20 +54,20 @@ def words_of(texts: pl.Series) -> Hashes:
     _, offsets, buffer = array.buffers()
     offsets = np.frombuffer(offsets, dtype=np.int64)[array.offset : array.offset + len(array) + 1]
     raw = np.frombuffer(buffer, dtype=np.uint8)[: offsets[-1]]
-    padded = np.zeros(len(raw) + 8, dtype=np.uint8)  # the last word is read in whole steps of 8 bytes too
+    padded = np.zeros(len(raw) + 8, dtype=np.uint8)  # padded because words are read 8 bytes at a time
     np.take(WORD_BYTES, raw, out=padded[: len(raw)], mode="clip")
     in_word = padded[: len(raw)] != 0
     edges = np.flatnonzero(in_word[1:] != in_word[:-1]) + 1
     if in_word[0]:
         edges = np.concatenate([[0], edges])
-    starts, lengths = _cut_long_words(edges[::2], edges[1::2] - edges[::2])  # every text ends outside of a word
+    starts, lengths = _cut_long_words(edges[::2], edges[1::2] - edges[::2])  # in pairs: a text never ends inside a word
     return Hashes(_hash_words(padded, starts, lengths), np.searchsorted(starts, offsets))
 
 
 def blocks_of_words(question: pl.Series, answer: pl.Series) -> Iterator[tuple[slice, Hashes]]:
-    """Yields rows block by block: which, and their words as texts in the order question, answer, question, …
+    """Yield blocks of rows: the rows' slice, and their words as texts in the order question, answer, question, …
 
-    See `joined`. Where blocks end changes nothing in any row.
+    `joined` merges each question with its answer. The block boundaries do not affect any row's result.
     """
     end_of_row = (question.str.len_bytes() + answer.str.len_bytes()).cast(pl.Int64).cum_sum().to_numpy()
     start = 0
@@ -80,12 +82,12 @@ def blocks_of_words(question: pl.Series, answer: pl.Series) -> Iterator[tuple[sl
 
 
 def joined(pairs: Hashes) -> Hashes:
-    """Makes each question and its answer one text."""
+    """Merge each question and its answer into one text."""
     return Hashes(pairs.values, pairs.offsets[::2])
 
 
 def ngrams_of(words: Hashes, n: int) -> Hashes:
-    """Hashes the n-grams of words, none across two texts; a text of fewer than n words has none."""
+    """Hash the n-grams of words, none across two texts; a text of fewer than n words has none."""
     counts = np.maximum(np.diff(words.offsets) - n + 1, 0)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     if not offsets[-1]:
@@ -95,15 +97,16 @@ def ngrams_of(words: Hashes, n: int) -> Hashes:
     for place in range(1, n):
         values *= MULTIPLIER
         values += words.values[place : last + place]
-    # Computed across texts too, which is cheaper than leaving those out beforehand.
+    # The values include n-grams across texts, which are cheaper to drop now than to avoid before.
     inside = np.arange(offsets[-1]) + np.repeat(words.offsets[:-1] - offsets[:-1], counts)
     return Hashes(mix(values[inside]), offsets)
 
 
 def short_texts_of(words: Hashes, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes as a whole those texts that have words, but fewer than n.
+    """Hash whole texts that have words, but fewer than n.
 
-    Returns their indices, int64 `[short]`, and hashes, uint64 `[short]`: of m words, what their m-gram has.
+    Returns their indices, int64 `[short]`, and their hashes, uint64 `[short]`. The hash of a text of m words is that of
+    its m-gram.
     """
     counts = np.diff(words.offsets)
     short = np.flatnonzero((counts > 0) & (counts < n))
@@ -116,7 +119,7 @@ def short_texts_of(words: Hashes, n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Spreads every bit of uint64 values over all 64, in place (MurmurHash3's finalizer, a bijection)."""
+    """Spread every bit of uint64 values over all 64, in place (MurmurHash3's finalizer, a bijection)."""
     values ^= values >> np.uint64(33)
     values *= np.uint64(0xFF51AFD7ED558CCD)
     values ^= values >> np.uint64(33)
@@ -126,7 +129,7 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def _normalize(texts: pl.Series) -> pl.Series:
-    """Ends every text with a line break, and maps what is beyond ASCII; ASCII is left to the table of bytes."""
+    """End every text with a line break and normalise non-ASCII characters; WORD_BYTES handles ASCII."""
     texts = texts.to_frame("text").select(pl.col("text") + "\n").to_series()
     others = (texts.str.len_bytes() != texts.str.len_chars()).arg_true()
     if others.is_empty():
@@ -146,7 +149,8 @@ def _cut_long_words(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray
 
 
 def _hash_words(padded: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    # Eight bytes at a time from wherever a word begins; no byte in a word is 0, so a short word needs no length.
+    # Read eight bytes at a time from the start of each word. No byte in a word is 0, so the hash of a short word need not
+    # include its length.
     eight_bytes = np.ndarray(len(padded) - 7, dtype="<u8", buffer=padded, strides=(1,))
     values = mix(eight_bytes[starts] & FIRST_BYTES[np.minimum(lengths, 8)])
     longer = np.flatnonzero(lengths > 8)

@@ -1,1 +1,1 @@
-"""Shard folders to batches."""
+"""Reading shard folders, and making batches from them."""

@@ -1,4 +1,4 @@
-"""Packed rows to what a model trains on: input_ids, labels and position_ids, for a whole batch at once."""
+"""Turn packed rows into input_ids, labels and position_ids, for a whole batch at once."""
 
 import sys
 import threading
@@ -9,18 +9,19 @@ import numpy as np
 from data_pipeline.errors import DataError
 from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 
-IGNORE_INDEX = -100  # what the loss leaves out
-NO_SOURCE = -1  # padding comes from nowhere
+IGNORE_INDEX = -100  # labels with this value do not count in the loss
+NO_SOURCE = -1  # the source of padding
 LOSS_ON = ("all", "answer")
 ARRAYS = ("input_ids", "labels", "position_ids")
 START, ANSWER_START, END, SOURCE = (SPAN_COLUMNS.index(name) for name in ("start", "answer_start", "end", "source"))
 
 
 class Pieces:
-    """The documents of a batch, each row's padding (of no tokens, where the row is full) as its last one.
+    """The pieces of a batch. The last piece of each row is its padding, which is empty if the row is full.
 
-    starts, answer_starts, ends: int64 `[pieces + rows]`, positions in the flattened batch. sources: NO_SOURCE at padding.
-    Raises DataError where the spans of a row do not follow one another from its beginning.
+    starts, answer_starts, ends: int64 `[pieces + rows]`, positions in the flattened batch.
+    sources: int64 `[pieces + rows]`, NO_SOURCE for padding.
+    Raises DataError if the spans of a row do not fill it from its start without gaps.
     """
 
     def __init__(self, rows: PackedRows) -> None:
@@ -32,7 +33,8 @@ class Pieces:
         columns[:, ~is_padding] = rows.spans[:, (START, ANSWER_START, END, SOURCE)].T
         columns[END, paddings] = columns[ANSWER_START, paddings] = seq_len
         columns[SOURCE, paddings] = NO_SOURCE
-        # A padding begins where the piece before it ends, which in a row without pieces is the row before.
+        # Padding begins where the piece before it ends. In a row without pieces it begins at 0, because the piece before
+        # it is in another row.
         columns[START, paddings] = np.where(rows.pieces > 0, columns[END, paddings - 1], 0)
         self.starts, self.answer_starts, self.ends, self.sources = columns
         self._check(paddings)
@@ -48,15 +50,17 @@ class Pieces:
             and (self.answer_starts <= self.ends).all()
         )
         if not sound:
-            raise DataError("a row's spans break the format of shards: `lfm verify` the folder, then prepare it again")
+            raise DataError(
+                "a row's spans break the format of shards: run `lfm verify` on the folder, then prepare it again"
+            )
 
 
 def collate(rows: PackedRows, pad_token_id: int, loss_on: str, out: np.ndarray | None = None) -> np.ndarray:
-    """Give input_ids, labels and position_ids, int64 `[3, n, seq_len]`, written into `out` where it is given.
+    """Return input_ids, labels and position_ids, int64 `[3, n, seq_len]`, written into `out` if it is given.
 
-    Labels stand at their own tokens, the model shifts them; -100 is at the first token of every piece, at padding and,
-    where the loss is on answers, at questions. Positions begin at 0 at every piece and at the padding. Raises DataError
-    for spans that break the format.
+    Labels are aligned with their own tokens; the model shifts them. Labels are -100 at the first token of every piece, at
+    padding and, if the loss is on answers, at questions. Positions restart at 0 at every piece and at the padding.
+    Raises DataError if the spans break the format.
     """
     pieces = Pieces(rows)
     if out is None:
@@ -72,14 +76,15 @@ def collate(rows: PackedRows, pad_token_id: int, loss_on: str, out: np.ndarray |
 
 
 def source_of_tokens(rows: PackedRows) -> np.ndarray:
-    """Tell the source of every token, int64 `[n, seq_len]`, NO_SOURCE at padding."""
+    """Return the source of every token, int64 `[n, seq_len]`, with NO_SOURCE at padding."""
     pieces = Pieces(rows)
     return np.repeat(pieces.sources, pieces.lengths).reshape(rows.tokens.shape)
 
 
 def _ignored(pieces: Pieces, loss_on: str) -> np.ndarray:
-    """Tell which tokens are no targets: bool `[n · seq_len]`."""
-    # A piece is a run that is ignored and a run that is not; nothing stands before its first token to predict it.
+    """Tell which tokens are not targets of the loss, bool `[n · seq_len]`."""
+    # Every piece is a run of ignored tokens and then a run of targets. Its first token is always ignored, because the
+    # piece has nothing before it to predict it from.
     ignored = np.ones_like(pieces.starts) if loss_on == "all" else np.maximum(pieces.answer_starts - pieces.starts, 1)
     padding = pieces.sources == NO_SOURCE
     ignored[padding] = pieces.lengths[padding]
@@ -88,7 +93,8 @@ def _ignored(pieces: Pieces, loss_on: str) -> np.ndarray:
 
 
 def _fill_positions(positions: np.ndarray, pieces: Pieces) -> None:
-    # Every position is one above the last, except that a piece begins at 0: one sum over the batch, in place.
+    # A position is one above the one before, except at the start of a piece, where it is 0. So a single in-place cumulative
+    # sum over the batch suffices.
     lengths = pieces.lengths[pieces.lengths > 0]
     positions[:] = 1
     positions[0] = 0
@@ -97,9 +103,9 @@ def _fill_positions(positions: np.ndarray, pieces: Pieces) -> None:
 
 
 class BatchMemory:
-    """Memory for batches, used again once nobody holds a batch made in it: fresh pages cost more than filling them.
+    """Memory for batches, reused once a batch is no longer referenced. Fresh memory pages cost more than filling them.
 
-    kept: how many arrays to keep; where all of them are held, new memory is taken.
+    kept: the number of arrays to keep. If all of them are in use, new memory is allocated.
     """
 
     def __init__(self, kept: int) -> None:
@@ -108,11 +114,12 @@ class BatchMemory:
         self._lock = threading.Lock()
 
     def take(self, shape: Sequence[int]) -> np.ndarray:
-        """Give an int64 array that nothing else refers to; what is in it is left from before."""
+        """Return an int64 array that nothing else references, with arbitrary contents."""
         with self._lock:
             for index in range(len(self._arrays)):
                 array = self._arrays[index]
-                # Tensors and views of an array refer to it; held by nobody, it has the list, `array` and the argument.
+                # Tensors and views of an array hold references to it. An unused array has three: the list, `array` and
+                # the argument of getrefcount.
                 if array.shape == tuple(shape) and sys.getrefcount(array) == 3:
                     return array
             array = np.empty(shape, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Batches: a pure function of (data, seed, position), whatever the number of ranks and of threads."""
+"""Batches as a pure function of data, seed and position. The numbers of ranks and threads make no difference."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -10,16 +10,19 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.collate import ARRAYS, LOSS_ON, BatchMemory, collate, source_of_tokens
 from data_pipeline.loading.reader import NO_ROW, RowReader
 
-GROUPS_KEPT = 64  # in memory that is used again, beyond which a step takes new memory
-GROUP_ROWS = 128  # collated at once: enough that the calls per batch do not count, few enough for the cache
+# Reusable memory for this many groups; a step that needs more allocates new memory.
+GROUPS_KEPT = 64
+# Rows collated at once: enough to make the overhead of calls negligible, few enough for the processor's cache.
+GROUP_ROWS = 128
 
 
 class BatchStream:
     """One rank's share of the endless stream of global batches.
 
-    position: rows of the stream that all ranks together have taken; it is the whole state, and valid at any world size.
-    loss_on: `all`, or `answer` to supervise the answer and its `</s>` alone.
-    Raises DataError where the global batch does not divide into the ranks' micro-batches.
+    position: the number of rows that all ranks together have taken from the stream. It is the whole state, and it is valid
+    at any world size.
+    loss_on: `all`, or `answer` to supervise only the answer and its `</s>`.
+    Raises DataError if the global batch cannot be divided into the ranks' micro-batches.
     """
 
     def __init__(
@@ -46,21 +49,21 @@ class BatchStream:
         self._memory = BatchMemory(GROUPS_KEPT)
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """Give this rank's `accumulation` micro-batches of the next global batch, and move the position past it.
+        """Return this rank's `accumulation` micro-batches of the next global batch, and advance the position.
 
-        A micro-batch holds input_ids, labels and position_ids, int64 `[micro_batch_rows, seq_len]`, as `collate` makes
-        them. Rows of bad shards that are skipped are all padding.
+        A micro-batch has input_ids, labels and position_ids, int64 `[micro_batch_rows, seq_len]`, as from `collate`.
+        Rows of skipped shards are all padding.
         """
         micro_batches = self.step_at(self.position)
         self.position += self.global_batch_rows
         return micro_batches
 
     def step_at(self, position: int) -> list[dict[str, torch.Tensor]]:
-        """Give the step that begins at a position, and leave the state alone; any thread may ask."""
+        """Return the micro-batches of the step that begins at a position. The state does not change; thread-safe."""
         self.data.look_ahead(self.order.shards_ahead(position))
         first = position + self.rank * self.accumulation * self.micro_batch_rows
         rows = self.order.rows(np.arange(first, first + self.accumulation * self.micro_batch_rows))
-        # Several small micro-batches are made as one, and no group is larger than the processor's cache.
+        # Several small micro-batches are collated together, as long as the group fits into the processor's cache.
         group_rows = self.micro_batch_rows * max(1, GROUP_ROWS // self.micro_batch_rows)
         micro_batches = []
         for start in range(0, len(rows), group_rows):
@@ -73,9 +76,9 @@ class BatchStream:
 
 
 class ValidationBatch(NamedTuple):
-    """input_ids, labels and position_ids, and the source of every token, int64 `[micro_batch_rows, seq_len]` all.
+    """The inputs of a validation batch and the source of every token, all int64 `[micro_batch_rows, seq_len]`.
 
-    sources: indices into `RowReader.sources`, -1 at padding.
+    inputs: input_ids, labels and position_ids. sources: indices into `RowReader.sources`, -1 at padding.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -83,9 +86,9 @@ class ValidationBatch(NamedTuple):
 
 
 class ValidationBatches:
-    """One rank's share of every row of a folder, once and in order, the same number of batches on every rank.
+    """One rank's share of the rows of a folder. All ranks together read every row once, in order.
 
-    Where the rows do not fill the last batches, rows of padding without labels do.
+    Every rank has the same number of batches; rows of padding without labels fill up the last ones.
     """
 
     def __init__(
@@ -118,11 +121,11 @@ def _tensors(arrays: np.ndarray) -> dict[str, torch.Tensor]:
 
 def _check(data: RowReader, loss_on: str, rank: int, world_size: int) -> None:
     if data.num_rows == 0:
-        raise DataError(f"{data.location} holds no rows: prepare it from more")
+        raise DataError(f"{data.location} has no rows: prepare it from more data")
     if loss_on not in LOSS_ON:
         raise DataError(f"loss_on is {loss_on!r}: give one of {', '.join(LOSS_ON)}")
     if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of a world of {world_size}")
+        raise ValueError(f"rank {rank} is outside a world of {world_size}")
 
 
 def _accumulation(global_batch_rows: int, micro_batch_rows: int, world_size: int) -> int:
@@ -137,6 +140,6 @@ def _accumulation(global_batch_rows: int, micro_batch_rows: int, world_size: int
         valid = [rows for rows in (accumulation * rows_at_once, (accumulation + 1) * rows_at_once) if rows]
         raise DataError(
             f"global_batch_rows {global_batch_rows} is not a multiple of micro_batch_rows {micro_batch_rows} × "
-            f"world size {world_size}: the nearest that are: {' and '.join(map(str, valid))}"
+            f"world size {world_size}; the nearest multiples: {' and '.join(map(str, valid))}"
         )
     return accumulation

@@ -1,4 +1,4 @@
-"""Several shard folders as one, each with its weight."""
+"""A weighted mixture of several shard folders."""
 
 import hashlib
 import os
@@ -19,23 +19,25 @@ SOURCE = SPAN_COLUMNS.index("source")
 def open_data(
     data: str | os.PathLike | Sequence[dict], on_bad_shard: str = "refuse", cache: ShardCache | None = None
 ) -> RowReader:
-    """Open what a run trains on: a folder's path or URL, or a list of `{"path": ..., "weight": ...}` of several.
+    """Open the data of a run: the path or URL of a folder, or a list of `{"path": ..., "weight": ...}` for several.
 
-    Raises DataError for a folder that cannot be opened, and for folders that do not go together.
+    Raises DataError if a folder cannot be opened, or if the folders do not fit together.
     """
     if isinstance(data, str | os.PathLike):
         return ShardFolder(data, on_bad_shard, cache)
     folders = [ShardFolder(entry["path"], on_bad_shard, cache) for entry in data]
-    # A mixture of one is that one: its checkpoints go on with `data` as a path, and the other way round.
+    # A mixture of one folder is that folder, so its checkpoints can be resumed with `data` as a path, and vice versa.
     return folders[0] if len(folders) == 1 else Mixture(folders, [entry["weight"] for entry in data])
 
 
 class Mixture(RowReader):
-    """Shard folders of one tokenizer and row length, in shares of the rows given by their weights.
+    """Shard folders with the same tokenizer and row length; their weights give their shares of the rows.
 
-    weights: any positive numbers; a folder's share is its weight over their sum, to 0.01 %. Folders repeat, each at the
-    end of its own epoch. sources: the folders' names without repetition. bad_shards: their sentences, by shard.
-    Raises DataError where the folders do not go together, or a weight is none.
+    weights: any positive numbers. A folder's share is its weight divided by the sum of all, rounded to 0.01 %. Each folder
+    repeats at the end of its own epoch.
+    sources: the source names of all folders without repetition.
+    bad_shards: the error message for each bad shard, by its number in the mixture.
+    Raises DataError if the folders do not fit together, or if a weight is invalid.
     """
 
     def __init__(self, folders: Sequence[ShardFolder], weights: Sequence[float]) -> None:
@@ -49,7 +51,8 @@ class Mixture(RowReader):
         for folder, quota in zip(folders, self.quotas, strict=True):
             if quota == 0:
                 raise DataError(
-                    f"the weight of {folder.location} is below 1 in {MIXTURE_BLOCK} of the mixture: raise it, or leave it out"
+                    f"the weight of {folder.location} is below 1 in {MIXTURE_BLOCK} of the mixture: raise it, or leave the "
+                    "folder out"
                 )
         self.seq_len, self.vocab_size, self.pad_token_id = first.seq_len, first.vocab_size, first.pad_token_id
         self.tokenizer_path: Path = first.tokenizer_path
@@ -60,7 +63,7 @@ class Mixture(RowReader):
         self._first_rows = np.cumsum([0, *(rows for folder in folders for rows in folder.rows_per_file)])
         self._first_shards = np.cumsum([0, *(len(folder.rows_per_file) for folder in folders)])
         self._first_rows_of_folders = self._first_rows[self._first_shards]
-        # A span's source is an index into its folder's names; each folder has its line of this table.
+        # Line f of this table maps the source indices of folder f to the mixture's.
         self._source_table = np.zeros((len(folders), max(len(folder.sources) for folder in folders)), dtype=np.int64)
         for line, folder in zip(self._source_table, folders, strict=True):
             line[: len(folder.sources)] = [self.sources.index(name) for name in folder.sources]
@@ -83,7 +86,7 @@ class Mixture(RowReader):
             folder.look_ahead((shards[(start <= shards) & (shards < end)] - start).tolist())
 
     def gather(self, rows: np.ndarray) -> PackedRows:
-        """Read rows by number as `RowReader.gather` does, their spans' sources as indices into the mixture's names."""
+        """Read rows like `RowReader.gather`, with the sources in the spans as indices into the mixture's names."""
         read = super().gather(rows)
         folders = np.searchsorted(self._first_rows_of_folders, rows, side="right") - 1
         spans = read.spans.copy()
@@ -93,7 +96,7 @@ class Mixture(RowReader):
 
 def _check_weights(folders: Sequence[ShardFolder], weights: Sequence[float]) -> None:
     if not folders:
-        raise DataError("data is an empty list: give at least one folder with its weight")
+        raise DataError("data is an empty list: give at least one folder and its weight")
     for folder, weight in zip(folders, weights, strict=True):
         if not 0 < weight < float("inf"):
             raise DataError(
@@ -106,8 +109,8 @@ def _check_together(first: ShardFolder, other: ShardFolder) -> None:
         values = [getattr(folder, what) for folder in (first, other)]
         if values[0] != values[1]:
             raise DataError(
-                f"{first.location} and {other.location} do not go together, their {what} is {values[0]} and {values[1]}: "
-                "prepare one of them again with the other's"
+                f"{first.location} and {other.location} do not fit together, their {what} is {values[0]} and {values[1]}: "
+                "prepare one of them again with the value of the other"
             )
 
 
@@ -116,7 +119,7 @@ def _mixture_fingerprint(folders: Sequence[ShardFolder], quotas: Sequence[int]) 
     for index, fingerprint in enumerate(fingerprints):
         if fingerprint in fingerprints[:index]:
             raise DataError(
-                f"{folders[index].location} holds the same rows as another folder of the mixture: give it once"
+                f"{folders[index].location} has the same rows as another folder of the mixture: give it only once"
             )
     parts = [f"{fingerprint} {quota}" for fingerprint, quota in zip(fingerprints, quotas, strict=True)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

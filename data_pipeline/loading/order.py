@@ -1,4 +1,4 @@
-"""The order of rows: a pure function of what the data is, the seed and the position, whoever asks."""
+"""The order of rows, as a pure function of the data, the seed and the position."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,35 +6,37 @@ from functools import lru_cache
 
 import numpy as np
 
-SHARDS_PER_BLOCK = 16  # rows are shuffled within blocks of this many shards, so that reading stays local
-MIXTURE_BLOCK = 10_000  # positions of a mixture in which every source has its exact share: weights count to 0.01 %
-RAW_VALUES_PER_COUNT = 4  # Philox makes so many 64-bit values of each value of its counter
+# Rows are shuffled within blocks of this many shards, so that reading stays local.
+SHARDS_PER_BLOCK = 16
+# Every block of this many positions has the exact share of each source, so weights have a resolution of 0.01 %.
+MIXTURE_BLOCK = 10_000
+RAW_VALUES_PER_COUNT = 4  # Philox generates this many 64-bit values per value of its counter
 
 
 class RowOrder:
-    """The endless order of a folder's rows: every epoch is a permutation of its own.
+    """The endless order of a folder's rows, with a different permutation for every epoch.
 
-    Its memory is that of two blocks, whatever the number of rows.
+    It needs memory for a few blocks, independent of the number of rows.
     """
 
     def __init__(self, num_rows: int, fingerprint: str, seed: int, rows_per_file: Sequence[int]) -> None:
         if num_rows != sum(rows_per_file):
-            raise ValueError(f"{num_rows} rows, and {sum(rows_per_file)} in the files")
+            raise ValueError(f"num_rows is {num_rows}, but the files have {sum(rows_per_file)} rows")
         self.num_rows = num_rows
         self.fingerprint = fingerprint
         self.seed = seed
         self.rows_per_file = np.asarray(rows_per_file, dtype=np.int64)
         self._first_rows = np.cumsum(self.rows_per_file) - self.rows_per_file
-        # A batch may straddle two blocks and two epochs; threads that look ahead may be one further.
+        # A batch may span two blocks and two epochs, and threads that look ahead may be one further.
         self._epoch = lru_cache(maxsize=3)(self._shuffle_shards)
         self._block = lru_cache(maxsize=3)(self._shuffle_block)
 
     def row(self, position: int) -> int:
-        """Give the row at a position of the endless stream."""
+        """Return the row at a position of the endless stream."""
         return int(self.rows(np.array([position]))[0])
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Give the rows at ascending positions, int64 both, `[n]`."""
+        """Return the rows at ascending positions, both int64 `[n]`."""
         rows = np.empty(len(positions), dtype=np.int64)
         done = 0
         while done < len(positions):
@@ -47,7 +49,7 @@ class RowOrder:
         return rows
 
     def shards_ahead(self, position: int) -> list[int]:
-        """List the shards that the stream reads from a position on: the rest of this block's, then the next one's."""
+        """List the shards that the stream reads from a position on: those of its block, then those of the next."""
         epoch, block, _ = self._locate(position)
         shards, ends = self._epoch(epoch)
         start = block * SHARDS_PER_BLOCK
@@ -57,14 +59,14 @@ class RowOrder:
         return list(dict.fromkeys(following.tolist()))
 
     def _locate(self, position: int) -> tuple[int, int, int]:
-        """The epoch of a position, the block in the epoch and the index in the block."""
+        """Return the epoch of a position, the block in the epoch and the index in the block."""
         epoch, index = divmod(position, self.num_rows)
         _, ends = self._epoch(epoch)
         block = int(np.searchsorted(ends, index, side="right"))
         return epoch, block, index - (int(ends[block - 1]) if block else 0)
 
     def _shuffle_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the order of an epoch, and the number of rows up to the end of each of their blocks."""
+        """Return the shards in the order of an epoch, and the number of rows up to the end of each block."""
         shards = _permutation(self._random(epoch, 0, len(self.rows_per_file)))
         last_of_blocks = [*range(SHARDS_PER_BLOCK - 1, len(shards) - 1, SHARDS_PER_BLOCK), len(shards) - 1]
         return shards, np.cumsum(self.rows_per_file[shards])[last_of_blocks]
@@ -85,15 +87,15 @@ class RowOrder:
 
 
 class MixtureOrder:
-    """The endless order of several sources' rows, each source in an endless order of its own.
+    """The endless order of the rows of several sources. Each source has an endless order of its own.
 
-    Every MIXTURE_BLOCK positions hold `quotas[s]` rows of source s, shuffled; so the share of a source is exact, and
-    what is at a position needs no history. Rows are numbered through all sources, one source after another.
+    Every MIXTURE_BLOCK positions have `quotas[s]` rows of source s, shuffled. So the share of a source is exact, and the
+    row at a position does not depend on history. Row numbers count through all sources, one source after another.
     """
 
     def __init__(self, orders: Sequence[RowOrder], quotas: Sequence[int], fingerprint: str, seed: int) -> None:
         if sum(quotas) != MIXTURE_BLOCK:
-            raise ValueError(f"the quotas add up to {sum(quotas)}, not to {MIXTURE_BLOCK}")
+            raise ValueError(f"the quotas add up to {sum(quotas)}, not {MIXTURE_BLOCK}")
         self.orders = orders
         self.quotas = quotas
         self.fingerprint = fingerprint
@@ -102,7 +104,7 @@ class MixtureOrder:
         self._block = lru_cache(maxsize=3)(self._shuffle_block)
 
     def rows(self, positions: np.ndarray) -> np.ndarray:
-        """Give the rows at ascending positions, int64 both, `[n]`."""
+        """Return the rows at ascending positions, both int64 `[n]`."""
         sources, indices = self._sources(positions)
         rows = np.empty(len(positions), dtype=np.int64)
         for source in np.unique(sources):
@@ -111,7 +113,7 @@ class MixtureOrder:
         return rows
 
     def shards_ahead(self, position: int) -> list[int]:
-        """List the shards that the stream reads from a position on, as `RowOrder.shards_ahead` does, of all sources."""
+        """List the shards of all sources that the stream reads from a position on, like `RowOrder.shards_ahead`."""
         block, first_shard, shards = position // MIXTURE_BLOCK, 0, []
         for order, quota in zip(self.orders, self.quotas, strict=True):
             shards += [first_shard + shard for shard in order.shards_ahead(block * quota)]
@@ -119,7 +121,7 @@ class MixtureOrder:
         return shards
 
     def _sources(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source at each position, and the position in that source's own order."""
+        """Return the source at each position, and the position in that source's own order."""
         blocks, offsets = np.divmod(positions, MIXTURE_BLOCK)
         sources, indices = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):
@@ -139,17 +141,17 @@ class MixtureOrder:
 
 
 def quotas_of(weights: Sequence[float]) -> list[int]:
-    """Turn weights into whole numbers of rows that add up to MIXTURE_BLOCK, by the largest remainder."""
+    """Turn weights into whole numbers of rows that add up to MIXTURE_BLOCK, by the largest-remainder method."""
     exact = np.asarray(weights, dtype=np.float64) * (MIXTURE_BLOCK / sum(weights))
     quotas = np.floor(exact).astype(np.int64)
-    # The sort is stable: of equal remainders the first in the list is rounded up.
+    # The stable sort rounds up the first in the list if remainders are equal.
     short = MIXTURE_BLOCK - int(quotas.sum())
     quotas[np.argsort(quotas - exact, kind="stable")[:short]] += 1
     return quotas.tolist()
 
 
 def _random(identity: str, first: int, count: int) -> np.ndarray:
-    # A bit generator's raw stream is the same in every numpy version; what Generator.permutation makes of it is not.
+    # The raw stream of a bit generator is the same in every numpy version; the result of Generator.permutation is not.
     generator = np.random.Philox(key=int.from_bytes(hashlib.sha256(identity.encode()).digest()[:16], "little"))
     generator.advance(first // RAW_VALUES_PER_COUNT)
     skipped = first % RAW_VALUES_PER_COUNT

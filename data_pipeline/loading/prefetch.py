@@ -1,4 +1,4 @@
-"""Batches made in the background, so that a training step does not wait for them."""
+"""Make batches in the background, so that training steps do not wait for them."""
 
 import time
 from collections import deque
@@ -11,15 +11,17 @@ from data_pipeline.loading.loader import BatchStream
 
 
 class Prefetcher:
-    """A batch stream whose next steps are made by threads while the caller is at work; use it in a `with`.
+    """A batch stream whose next steps are made by threads while the caller works. Use it in a `with` statement.
 
-    steps: how many to make ahead. threads: how many make them; the batches are the same for any number.
-    position: rows of the stream that were handed out, not those made ahead. seconds_waited: for the step handed out last.
+    steps: the number of steps to make ahead.
+    threads: the number of threads that make them; the batches are the same for any number.
+    position: rows of the stream that were returned to the caller; rows made ahead are not counted.
+    seconds_waited: how long the last call of `next_step` waited.
     """
 
     def __init__(self, stream: BatchStream, steps: int = 2, threads: int = 1) -> None:
         if steps < 1 or threads < 1:
-            raise ValueError(f"{steps} steps ahead with {threads} threads")
+            raise ValueError(f"steps is {steps} and threads is {threads}: both must be at least 1")
         self.stream = stream
         self.steps = steps
         self.seconds_waited = 0.0
@@ -32,16 +34,16 @@ class Prefetcher:
         return self.stream.position
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
-        """Give this rank's micro-batches of the next global batch as `BatchStream.next_step` does.
+        """Return this rank's micro-batches of the next global batch, like `BatchStream.next_step`.
 
-        Raise here what was raised while they were made; the position stays, and the next call tries again.
+        An exception of a thread is raised here. The position then stays, and the next call tries again.
         """
         self._fill()
         started = time.perf_counter()
         try:
             micro_batches = self._ahead[0].result()
         except BaseException:
-            self._forget()  # so that nothing is handed out from behind the step that failed
+            self._forget()  # steps after the failed one must not be returned before it
             raise
         self.seconds_waited = time.perf_counter() - started
         self._ahead.popleft()
@@ -50,7 +52,7 @@ class Prefetcher:
         return micro_batches
 
     def close(self) -> None:
-        """Stop the threads; a step that one of them is at is finished first."""
+        """Stop the threads, after they finish their current steps."""
         self._forget()
         self._threads.shutdown(wait=True)
 

@@ -1,4 +1,4 @@
-"""Reading finished shard folders by row number, in any order, and never what is not as the index says."""
+"""Read finished shard folders by row number, in any order. Files that differ from the index are never read."""
 
 import contextlib
 import errno
@@ -26,18 +26,22 @@ from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 
 ON_BAD_SHARD = ("refuse", "skip")
 NO_ROW = -1  # a row number that stands for a row of padding
-MAX_OPEN_SHARDS = 2 * SHARDS_PER_BLOCK  # of a folder, in one process: a batch may straddle two blocks
-NPY_HEADER_BYTES = 128  # of the arrays in a shard, as numpy writes them
+# Per folder and process: a batch may span two blocks.
+MAX_OPEN_SHARDS = 2 * SHARDS_PER_BLOCK
+NPY_HEADER_BYTES = 128  # as numpy writes the arrays in a shard
 SPAN_BYTES = 8 * len(SPAN_COLUMNS)
-FETCHING_THREADS = 4  # of a remote folder
+FETCHING_THREADS = 4  # per remote folder
 
 
 class RowReader(ABC):
-    """Packed rows by number: what is read of one folder, and of several as of one.
+    """Packed rows by number, from one folder or from several folders as if they were one.
 
-    location: what to call it. seq_len, vocab_size, pad_token_id: of all rows. sources: the names that spans refer to.
-    tokenizer_path and tokenizer_fingerprint: the tokenizer that made the rows. fingerprint: changes with any token,
-    span, the tokenizer or the mixture. num_rows: of an epoch of everything.
+    location: the name in messages.
+    seq_len, vocab_size, pad_token_id: the same for all rows.
+    sources: the names that spans refer to.
+    tokenizer_path, tokenizer_fingerprint: the tokenizer that made the rows.
+    fingerprint: changes with any token or span, with the tokenizer and with the mixture.
+    num_rows: the number of rows of all folders.
     """
 
     location: str
@@ -49,27 +53,27 @@ class RowReader(ABC):
     tokenizer_fingerprint: str
     fingerprint: str
     num_rows: int
-    _first_rows: np.ndarray  # of each shard, and num_rows at the end
+    _first_rows: np.ndarray  # the first row of each shard, and num_rows at the end
 
     @abstractmethod
     def order(self, seed: int) -> RowOrder | MixtureOrder:
-        """Give the endless order of the rows."""
+        """Return the endless order of the rows."""
 
     @abstractmethod
     def open_shard(self, shard: int) -> "OpenShard | None":
-        """Open a shard once its hash is checked, and give None for one that is bad and to be skipped."""
+        """Open a shard after checking its hash. Return None if it is bad and bad shards are skipped."""
 
     @abstractmethod
     def look_ahead(self, shards: Iterable[int]) -> None:
-        """Begin to fetch and to check shards in the background, in the order in which they will be needed."""
+        """Start fetching and checking shards in the background, in the order in which they will be needed."""
 
     def gather(self, rows: np.ndarray) -> PackedRows:
-        """Read rows by number, int64 `[n]`; NO_ROW and the rows of skipped shards come as padding.
+        """Read rows by number, int64 `[n]`. NO_ROW and the rows of skipped shards become padding.
 
-        Raises DataError where a shard is not what the index says (unless such are skipped), or breaks the format.
+        Raises DataError if a shard differs from the index (unless bad shards are skipped), or breaks the format.
         """
         if not NO_ROW <= rows.min() <= rows.max() < self.num_rows:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.num_rows}")
+            raise IndexError(f"rows {rows.min()} to {rows.max()} are not all among the {self.num_rows} rows")
         shards = np.where(rows == NO_ROW, -1, np.searchsorted(self._first_rows, rows, side="right") - 1)
         shards_of_rows, rows_in_shards = shards.tolist(), (rows - self._first_rows[shards]).tolist()
         opened = {shard: self.open_shard(shard) for shard in dict.fromkeys(shards_of_rows) if shard >= 0}
@@ -88,7 +92,7 @@ class RowReader(ABC):
             spans_at += NPY_HEADER_BYTES
             spans.append(source.data[spans_at : spans_at + count * SPAN_BYTES])
             pieces.append(count)
-        # One copy for the whole batch: what Python does for a row is these few slices.
+        # One copy for the whole batch; per row, Python only makes the slices above.
         all_tokens, all_spans = b"".join(tokens), b"".join(spans)
         members = np.frombuffer(all_tokens, dtype=np.uint8)
         if (
@@ -98,7 +102,7 @@ class RowReader(ABC):
         ):
             names = ", ".join(shard.name for shard in opened.values() if shard)
             raise DataError(
-                f"a row in one of {names} is not {self.seq_len} tokens of {dtype.name} and their spans: prepare the data again"
+                f"a row in one of {names} is not {self.seq_len} tokens of {dtype.name} with spans: prepare the data again"
             )
         return PackedRows(
             members.reshape(len(rows), -1)[:, len(header) :].view(dtype),
@@ -108,14 +112,16 @@ class RowReader(ABC):
 
 
 class ShardFolder(RowReader):
-    """A finished shard folder, read by row number; any number of processes may share one.
+    """A finished shard folder, read by row number. Any number of processes may read the same folder.
 
-    path: a local folder, or the URL of one, whose shards then come through the cache. on_bad_shard: `refuse` raises
-    for a shard that is missing or has another size or sha256 than the index says, `skip` lets its rows come as
-    padding. index: the contents of index.json. rows_per_file: rows of each shard, in order. bad_shards: the sentence
-    about each shard that was found bad, by its number.
-    Raises DataError where the folder is missing, unfinished or of another format, or a file is missing or has the
-    wrong size; and BadFileError, which is one, for what `on_bad_shard` is about.
+    path: a local folder, or the URL of a folder, whose shards are then read through the cache.
+    on_bad_shard: what to do if a shard is missing, or if its size or sha256 differs from the index. `refuse` raises
+    BadFileError; `skip` turns its rows into padding.
+    index: the contents of index.json.
+    rows_per_file: the number of rows of each shard, in order.
+    bad_shards: the error message for each shard that was found bad, by its number.
+    Raises DataError if the folder is missing, unfinished or of another format. Raises BadFileError, a DataError, if a file
+    is missing or has the wrong size; shards then follow `on_bad_shard`.
     """
 
     def __init__(self, path: str | os.PathLike, on_bad_shard: str = "refuse", cache: ShardCache | None = None) -> None:
@@ -150,7 +156,7 @@ class ShardFolder(RowReader):
         self._shard_locks = [threading.Lock() for _ in self.rows_per_file]
 
     def __getstate__(self) -> dict:
-        # Memory maps, locks and threads stay behind: another process has its own.
+        # Memory maps, locks and threads are not pickled: every process has its own.
         own = ("_checked", "_expected", "_open_shards", "_lock", "_shard_locks", "_threads")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
@@ -162,12 +168,12 @@ class ShardFolder(RowReader):
         return RowOrder(self.num_rows, self.fingerprint, seed, self.rows_per_file)
 
     def read(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one row: its tokens `[seq_len]` and spans `[pieces, 6]`, read-only views of the file.
+        """Return the tokens `[seq_len]` and spans `[pieces, 6]` of one row, as read-only views of the file.
 
-        For a look at single rows: it does not check the shard's hash, which `gather` does.
+        Meant for inspecting single rows: unlike `gather`, it does not check the hash of the shard.
         """
         if not 0 <= row < self.num_rows:
-            raise IndexError(f"row {row} of {self.num_rows}")
+            raise IndexError(f"row {row} is not among the {self.num_rows} rows")
         shard = int(np.searchsorted(self._first_rows, row, side="right")) - 1
         opened = self._open(shard)
         tokens_at, spans_at = opened.offsets[row - int(self._first_rows[shard])]
@@ -179,12 +185,12 @@ class ShardFolder(RowReader):
                 opened = self._open(shard)
                 opened.check_length()
                 return opened
-            except BadFileError as error:  # whole when it was checked, and gone or shortened since
+            except BadFileError as error:  # it was good when checked, and has been removed or cut since
                 self._skip(shard, error)
                 with self._shard_locks[shard], self._lock:
                     self._checked.discard(shard)
                     self._open_shards.pop(shard, None)
-        # Not said where the last one is found bad: that may be the thread that looks ahead.
+        # Raised here and not when the last shard is found bad, because that may happen in a background thread.
         if len(self.bad_shards) == len(self.rows_per_file):
             raise DataError(f"every shard of {self.location} is bad: copy or prepare the folder again")
         return None
@@ -192,13 +198,13 @@ class ShardFolder(RowReader):
     def look_ahead(self, shards: Iterable[int]) -> None:
         with self._lock:
             new = [shard for shard in shards if shard not in self._checked and shard not in self._expected]
-            if self._remote:  # what is fetched too early would be deleted again before it is read
+            if self._remote:  # shards fetched too early would be deleted from the cache before they are read
                 sizes = np.cumsum([self.index["files"][shard]["bytes"] for shard in new])
                 new = new[: int(np.searchsorted(sizes, self._remote.cache.limit_bytes // 2, side="right"))]
             self._expected += new
             for _ in range(min(len(new), (FETCHING_THREADS if self._remote else 1) - self._threads)):
                 self._threads += 1
-                # Daemons, because a store that does not answer must not keep the process from ending.
+                # Daemon threads, because a store that does not answer must not keep the process from exiting.
                 threading.Thread(target=self._check_expected, daemon=True).start()
 
     def _check_expected(self) -> None:
@@ -208,12 +214,12 @@ class ShardFolder(RowReader):
                     self._threads -= 1
                     return
                 shard = self._expected.popleft()
-            # Whoever reads the shard is told what is wrong, in the thread that can say so.
+            # Errors are ignored here: the thread that reads the shard meets them again and reports them.
             with contextlib.suppress(DataError, OSError):
                 self._is_good(shard)
 
     def _is_good(self, shard: int) -> bool:
-        """Check a shard's hashes, once in this process; raise BadFileError, or give False where such are skipped."""
+        """Check the hashes of a shard, once per process. If it is bad, raise BadFileError, or return False to skip it."""
         with self._shard_locks[shard]:
             if shard in self._checked:
                 return True
@@ -231,7 +237,8 @@ class ShardFolder(RowReader):
         if self._remote is None:
             with self._open_file(entry) as file:
                 return check_file(file, self._name_of(entry), entry)
-        with self._open_file(entry) as file:  # fresh from the store, and so checked already, or a copy of some time ago
+        # The cached copy may be old and damaged since; then it is downloaded again, which checks it.
+        with self._open_file(entry) as file:
             try:
                 return check_file(file, self._name_of(entry), entry)
             except BadFileError:
@@ -247,12 +254,12 @@ class ShardFolder(RowReader):
             raise BadFileError(f"{self._name_of(entry)} is missing: copy or prepare the folder again") from None
         except OSError as error:
             name = self._name_of(entry)
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the shard, which must not be skipped for it
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the shard is not to blame, so it must not be skipped
                 raise DataError(
                     f"{name} cannot be opened: too many files are open; raise the limit (ulimit -n)"
                 ) from error
             raise BadFileError(
-                f"{name} cannot be read ({error.strerror}): correct that, or copy the folder again"
+                f"{name} cannot be read ({error.strerror}): fix the cause, or copy the folder again"
             ) from error
 
     def _name_of(self, entry: dict) -> str:
@@ -286,7 +293,8 @@ class ShardFolder(RowReader):
                     return self._open_shards[shard]
             entry, offsets = self._entries(shard)
             with self._open_file(entry) as tar, self._open_file(offsets) as at:
-                for file, described in ((tar, entry), (at, offsets)):  # it may have been checked some time ago
+                # A file may have changed since its hash was checked.
+                for file, described in ((tar, entry), (at, offsets)):
                     check_length(file, self._name_of(described), described)
                 opened = OpenShard(tar, at, self._name_of(entry), self.rows_per_file[shard])
             with self._lock:
@@ -297,38 +305,38 @@ class ShardFolder(RowReader):
 
 
 class OpenShard:
-    """One shard's tar, mapped into memory, and where in it the data of each row's two members begin.
+    """The memory-mapped tar of one shard, and the positions in it of each row's two members.
 
-    A lock on the tar stays for as long as this lives. Raises DataError where the two files do not fit together.
+    A lock on the tar is held as long as this object exists. Raises DataError if tar and offsets do not fit together.
     """
 
     def __init__(self, tar: BinaryIO, offsets: BinaryIO, name: str, rows: int) -> None:
         self.name = name
-        self._map = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)  # which has a descriptor of its own
+        self._map = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)  # the map has its own file descriptor
         self.data = memoryview(self._map)
         try:
             at = np.load(offsets, allow_pickle=False)
         except ValueError as error:
-            raise DataError(f"the offsets of {name} are no array: copy or prepare the folder again") from error
+            raise DataError(f"the offsets of {name} are not a numpy array: copy or prepare the folder again") from error
         if at.shape != (rows, 2) or at.dtype != np.uint64 or at.max() > len(self.data) - NPY_HEADER_BYTES:
             raise DataError(f"the offsets of {name} do not fit it: copy or prepare the folder again")
-        self.offsets: list[list[int]] = at.tolist()  # Python's own integers, which are faster to count with
+        self.offsets: list[list[int]] = at.tolist()  # Python integers are faster than numpy's one at a time
 
     def check_length(self) -> None:
-        """Raise BadFileError where the file has been cut since: reading behind its end would kill the process."""
+        """Raise BadFileError if the file has been truncated: reading past its end would kill the process."""
         if self._map.size() < len(self._map):
             size = self._map.size()
-            raise BadFileError(f"{self.name} has been cut while it was read, and now has {size} bytes: copy it again")
+            raise BadFileError(f"{self.name} was truncated to {size} bytes while it was read: copy it again")
 
     def count_spans(self, at: int) -> int:
-        """Tell how many spans a row has, from the header of the member whose data begin there."""
+        """Return the number of spans of a row. at: where the data of its spans member begins."""
         try:
             return _count_spans(bytes(self.data[at : at + NPY_HEADER_BYTES]))
         except ValueError as error:
-            raise DataError(f"{self.name} holds spans that are none ({error}): prepare the data again") from error
+            raise DataError(f"{self.name} has invalid spans ({error}): prepare the data again") from error
 
     def read_npy(self, at: int) -> np.ndarray:
-        """Give a read-only view of the array in the member whose data begin there."""
+        """Return a read-only view of the array of a member. at: where the data of the member begins."""
         header_end = at + 10 + int.from_bytes(self.data[at + 8 : at + 10], "little")
         try:
             shape, dtype = _parse_npy_header(bytes(self.data[at:header_end]))
@@ -345,14 +353,14 @@ def _folder_fingerprint(index: dict) -> str:
 
 @lru_cache(maxsize=64)
 def _blank_row(seq_len: int, dtype: np.dtype, pad_token_id: int) -> tuple[np.ndarray, bytes]:
-    """The header that every row's tokens have, uint8, and a whole member of padding."""
+    """Return the npy header that the tokens of every row have, uint8, and the bytes of a whole row of padding."""
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, np.full(seq_len, pad_token_id, dtype=dtype), version=(1, 0), allow_pickle=False)
     member = buffer.getvalue()
     return np.frombuffer(member, dtype=np.uint8)[: len(member) - seq_len * dtype.itemsize], member
 
 
-@lru_cache(maxsize=4096)  # rows share a few headers, and parsing one costs more than reading a row
+@lru_cache(maxsize=4096)  # few headers are distinct, and parsing one costs more than reading a row
 def _count_spans(header: bytes) -> int:
     shape, dtype = _parse_npy_header(header)
     if dtype != np.int64 or len(shape) != 2 or shape[1] != len(SPAN_COLUMNS) or header[-1:] != b"\n":

@@ -1,7 +1,7 @@
-"""Shard folders behind a URL, whose files come through a local cache of bounded size.
+"""Shard folders behind a URL, read through a local cache of bounded size.
 
-The cache belongs to a machine: any number of processes may share it. A file in it is named by its sha256, comes there
-whole by a rename, and is deleted where room is needed, the least recently used first. What a process has open stays.
+Any number of processes of a machine may share the cache. Its files are named by their sha256, and a rename puts them there
+whole. If space is needed, the least recently used files are deleted first. Files that a process has open are kept.
 """
 
 import errno
@@ -21,28 +21,28 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.integrity import BadFileError, check_file, check_index
 from data_pipeline.shards.format import INDEX_NAME, TOKENIZER_FOLDER, read_index
 
-if TYPE_CHECKING:  # local folders should not wait for it
+if TYPE_CHECKING:  # local folders should not pay for this import
     from fsspec import AbstractFileSystem
 
-RETRY_SECONDS = (1, 4, 16)  # between attempts at a file
+RETRY_SECONDS = (1, 4, 16)  # between attempts to read a file
 PARTIAL_SUFFIX = ".partial"
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Tell a URL (`s3://bucket/folder`) from a local path."""
+    """Tell whether a path is a URL, as in `s3://bucket/folder`."""
     return "://" in str(path)
 
 
 def default_cache_folder() -> Path:
-    """The user's folder for remote shards among the machine's temporary files, which are rarely on a network disk."""
+    """Return the user's folder for remote shards in the temporary folder, which is rarely on a network disk."""
     return Path(tempfile.gettempdir()) / f"lfm-shards-{os.getuid()}"
 
 
 @dataclass(frozen=True)
 class ShardCache:
-    """Where remote files are kept, and how many bytes of them.
+    """A local cache of remote files.
 
-    What processes have open is never deleted, so a limit below that is exceeded by it.
+    limit_bytes: files that processes have open are never deleted, so they can exceed this limit.
     """
 
     folder: Path = field(default_factory=default_cache_folder)
@@ -53,17 +53,19 @@ class ShardCache:
         return self.folder / "files"
 
     def create(self) -> None:
-        """Make the cache's folders; raises DataError where they cannot be, or are another user's."""
+        """Create the folders. Raises DataError if that fails, or if they belong to another user."""
         try:
             for folder in (self.folder, self.files, self.folder / "locks"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise DataError(f"cannot make the shard cache {self.folder} ({error.strerror}): name another") from error
+            raise DataError(
+                f"cannot create the shard cache {self.folder} ({error.strerror}): name another folder"
+            ) from error
         if self.folder.stat().st_uid != os.getuid():
-            raise DataError(f"the shard cache {self.folder} belongs to another user: name another")
+            raise DataError(f"the shard cache {self.folder} belongs to another user: name another folder")
 
     def open(self, digest: str) -> BinaryIO | None:
-        """Open the file with a sha256, which is now the one used last, or give None; it stays while it is open."""
+        """Open the file with the given sha256 and mark it as used, or return None. It is kept while it is open."""
         path = self.files / digest
         try:
             file = path.open("rb")
@@ -73,34 +75,34 @@ class ShardCache:
         os.utime(file.fileno())
         if os.fstat(file.fileno()).st_nlink:
             return file
-        file.close()  # deleted before this process had the lock
+        file.close()  # it was deleted before this process got the lock
         return None
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
-        """Hold one of the cache's locks against the machine's other processes and this one's other threads."""
+        """Hold a lock of the cache, against other processes of the machine and other threads of this process."""
         with (self.folder / "locks" / name).open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BinaryIO:
-        """Let `write` make a new file under a temporary name, in room that is made and taken before; open it.
+        """Reserve space, let `write` create a new file under a temporary name, and open it under its final name.
 
-        Raises DataError for a file above the whole limit.
+        Raises DataError if the file is larger than the limit of the cache.
         """
         if size > self.limit_bytes:
             raise DataError(
                 f"a file of {size} bytes does not fit into the shard cache {self.folder}, whose limit is "
-                f"{self.limit_bytes}: allow it more"
+                f"{self.limit_bytes}: raise the limit"
             )
         partial = self.files / f"{digest}.{size}{PARTIAL_SUFFIX}"
         with self.locked("room"):
             self._delete_oldest(size)
             file = partial.open("w+b")
-            fcntl.flock(file, fcntl.LOCK_EX)  # which shows that someone is at work on it
+            fcntl.flock(file, fcntl.LOCK_EX)  # the lock shows that the file is being written
         try:
             write(partial)
-            with self.locked("room"):  # nobody deletes it while its lock is changed
+            with self.locked("room"):  # no process can delete the file while its lock changes
                 partial.rename(self.files / digest)
                 fcntl.flock(file, fcntl.LOCK_SH)
         except BaseException:
@@ -115,8 +117,8 @@ class ShardCache:
             try:
                 status = path.stat()
             except FileNotFoundError:
-                continue  # another process has just finished it: it has another name
-            # What is being written will be as large as its name says.
+                continue  # another process has just finished and renamed it
+            # The name of a file that is being written has its final size.
             size = int(path.suffixes[0][1:]) if path.suffix == PARTIAL_SUFFIX else status.st_size
             files.append((status.st_mtime_ns, size, path))
         total = sum(size for _, size, _ in files)
@@ -128,7 +130,7 @@ class ShardCache:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     path.unlink()
             except BlockingIOError:
-                continue  # some process has it open
+                continue  # a process has it open
             except FileNotFoundError:
                 pass
             total -= size
@@ -137,8 +139,8 @@ class ShardCache:
 class RemoteFolder:
     """A finished shard folder behind a URL that fsspec understands.
 
-    metadata: a local folder with its index and its tokenizer. Raises DataError where the folder cannot be reached, is
-    unfinished or damaged, or needs a package that is not installed.
+    metadata: a local folder with its index and its tokenizer.
+    Raises DataError if the folder cannot be reached, is unfinished or damaged, or needs a package that is not installed.
     """
 
     def __init__(self, url: str, cache: ShardCache) -> None:
@@ -149,21 +151,21 @@ class RemoteFolder:
         self.metadata = self._fetch_metadata()
 
     def open(self, entry: dict) -> BinaryIO:
-        """Open the local copy of a file, downloading it where the cache has none; it stays while it is open.
+        """Open the local copy of a file, downloading it if it is not in the cache. It is kept while it is open.
 
-        Raises BadFileError where the file is missing, or what came twice is not what the index says; DataError where
-        the store cannot be reached.
+        Raises BadFileError if the file is missing, or if two downloads differ from the index. Raises DataError if the
+        store cannot be reached.
         """
         digest = entry["sha256"]
         if file := self.cache.open(digest):
             return file
-        with self.cache.locked(digest[:2]):  # whoever waits here finds what the first has fetched
+        with self.cache.locked(digest[:2]):  # processes that wait here find the file in the cache afterwards
             if file := self.cache.open(digest):
                 return file
             return self.cache.add(digest, entry["bytes"], lambda path: self._download_checked(entry, path))
 
     def name_of(self, entry: dict) -> str:
-        """Give the URL of a file."""
+        """Return the URL of a file."""
         return f"{self.url}/{entry['name']}"
 
     def discard(self, entry: dict) -> None:
@@ -179,11 +181,11 @@ class RemoteFolder:
                 self._download(INDEX_NAME, new / INDEX_NAME)
             except BadFileError:
                 raise DataError(
-                    f"there is no finished shard folder at {self.url}, it has no {INDEX_NAME}: copy one there"
+                    f"there is no finished shard folder at {self.url} (no {INDEX_NAME}): copy a finished one there"
                 ) from None
             index = read_index(new)
             check_index(self.url, index)
-            # Under the hash of its index, so that it does not change under a process that reads it.
+            # The hash of the index is in the folder's name, so the folder never changes while a process reads it.
             identity = hashlib.sha256(self.url.encode() + (new / INDEX_NAME).read_bytes()).hexdigest()
             folder = self.cache.folder / "folders" / identity[:32]
             if not folder.is_dir():
@@ -199,7 +201,7 @@ class RemoteFolder:
         try:
             with target.open("rb") as file:
                 check_file(file, self.name_of(entry), entry)
-        except BadFileError:  # perhaps on the way
+        except BadFileError:  # possibly damaged in transit, so try once more
             self._download(entry["name"], target)
             with target.open("rb") as file:
                 check_file(file, self.name_of(entry), entry)
@@ -209,10 +211,12 @@ class RemoteFolder:
             try:
                 return self._filesystem.get_file(f"{self._root}/{name}", str(target))
             except FileNotFoundError:
-                raise BadFileError(f"{self.url}/{name} is missing, which the index names: copy it there") from None
+                raise BadFileError(f"{self.url}/{name} is missing, but the index lists it: copy it there") from None
             except _network_errors() as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise DataError(f"no room for {name} in the shard cache {self.cache.folder}: free some") from error
+                    raise DataError(
+                        f"the disk has no space for {name} in the shard cache {self.cache.folder}: free some"
+                    ) from error
                 if pause is None or isinstance(error, PermissionError):
                     raise DataError(
                         f"cannot read {self.url}/{name} ({' '.join(str(error).split())[:200] or type(error).__name__}): "
@@ -236,7 +240,7 @@ def _open_filesystem(url: str) -> tuple["AbstractFileSystem", str]:
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    """What a store's client raises when the network fails; most are OSErrors, and some only their package's own."""
+    """Return the exceptions that clients of stores raise if the network fails; some do not derive from OSError."""
     errors: list[type[BaseException]] = [OSError]
     for module, name in (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")):
         if module in sys.modules:

@@ -1,1 +1,1 @@
-"""The job that makes a shard folder."""
+"""The job that creates a shard folder."""

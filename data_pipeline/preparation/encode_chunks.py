@@ -1,4 +1,4 @@
-"""Stage 1 of a preparation: a chunk of rows is read, cleaned, judged row by row and encoded, and its arrays are kept."""
+"""Stage 1 of a preparation: read, clean, filter and encode one chunk of rows, and save its arrays."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from data_pipeline.shards.format import TOKENIZER_FOLDER
 from data_pipeline.sources.rows import empty_frame
 from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError
 
-SPECIAL_TOKENS = 3  # of a document: <s>, <sep> and </s>
+SPECIAL_TOKENS = 3  # per document: <s>, <sep> and </s>
 
 
 def encode_chunk(job: Job, number: int) -> dict:
-    """Leave the arrays of one chunk in its file; returns its rows, bytes of text and seconds.
+    """Write the arrays of one chunk to its file, and return its number of rows, bytes of text and seconds.
 
-    Raises DataError for what cannot be read, EncoderMismatchError once the fast encoder is found wrong.
+    Raises DataError if the chunk cannot be read, and EncoderMismatchError if the fast encoder gives wrong ids.
     """
     path, seconds = job.chunk_file(number), Seconds()
     encoder = _encoder(job.out / TOKENIZER_FOLDER, job.fast_encoder, stamp(job.out / TOKENIZER_FOLDER))
@@ -48,14 +48,14 @@ def encode_chunk(job: Job, number: int) -> dict:
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         arrays |= _numbered(sources)
         if (signature := arrays.pop("signature", None)) is not None:
-            # A file of its own, which can be mapped: all chunks' signatures together may be larger than the memory.
+            # A separate file can be memory-mapped: the signatures of all chunks together may not fit into memory.
             write_scratch(signature_file(path), lambda file: np.save(file, signature))
         save_arrays(path, arrays)
     return {"rows": len(arrays["fate"]), "bytes": text_bytes, "seconds": dict(seconds)}
 
 
 def _fate_of_texts(frame: pl.DataFrame, settings: Settings) -> np.ndarray:
-    """What becomes of rows by source and text alone."""
+    """Return the fates of rows that follow from source and text alone, uint8 `[rows]`."""
     fate = np.zeros(len(frame), dtype=np.uint8)
     empty = ((frame["question"] == "") | (frame["answer"] == "")).to_numpy()
     fate[empty] = FATE["empty"]
@@ -67,7 +67,7 @@ def _fate_of_texts(frame: pl.DataFrame, settings: Settings) -> np.ndarray:
 
 
 def signature_file(chunk_file: Path) -> Path:
-    """Where a chunk's signatures of near duplicates lie."""
+    """Return the path of a chunk's near-duplicate signatures."""
     return chunk_file.with_suffix(".signatures.npy")
 
 
@@ -103,7 +103,7 @@ def _encode_frame(
 
 
 def evaluation_set(settings: Settings) -> EvaluationSet:
-    """The evaluation texts, cleaned as the corpus is."""
+    """Return the evaluation texts, cleaned like the corpus."""
     return _evaluation_set(settings.decontaminate, settings.cleaning, tuple(map(stamp, settings.decontaminate)))
 
 
@@ -118,7 +118,7 @@ def _encoder(folder: Path, fast: bool, stamp: int) -> DocumentEncoder:
 
 
 def _spread(columns: dict[str, np.ndarray], rows: np.ndarray, count: int) -> dict[str, np.ndarray]:
-    """Columns of some rows as columns of all, zero elsewhere."""
+    """Expand columns of the given rows to columns of all `count` rows, with zeros elsewhere."""
     spread = {name: np.zeros((count, *values.shape[1:]), dtype=values.dtype) for name, values in columns.items()}
     for name, values in columns.items():
         spread[name][rows] = values
@@ -126,9 +126,9 @@ def _spread(columns: dict[str, np.ndarray], rows: np.ndarray, count: int) -> dic
 
 
 def _numbered(texts: pl.Series) -> dict[str, np.ndarray]:
-    """Names as numbers and the names themselves, in the order in which they appear: one long name stays one."""
+    """Return each name as a number, and every name once in order of appearance, so that a long name is stored once."""
     names = texts.unique(maintain_order=True)
-    if texts.is_empty():  # polars would replace no text by no text
+    if texts.is_empty():  # on an empty series polars ignores return_dtype
         numbers = np.zeros(0, dtype=np.int32)
     else:
         numbers = texts.replace_strict(names, pl.Series(np.arange(len(names))), return_dtype=pl.Int32).to_numpy()

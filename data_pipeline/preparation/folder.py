@@ -1,4 +1,4 @@
-"""The output folder of `prepare`: who may write to it, what of it is ours, and how far it is."""
+"""The output folder of `prepare`: its lock, which files `prepare` made, and whether it is finished."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ SHARD_FILES = re.compile(r"shard-\d+-\d+\.(tar|offsets\.npy)")
 
 @contextmanager
 def locked(out: Path, shared: bool) -> Iterator[None]:
-    """Create the folder if needed and hold it, for one process or `shared` by a team; others wait until it is free.
+    """Create the folder if needed and lock it, for one process or `shared` by a team; other processes wait.
 
-    Raises DataError where the folder holds files that `prepare` did not make; they are not touched.
+    Raises DataError if the folder has files that `prepare` did not make. They are not touched.
     """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder for the shards")
-    # Whatever is there before the lock was not made by us. The lock is looked for last, because another process that
-    # begins at this very moment makes it before all other files.
+    # Files in a folder without the lock file are not from `prepare`. The lock file is checked last, because another
+    # process that starts at the same time creates it before all other files.
     foreign = next(out.iterdir(), None) if out.is_dir() else None
     if foreign and not (out / LOCK_NAME).exists():
-        raise DataError(f"{out} holds {foreign.name}, which `prepare` did not make: name an empty or a new folder")
+        raise DataError(f"{out} contains {foreign.name}, which `prepare` did not make: name an empty or a new folder")
     out.mkdir(parents=True, exist_ok=True)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with (out / LOCK_NAME).open("a") as lock:
         try:
             fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting for another process that prepares {out}", file=sys.stderr)
+            print(f"waiting for another process that is preparing {out}", file=sys.stderr)
             fcntl.flock(lock, kind)
         yield
 
 
 def finished_index(out: Path, config: dict) -> dict | None:
-    """Give the index where this config has made the folder already, None where the folder is unfinished.
+    """Return the index if the folder is finished, or None if it is unfinished.
 
-    Raises DataError where another config made it.
+    Raises DataError if the folder was made with another config.
     """
     if not (out / INDEX_NAME).exists():
         return None
@@ -66,7 +66,7 @@ def finished_index(out: Path, config: dict) -> dict | None:
 
 
 def missing_file(out: Path, index: dict) -> str | None:
-    """Name a file of a finished folder that is not there with the size that the index says."""
+    """Return the name of a file of a finished folder that is missing or has another size than in the index, or None."""
     folders = [(out, index)]
     if index["counts"].get("validation_documents"):
         if not (out / VALIDATION_FOLDER / INDEX_NAME).exists():
@@ -81,10 +81,11 @@ def missing_file(out: Path, index: dict) -> str | None:
 
 
 def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
-    """Make the folder ready for work with this config, which goes on where an interrupted run with the same stopped.
+    """Make the folder ready for work with this config, keeping what an interrupted run with the same config finished.
 
-    alone: nobody else is at work, so what was half written can be removed.
-    Raises DataError, before anything is removed, where a file is not ours or another config began the work.
+    alone: no other process works on the folder, so partly written files can be removed.
+    Raises DataError if `prepare` did not make one of the files, or if the work began with another config. Nothing has
+    been removed then.
     """
     work = work_folder(out)
     begun = work / CONFIG_NAME
@@ -96,7 +97,7 @@ def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
             remove_partial_files(out)
             shutil.rmtree(claims_folder(out), ignore_errors=True)
         return
-    # Shards without an index, and nothing that says how they were made.
+    # Without the config there is no telling how existing shards were made, so they are removed.
     if alone:
         for path in files:
             if path != out / LOCK_NAME:
@@ -106,14 +107,14 @@ def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
 
 
 def remove_work(out: Path) -> None:
-    """Remove what only an unfinished folder needs."""
+    """Remove the files that only an unfinished folder needs."""
     shutil.rmtree(work_folder(out), ignore_errors=True)
     remove_partial_files(out)
 
 
 def remove_partial_files(out: Path) -> None:
-    """Remove what a process that was killed had half written."""
-    for folder, _, names in os.walk(out):  # which takes no notice of what vanishes meanwhile
+    """Remove the partly written files of killed processes."""
+    for folder, _, names in os.walk(out):  # os.walk ignores files that vanish meanwhile
         for name in names:
             if name.endswith(PARTIAL_SUFFIX):
                 Path(folder, name).unlink(missing_ok=True)
@@ -124,8 +125,8 @@ def _check_same(before: dict, now: dict, made: str) -> None:
     if differing:
         key = min(differing)
         raise DataError(
-            f"{made} with {key} = {before.get(key)} and now {key} = {now.get(key)} is asked for: name another folder, or "
-            "remove this one"
+            f"{made} with {key} = {before.get(key)}, but {key} is now {now.get(key)}: name another folder, or remove this "
+            "one"
         )
 
 
@@ -134,12 +135,14 @@ def _own_files(out: Path) -> list[Path]:
     for path in files:
         name = path.relative_to(out).as_posix()
         if not _is_ours(name.removeprefix(f"{VALIDATION_FOLDER}/")):
-            raise DataError(f"{out} holds {name}, which `prepare` did not make: move it away, or name another folder")
+            raise DataError(
+                f"{out} contains {name}, which `prepare` did not make: move it away, or name another folder"
+            )
     return files
 
 
 def _is_ours(name: str) -> bool:
     if name.endswith(PARTIAL_SUFFIX):
-        name = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]  # without host and process
+        name = name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[0]  # drop the host and process id
     tokenizer_files = {f"{TOKENIZER_FOLDER}/{file}" for file in TOKENIZER_FILES}
     return name in (LOCK_NAME, INDEX_NAME) or name in tokenizer_files or bool(SHARD_FILES.fullmatch(name))

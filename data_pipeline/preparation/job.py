@@ -1,4 +1,4 @@
-"""What is to be done, what can become of a row, and what the time went to."""
+"""The description of a preparation job, the possible fates of a row, and a timer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data_pipeline.preparation.scratch import work_folder
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.sources.source import Chunk
 
-# What becomes of a row; those below FIRST_REASON are kept.
+# What can happen to a row. Fates before FIRST_REASON keep it; the others are reasons to drop it.
 FATES = (
     "training", "validation", "empty", "too_short", "too_long", "excluded_source", "contaminated", "duplicate",
     "near_duplicate",
@@ -25,14 +25,14 @@ DROP_REASONS = FATES[FIRST_REASON:]
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process must know to do any unit of the work."""
+    """Everything that a process needs to know to do any unit of the work."""
 
     out: Path
     settings: Settings
     chunks: tuple[Chunk, ...]
 
     def chunk_file(self, number: int) -> Path:
-        """Where stage 1 leaves a chunk's arrays; another name once the fast encoder was found wrong."""
+        """Return the path of the arrays that stage 1 makes of a chunk; it also depends on the encoder in use."""
         return work_folder(self.out) / f"chunk-{number:06d}.{'fast' if self.fast_encoder else 'slow'}.npz"
 
     def chunk_files(self) -> list[Path]:
@@ -40,7 +40,7 @@ class Job:
 
     @property
     def mismatch_file(self) -> Path:
-        """Stands there once the fast encoder has given other ids than the tokenizer, and says for which text."""
+        """The file that exists once the fast encoder gave other ids than the tokenizer; it names the text."""
         return work_folder(self.out) / "slow-encoder.txt"
 
     @property
@@ -49,7 +49,7 @@ class Job:
 
 
 class Seconds(Counter):
-    """Seconds by what they went to."""
+    """Seconds spent, by activity."""
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:

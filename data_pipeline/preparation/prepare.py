@@ -1,10 +1,10 @@
-"""The job that makes a shard folder: chunks are encoded, rows selected, groups packed and written, the index last.
+"""The job that creates a shard folder: encode chunks, select rows, pack and write groups, and write the index last.
 
     source → chunks ─ encode_chunks ─→ .work/chunk-*.npz ─ select_rows ─→ .work/selection.npz ─ write_groups ─→ shards
 
-Every step leaves files under its final name, so whoever comes next, after a crash too, does only what is missing. What
-a chunk, a group or a shard is depends on the source, the settings and the constants of these modules: the same bytes
-come out whoever does the work, and however many they are.
+Every step writes its files whole and under their final names, so the next process does only what is missing, even after
+a crash. The source, the settings and the constants of these modules determine every chunk, group and shard: the bytes do
+not depend on which processes do the work, or on how many.
 """
 
 from __future__ import annotations
@@ -59,13 +59,15 @@ def prepare(
     progress: bool = True,
     seconds: Seconds | None = None,
 ) -> dict:
-    """Make a shard folder of a source, or leave it alone where the same settings have made it; returns its index.
+    """Prepare a shard folder from a source and return its index. A folder finished with the same settings stays as it is.
 
-    source: as for `open_source`. workers: processes here, all cores that this one may use by default. member: which one
-    of how many jobs that share the work. progress: show rows and MB/s on stderr. seconds: is given what the time went
-    to, added up over processes.
-    Work that an interrupted run has done is kept and gone on from. A process that finds another one at work waits.
-    Raises DataError for bad input, a folder of other settings, and what the disk refuses.
+    source: as for `open_source`.
+    workers: processes on this machine; by default one for each core that this process may use.
+    member: this job's place among the jobs that share the work.
+    progress: show rows and MB/s on stderr.
+    seconds: collects the seconds spent on each activity, summed over processes.
+    The work of an interrupted run is kept and continued. If another process is at work on the folder, this one waits.
+    Raises DataError for bad input, for a folder made with other settings, and if the disk refuses a write.
     """
     out, seconds = Path(out), Seconds() if seconds is None else seconds
     opened = open_source(source)
@@ -83,11 +85,11 @@ def prepare(
                 remove_work(out)
                 return index
             with locked(out, shared=member.count > 1):
-                # Another process may have made it while this one waited.
+                # Another process may have finished the folder while this one waited.
                 if index := finished_index(out, config):
                     if (missing := missing_file(out, index)) is None:
                         return index
-                    print(f"{out} has lost {missing}: it is made anew", file=sys.stderr)
+                    print(f"{out} has lost {missing}: preparing it again", file=sys.stderr)
                     (out / INDEX_NAME).unlink()
                 begin_or_continue(out, config, alone=member.count == 1)
                 job = Job(out.resolve(), settings, opened.chunks)
@@ -96,17 +98,17 @@ def prepare(
         remove_work(out)
         return finished_index(out, config)
     except OSError as error:
-        # What another member needed no more when it had written the index is gone.
+        # Another member finished the folder and removed the work files.
         if member.count > 1 and (out / INDEX_NAME).exists() and isinstance(error, FileNotFoundError):
             return finished_index(out, config)
         raise DataError(
-            f"{out} cannot be written: make room or check the permissions, then run again ({error.strerror or error}"
+            f"{out} cannot be written: free disk space or check the permissions, then run again ({error.strerror or error}"
             + (f": {error.filename})" if error.filename else ")")
         ) from error
 
 
 class _Preparation:
-    """One member's way through the steps."""
+    """The steps of a preparation, as one member of a team goes through them."""
 
     def __init__(self, source: Source, job: Job, config: dict, team: Team, progress: bool, seconds: Seconds) -> None:
         self.source, self.job, self.config, self.team = source, job, config, team
@@ -119,9 +121,9 @@ class _Preparation:
             self.team.do_once(select_rows, (self.job,), selection_file(self.out))
         selection = load_selection(self.out)
         for name in selection.unknown_sources:
-            print(f"no row has the source {name!r}, which the settings name: check its spelling", file=sys.stderr)
+            print(f"no row has the source {name!r} that the settings name: check its spelling", file=sys.stderr)
         if not any(group.split == "training" for group in selection.groups):
-            remove_work(self.out)  # so that other settings can be tried
+            remove_work(self.out)  # so that another run can try other settings
             fates = ", ".join(f"{rows:,} {fate.replace('_', ' ')}" for fate, rows in _fates(selection).items() if rows)
             raise DataError(
                 f"no row of {self.source.name} is left for training ({fates}): check its texts, or the settings"
@@ -142,12 +144,13 @@ class _Preparation:
         return work_folder(self.out) / "tokenizer.json"
 
     def _make_tokenizer(self, tokenizer: CorpusTokenizer | None) -> None:
-        """Save the tokenizer, fitted where none is given, and how the index will describe it."""
+        """Save the tokenizer and its index entry; train a tokenizer if none is given."""
         entry = _save_tokenizer(tokenizer or self._train_tokenizer(), self.out)
         folder = self.out / TOKENIZER_FOLDER
         if problem := fast_encoder_problem(folder):
-            if tokenizer is not None:  # a fitted one is known to be of another kind, and its corpus is small
-                self._say(f"gigatoken does not know this tokenizer ({problem}): it encodes by itself, more slowly")
+            # A trained tokenizer is never of a kind that gigatoken supports, and its corpus is small: no warning.
+            if tokenizer is not None:
+                self._say(f"gigatoken does not support this tokenizer ({problem}): encoding without it is slower")
             write_scratch(self.job.mismatch_file, problem.encode())
         write_scratch(self._tokenizer_entry_file, json.dumps(entry).encode())
 
@@ -163,7 +166,7 @@ class _Preparation:
                 bar.update(len(frame))
 
     def _encode_chunks(self) -> None:
-        """Have all chunks encoded; by the tokenizer itself, all of them anew, once the fast encoder was found wrong."""
+        """Have all chunks encoded. If the fast encoder gives wrong ids, encode all of them again with the tokenizer."""
         while True:
             fast = self.job.fast_encoder
             try:
@@ -181,13 +184,13 @@ class _Preparation:
 
                     self.team.do(encode_chunk, (self.job,), self.job.chunk_files(), encoded)
             except EncoderMismatchError:
-                pass  # its finder has left word; another member may have, too
+                pass  # the mismatch file says so; another member may also have written it
             if not fast or self.job.fast_encoder:
                 return
-            self._say(f"{self.job.mismatch_file.read_text()}: all rows are encoded anew by the tokenizer, more slowly")
+            self._say(f"{self.job.mismatch_file.read_text()}: encoding all rows again with the slower tokenizer")
 
     def _write_indexes(self, selection: Selection) -> None:
-        """Write the index of each split, that of the whole folder last."""
+        """Write the index of each split; the index of the whole folder comes last."""
         self.source.check_unchanged()
         files = zip(selection.groups, group_files(self.out, selection), strict=True)
         written = [(group.split, json.loads(file.read_text())) for group, file in files]
@@ -225,7 +228,7 @@ class _Preparation:
     def _bar(self, phase: str, rows: int | None):
         from tqdm import tqdm
 
-        # In a log file, a line now and then is enough.
+        # In a log file an occasional line is enough.
         seconds = 0.1 if sys.stderr.isatty() else 30
         return tqdm(total=rows, desc=phase, unit=" rows", disable=not self.progress, mininterval=seconds)
 
@@ -235,12 +238,12 @@ class _Preparation:
 
 
 def _fates(selection: Selection) -> dict[str, int]:
-    """How many rows have each fate."""
+    """Count the rows of each fate."""
     return {name: int(np.count_nonzero(selection.fate == number)) for name, number in FATE.items()}
 
 
 def _config(source: Source, tokenizer: CorpusTokenizer | None, settings: Settings) -> dict:
-    """Gather all that decides the bytes of the shards, and nothing that differs between machines."""
+    """Gather everything that determines the bytes of the shards, and nothing that differs between machines."""
     if tokenizer is None:
         tokenizer_config = {"train_vocab_size": settings.vocab_size}
     else:

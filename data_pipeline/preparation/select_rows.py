@@ -1,4 +1,4 @@
-"""Stage 2 of a preparation: which rows stay, seen over all chunks, and which chunks are packed together."""
+"""Stage 2 of a preparation: decide over all chunks which rows stay, and which chunks are packed together."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from data_pipeline.preparation.job import FATE, FIRST_REASON, Job
 from data_pipeline.preparation.scratch import as_texts, load_arrays, map_array, save_arrays, work_folder
 
 SPLITS = ("validation", "training")  # validation first: the folder is complete once training is
-ROWS_PER_GROUP = 65536  # a group ends with the chunk that reaches this many,
-TOKENS_PER_GROUP = 2**26  # or this many, which bounds the memory of packing
+# A group ends with the chunk that reaches either limit; the limit on tokens bounds the memory of packing.
+ROWS_PER_GROUP = 65536
+TOKENS_PER_GROUP = 2**26
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Selection:
-    """What became of every row of the source, the numbers of its sources, and the groups.
+    """The fate of every row, the names of the sources, and the groups.
 
-    fate: uint8 `[rows]`, indices into FATES. first_rows: int64 `[chunks + 1]`. sources: names, in the order in which
-    they appear among kept rows. unknown_sources: those that the settings name and no row has.
+    fate: uint8 `[rows]`, indices into FATES.
+    first_rows: int64 `[chunks + 1]`, the first row of each chunk, and the number of rows at the end.
+    sources: names, in the order in which they first appear among the kept rows.
+    unknown_sources: names in the settings that no row has.
     """
 
     fate: np.ndarray
@@ -44,19 +47,19 @@ class Selection:
     groups: list[Group]
 
     def chunk(self, number: int) -> slice:
-        """The rows of a chunk."""
+        """Return the rows of a chunk."""
         return slice(int(self.first_rows[number]), int(self.first_rows[number + 1]))
 
 
 def selection_file(out: Path) -> Path:
-    """Where stage 2 leaves what it found."""
+    """Return the path of the result of stage 2."""
     return work_folder(out) / "selection.npz"
 
 
 def select_rows(job: Job) -> None:
-    """Find what repeats an earlier row, and divide the others between training and validation.
+    """Drop rows that repeat an earlier one, and divide the others between training and validation.
 
-    Beside the arrays of one chunk it holds about 60 bytes a row.
+    Needs memory for the arrays of one chunk and about 60 bytes per row.
     """
     columns = [load_arrays(path, "fate", "key", "question_key", "length") for path in job.chunk_files()]
     first_rows = np.cumsum([0, *(len(column["fate"]) for column in columns)])
@@ -70,7 +73,7 @@ def select_rows(job: Job) -> None:
         found = [map_array(signature_file(path), path) for path in job.chunk_files()]
         settings = NearDuplicateSettings(job.settings.near_duplicates)
         fate[duplicates(found, fate == 0, settings)] = FATE["near_duplicate"]
-    # By the question's hash, so that no question is in both, whatever else the corpus holds and in what order.
+    # The hash of the question alone decides, so no question is in both splits, whatever the rest of the corpus is.
     below = questions < np.uint64(int(job.settings.validation_share * 2**64))
     fate[(fate == 0) & below] = FATE["validation"]
     kept, every = _source_names(job, fate, first_rows)
@@ -88,7 +91,7 @@ def select_rows(job: Job) -> None:
 
 
 def load_selection(out: Path) -> Selection:
-    """Read what stage 2 found."""
+    """Read the result of stage 2."""
     arrays = load_arrays(selection_file(out))
     counts = dict.fromkeys(SPLITS, 0)
     groups = []
@@ -104,7 +107,7 @@ def load_selection(out: Path) -> Selection:
 def _groups(
     split: str, fate: np.ndarray, lengths: np.ndarray, first_rows: np.ndarray
 ) -> list[tuple[int, int, int, int]]:
-    """Runs of chunks that make a group of a split: its number, the first chunk, the one behind the last, rows."""
+    """Divide the chunks into groups of a split: index in SPLITS, first chunk, one past the last chunk, rows."""
     groups, first, rows, tokens = [], 0, 0, 0
     for chunk, (start, end) in enumerate(pairwise(first_rows)):
         mine = fate[start:end] == FATE[split]
@@ -117,7 +120,7 @@ def _groups(
 
 
 def _source_names(job: Job, fate: np.ndarray, first_rows: np.ndarray) -> tuple[list[str], set[str]]:
-    """The names of the kept rows' sources, in the order of appearance, and those of all rows."""
+    """Return the source names of the kept rows in order of appearance, and the source names of all rows."""
     kept: dict[str, None] = {}
     every: set[str] = set()
     for path, (start, end) in zip(job.chunk_files(), pairwise(first_rows), strict=True):

@@ -1,4 +1,4 @@
-"""What decides the bytes of a shard folder, beside the source."""
+"""The settings that, together with the source, determine the bytes of a shard folder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ LONG_DOCUMENTS = ("split", "drop")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to make shards of rows.
+    """How to make shards from rows.
 
-    tokenizer: `train`, a folder or a hub name. vocab_size: the upper limit of a trained tokenizer's. seq_len: tokens a
-    packed row. sources: keep rows of these alone, all where empty; exclude_sources: drop rows of these. minimum_tokens:
-    drop documents with fewer, special tokens not counted. long_documents: `split` those longer than a row, or `drop`
-    them. validation_share: the share of questions whose rows become the validation folder. near_duplicates: the Jaccard
-    similarity from which two rows count as the same, None to look for exact duplicates alone. decontaminate: files of
-    evaluation texts; rows that share an n-gram with them are dropped.
+    tokenizer: `train`, a folder, or a name on the hub.
+    vocab_size: upper limit for the vocabulary of a trained tokenizer.
+    seq_len: tokens per packed row.
+    sources: keep only rows of these sources; empty keeps all. exclude_sources: drop rows of these.
+    minimum_tokens: drop documents with fewer tokens, not counting special tokens.
+    long_documents: `split` or `drop` documents that are longer than a row.
+    validation_share: the share of questions whose rows go to the validation folder.
+    near_duplicates: Jaccard similarity from which two rows count as the same; None drops exact duplicates only.
+    decontaminate: files of evaluation texts; rows that share an n-gram with them are dropped.
     Raises DataError for values that cannot work.
     """
 
@@ -37,7 +40,7 @@ class Settings:
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
     def __post_init__(self) -> None:
-        # Shorter rows cut every question from its answer; a member's name has six digits for its row.
+        # Shorter rows would cut every question from its answer. A tar member's name has six digits for its row.
         limits = {"seq_len": (16, 2**20), "rows_per_shard": (1, 10**6), "minimum_tokens": (1, 2**20)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
@@ -46,14 +49,14 @@ class Settings:
         if self.long_documents not in LONG_DOCUMENTS:
             raise DataError(f"long_documents is {self.long_documents!r}: give one of {', '.join(LONG_DOCUMENTS)}")
         if not 0 <= self.validation_share < 1:
-            raise DataError(f"validation_share {self.validation_share} is no share: give 0 or more and less than 1")
+            raise DataError(f"validation_share is {self.validation_share}: give at least 0 and less than 1")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
-            raise DataError(f"near_duplicates {self.near_duplicates} is no similarity: give more than 0, at most 1")
+            raise DataError(f"near_duplicates is {self.near_duplicates}: give a similarity above 0 and at most 1")
         if both := set(self.sources) & set(self.exclude_sources):
-            raise DataError(f"the source {min(both)} is asked for and excluded: name it in one of the two")
+            raise DataError(f"the source {min(both)} is both in sources and in exclude_sources: name it in one of them")
 
     def config(self) -> dict:
-        """All that decides the bytes, as JSON values; of the tokenizer and the evaluation texts, others know more."""
+        """Return what determines the bytes, as JSON values; the caller adds the tokenizer and the evaluation texts."""
         values = asdict(self)
         del values["tokenizer"], values["vocab_size"], values["decontaminate"]
         return values | {

@@ -1,9 +1,10 @@
-"""Who does the work: the processes of this machine, MPI ranks or the tasks of a SLURM array, all on one folder.
+"""Sharing the work on one folder among local processes, MPI ranks or the tasks of a SLURM array.
 
-A unit of work leaves a file; where the file is, the unit is done, whoever did it. A member of a team claims a unit by
-another file, and does units, with as many processes as it may, as long as there is one that nobody claims; so members
-may come late, or never. A claim that is old counts no more: who made it may have died. Doing a unit twice is harmless,
-for its bytes are the same and files appear whole.
+- Every unit of work produces a file. If the file exists, the unit is done.
+- A member of a team claims a unit by creating another file, and continues until no unit is unclaimed. So members may
+  start late, or never.
+- An old claim expires, because the member that made it may have died.
+- Doing a unit twice is harmless: the bytes are the same, and files appear whole.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ PARENT_DEATH = 1  # PR_SET_PDEATHSIG
 
 
 class FinishedElsewhere(Exception):
-    """Another member has completed the folder, and the files of the work are gone."""
+    """Another member completed the folder and removed the work files."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """Member `index` of `count`; `patience`: seconds after which another member's claim counts no more."""
+    """Member `index` of `count`; `patience`: seconds after which another member's claim expires."""
 
     index: int = 0
     count: int = 1
@@ -49,10 +50,11 @@ ALONE = Member()
 
 
 class Team:
-    """One member's processes, and its view of the others.
+    """One member's worker processes, and its coordination with the other members.
 
-    finished: the file that says that all work is done. claims: the folder of the claims. workers: processes; with 1 the
-    work is done in this process.
+    workers: number of processes; with 1 the work is done in this process.
+    finished: the file whose existence means that all work is done.
+    claims: the folder of the claims.
     """
 
     def __init__(self, member: Member, workers: int, finished: Path, claims: Path) -> None:
@@ -62,7 +64,7 @@ class Team:
 
     @contextmanager
     def at_work(self) -> Iterator[Team]:
-        """Start the processes, and end them with the block; what it claimed and did not do others may have then."""
+        """Start the processes and end them with the block. If the block fails, release this member's claims."""
         try:
             with self._processes():
                 yield self
@@ -80,7 +82,7 @@ class Team:
             self._pool = ProcessPoolExecutor(
                 self.workers, mp_context=get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),)
             )
-            # All of them now: they import their libraries while this process goes on.
+            # Start all workers now: they import their libraries while this process continues.
             for _ in range(self.workers):
                 self._pool.submit(os.getpid)
         try:
@@ -96,10 +98,11 @@ class Team:
         self._pool.shutdown()
 
     def do(self, function: Callable, arguments: tuple, results: Sequence[Path], done: Callable) -> None:
-        """Have `function(*arguments, number)` called for every number whose result is not there, by anyone.
+        """Call `function(*arguments, number)` for every number whose result is missing, here or by other members.
 
-        done: called with the number of a unit, and with what the function returned where it was done here, else None.
-        Raises FinishedElsewhere where the work has come to its end meanwhile, and what the function raises.
+        done: called with the number of each unit, and with the function's return value, or None if another member did
+        the unit.
+        Raises FinishedElsewhere if another member completed the folder, and whatever the function raises.
         """
         waiting = set(range(len(results)))
         while waiting:
@@ -117,13 +120,13 @@ class Team:
                 time.sleep(POLL_SECONDS)
 
     def do_once(self, function: Callable, arguments: tuple, result: Path) -> None:
-        """Have a single piece of work done in this process, or wait until another member has done it."""
+        """Do a single unit of work in this process, or wait until another member has done it."""
         here = Team(self.member, 1, self.finished, self.claims)
         here._held = self._held
         here.do(lambda *given: function(*given[:-1]), arguments, [result], lambda number, value: None)
 
     def _unclaimed(self, waiting: set[int], results: Sequence[Path]) -> Iterator[int]:
-        """Claim and give units, one when it is asked for: this member's share first, then what others leave."""
+        """Claim units lazily and yield them: this member's share first, then units that others left."""
         index, count = self.member.index, self.member.count
         for number in sorted(waiting, key=lambda number: ((number - index) % count, number)):
             if count > 1 and self.finished.exists():
@@ -139,7 +142,7 @@ class Team:
         try:
             claim.open("x").close()
         except FileExistsError:
-            # Its holder may have died, or its unit takes long: then it is done twice, and does no harm.
+            # The holder of an old claim may have died. If it is only slow, the unit is done twice, which is harmless.
             if time.time() - _time_of(claim) < self.member.patience:
                 return False
             claim.touch()
@@ -164,7 +167,7 @@ class Team:
         running: dict[Future, int] = {}
         try:
             while True:
-                # Two units for each process: one at work, one to begin with at once.
+                # Two units per process: one running, and one queued so that no process waits.
                 while len(running) < 2 * self.workers and (number := next(numbers, None)) is not None:
                     running[self._pool.submit(function, *arguments, number)] = number
                 if not running:
@@ -173,8 +176,8 @@ class Team:
                     yield running.pop(future), future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a process of this job was killed, often for want of memory: give fewer --workers, or more memory, and "
-                "run again; what is done is kept"
+                "a process of this job was killed, probably for lack of memory: run again with fewer --workers or more "
+                "memory; finished work is kept"
             ) from error
 
 
@@ -182,22 +185,22 @@ def _time_of(claim: Path) -> float:
     try:
         return claim.stat().st_mtime
     except FileNotFoundError:
-        return time.time()  # given up this very moment: the next look finds it free
+        return time.time()  # released just now: the next poll can claim it
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Start processes that Ctrl-C does not reach, from their first moment on: it reaches all of a terminal's otherwise.
+    """Ignore SIGINT within the block, so that processes started in it ignore Ctrl-C from their first moment.
 
-    They inherit that it is ignored; the parent, which ends them, does so only meanwhile.
+    Ctrl-C reaches all processes of a terminal, but only the parent may react to it, by ending its workers.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # where no handler can be set, none is Python's to be inherited
+        yield  # only the main thread can set signal handlers
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -208,7 +211,7 @@ def _without_interrupts() -> Iterator[None]:
 
 def _begin_worker(parent: int) -> None:
     if sys.platform == "linux":
-        # A parent that is killed cannot end its workers, and they would wait for work for ever.
+        # A killed parent cannot end its workers, and they would wait for work forever.
         ctypes.CDLL(None).prctl(PARENT_DEATH, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -216,7 +219,7 @@ def _begin_worker(parent: int) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Set variables that processes started meanwhile inherit."""
+    """Set environment variables for the processes that are started within the block."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Stage 3 of a preparation: the kept rows of a group of chunks are packed and written as shards."""
+"""Stage 3 of a preparation: pack the kept rows of a group of chunks, and write them as shards."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from data_pipeline.tokens.encoding import DocumentEncoder
 
 
 def group_files(out: Path, selection: Selection) -> list[Path]:
-    """Where stage 3 leaves what it wrote for each group: index entries and counts, as JSON."""
+    """Return the paths of the JSON files, one per group, with the index entries and counts of what stage 3 wrote."""
     return [work_folder(out) / f"{group.split}-{group.number:05d}.json" for group in selection.groups]
 
 
 def folder_of(out: Path, split: str) -> Path:
-    """The shard folder of a split."""
+    """Return the shard folder of a split."""
     return out if split == "training" else out / VALIDATION_FOLDER
 
 
 def write_group(job: Job, number: int) -> dict:
-    """Write the shards of one group; returns its rows and seconds."""
+    """Write the shards of one group, and return its number of rows and seconds."""
     selection, seconds = _selection(job.out, stamp(selection_file(job.out))), Seconds()
     group = selection.groups[number]
     with seconds.of("load"):

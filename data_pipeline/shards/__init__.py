@@ -1,1 +1,1 @@
-"""The format of shard folders, and how they are written."""
+"""The format of shard folders and the code that writes them."""

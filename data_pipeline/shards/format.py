@@ -1,9 +1,12 @@
-"""Shards: WebDataset tars of packed rows, and the index that makes a folder of them complete.
+"""Shards: WebDataset tars of packed rows, and the index that completes a folder of them.
 
-A row is two members of its tar, `KEY.tokens.npy` (uint16, or uint32 above 65,536 ids; `[seq_len]`) and `KEY.spans.npy`
-(int64 `[pieces, 6]`, columns as in `packing.SPAN_COLUMNS`). Beside `SHARD.tar` stands `SHARD.offsets.npy` (uint64
-`[rows, 2]`): where in the tar the two members' data begin. `index.json` is written last: a folder without it is
-unfinished.
+A row is stored as two members of its tar:
+
+- `KEY.tokens.npy`: `[seq_len]`, uint16, or uint32 above 65,536 ids
+- `KEY.spans.npy`: int64 `[pieces, 6]`, with the columns of `packing.SPAN_COLUMNS`
+
+`SHARD.offsets.npy` (uint64 `[rows, 2]`), next to `SHARD.tar`, holds the positions in the tar at which the data of the two
+members begin. `index.json` is written last: a folder without it is unfinished.
 """
 
 import hashlib
@@ -31,12 +34,12 @@ BLOCK_BYTES = 2**20
 
 
 def token_dtype(vocab_size: int) -> type:
-    """Give the smallest of the two token types that holds all ids."""
+    """Return the smaller token type if it holds all ids, otherwise the larger one."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict:
-    """Write a file under a temporary name of this process's own, sync and rename it; returns its bytes and sha256."""
+    """Write a file under a temporary name unique to this process, sync and rename it; return its size and sha256."""
     partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{PARTIAL_SUFFIX}")
     digest, size = hashlib.sha256(), 0
     try:
@@ -49,13 +52,13 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError:
-        partial.unlink(missing_ok=True)  # it holds room that a full disk needs
+        partial.unlink(missing_ok=True)  # frees its space if the disk is full
         raise
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
-    """Join small parts to blocks: a hash and a write of some hundred bytes cost more than copying them."""
+    """Join small parts into blocks: hashing and writing a few hundred bytes at a time costs more than copying them."""
     gathered, size = [], 0
     for part in parts:
         gathered.append(part)
@@ -67,12 +70,12 @@ def _blocks(parts: Iterable[bytes | memoryview]) -> Iterator[bytes]:
 
 
 def write_shard(folder: Path, name: str, rows: PackedRows) -> dict:
-    """Write `name.tar` and `name.offsets.npy`, the same bytes for the same rows; returns the shard's index entry."""
+    """Write `name.tar` and `name.offsets.npy`; the bytes depend only on the rows. Return the shard's index entry."""
     tokens = np.ascontiguousarray(rows.tokens)
     spans = np.ascontiguousarray(rows.spans, dtype=np.int64)
     span_ends = np.cumsum(rows.pieces)
     kinds = sorted(set(rows.pieces.tolist()))
-    # The members of a shard differ in their name's number and their data: what they share is made once.
+    # The members of a shard differ only in the number in their name and in their data; the rest is built once.
     tokens_start = _Start(f"{name}-%06d.tokens.npy", tokens[:1].reshape(-1))
     spans_starts = {count: _Start(f"{name}-%06d.spans.npy", spans[:count]) for count in kinds}
     offsets = np.empty((len(tokens), 2), dtype=np.uint64)
@@ -98,21 +101,22 @@ def write_shard(folder: Path, name: str, rows: PackedRows) -> dict:
 
 
 class _Start:
-    """What stands in a tar before the data of an array of one shape: a tar header, then an npy header."""
+    """The bytes in a tar before the data of an array of a given shape: a tar header, then an npy header."""
 
     def __init__(self, pattern: str, array: np.ndarray) -> None:
         npy_header = _npy_bytes(array)[: -array.nbytes]
         size = len(npy_header) + array.nbytes
-        header = tarfile.TarInfo(pattern % 0)  # its time, user and group are zero
+        header = tarfile.TarInfo(pattern % 0)  # its time, user and group default to zero
         header.size = size
         self._digits_at = pattern.index("%")
-        self._sum_at = 148  # of the header's bytes, the checksum's own counted as spaces: six octal digits
+        # The position of the tar checksum: six octal digits, the sum of the header's bytes with the checksum as spaces.
+        self._sum_at = 148
         self._header = bytearray(header.tobuf(format=tarfile.USTAR_FORMAT) + npy_header)
         self._sum = int(self._header[self._sum_at : self._sum_at + 6], 8)
         self._padding = bytes(-size % tarfile.BLOCKSIZE)
 
     def of(self, number: int) -> tuple[bytes, int, bytes]:
-        """Give the headers of member `number`, where in them the array's file begins, and what follows its data."""
+        """Return the headers of member `number`, the offset in them of its npy file, and the padding after its data."""
         digits = b"%06d" % number
         self._header[self._digits_at : self._digits_at + 6] = digits
         self._header[self._sum_at : self._sum_at + 6] = b"%06o" % (self._sum + sum(digits) - 6 * ord("0"))
@@ -120,14 +124,14 @@ class _Start:
 
 
 def write_index(folder: Path, index: dict) -> None:
-    """Write the index, which completes the folder; everything it names must be durable under its final name."""
+    """Write the index, which completes the folder; every file it names must already be durable under its final name."""
     sync_folder(folder)
     write_file(folder / INDEX_NAME, [(json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode()])
     sync_folder(folder)
 
 
 def read_index(folder: Path) -> dict:
-    """Read the index of a finished folder; raises DataError where there is none, or one of another format."""
+    """Read the index of a finished folder; raise DataError if it is missing, unreadable or of another format version."""
     if not folder.is_dir():
         raise DataError(f"there is no shard folder {folder}: make it with `lfm prepare SOURCE --out {folder}`")
     path = folder / INDEX_NAME
@@ -142,13 +146,13 @@ def read_index(folder: Path) -> dict:
     version = index.get("format_version") if isinstance(index, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {version} and this program reads {FORMAT_VERSION}: prepare the data again"
+            f"{path} has format version {version}, but this program reads {FORMAT_VERSION}: prepare the data again"
         )
     return index
 
 
 def files_of(index: dict) -> list[dict]:
-    """List the name, bytes and sha256 of every file of the folder except the index."""
+    """List the name, size and sha256 of every file in the folder except the index."""
     return [*index["files"], *(shard["offsets"] for shard in index["files"]), *index["tokenizer"]["files"]]
 
 

@@ -1,4 +1,4 @@
-"""Documents to rows of a fixed number of tokens: best fit, and longer documents continue in further rows."""
+"""Packing of documents into rows of a fixed number of tokens by best fit; long documents span several rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ SPAN_COLUMNS = ("start", "answer_start", "end", "source", "input_row", "offset")
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents before packing, one behind another.
+    """Documents before packing, concatenated.
 
-    ids: `[tokens]`. lengths, answer_starts (index in the document of the answer's first token), sources (index into the
-    source names) and input_rows (which row of the input it was): `[documents]`.
+    ids: `[tokens]`. The other fields are `[documents]`:
+    lengths: in tokens.
+    answer_starts: index within the document of the answer's first token.
+    sources: index into the source names.
+    input_rows: index of the document's row in the input.
     """
 
     ids: np.ndarray
@@ -27,12 +30,13 @@ class Documents:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows.
+    """Packed rows.
 
-    tokens: `[rows, seq_len]`, padded at their ends. spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order, a row's behind
-    those of the row before; start, answer_start and end are positions in the row, offset is where the piece begins in
-    its document. A piece without a token of the answer has answer_start equal to its end. Padding has no span.
-    pieces: `[rows]`, how many spans each row has.
+    tokens: `[rows, seq_len]`, padded at the end of each row.
+    spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order, row by row. start, answer_start and end are positions in the row;
+    offset is the piece's start in its document. A piece without answer tokens has answer_start equal to its end. Padding
+    has no span.
+    pieces: `[rows]`, the number of spans in each row.
     """
 
     tokens: np.ndarray
@@ -41,11 +45,11 @@ class PackedRows:
 
 
 def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type) -> PackedRows:
-    """Pack a group of documents into rows of seq_len tokens; the group bounds the memory that this takes.
+    """Pack a group of documents into rows of seq_len tokens; the group's size bounds the memory.
 
-    A document longer than a row fills whole rows, and its rest is packed like any other piece. Pieces are placed
-    longest first, each into the row with the least room that still holds it. Rows come out in the order of their
-    first documents, and so do the documents of a row.
+    A document longer than a row fills whole rows, and its remainder is packed like any other piece. Pieces are placed
+    longest first, each into the row with the least free space that still holds it. The rows are ordered by their first
+    documents, and the pieces within a row by their documents.
     """
     owner, offset, length = _pieces(documents.lengths, seq_len)
     rows = best_fit(length.tolist(), seq_len)
@@ -71,7 +75,7 @@ def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type) -> 
 
 
 def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of a row at most: each piece's document, where it begins in it, and its length."""
+    """Cut documents into pieces of at most one row; return each piece's document, its offset there and its length."""
     counts = -(-lengths.astype(np.int64) // seq_len)
     owner = np.repeat(np.arange(len(lengths)), counts)
     offset = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * seq_len
@@ -79,14 +83,14 @@ def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, 
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Distribute items of the given lengths over bins, longest first, each into the fullest bin that holds it.
+    """Distribute items over bins, longest first, each into the fullest bin that still holds it.
 
-    Returns the indices of each bin's items, ascending. Equal lengths are placed in their order, so the result is
-    a function of the lengths alone. Lengths lie between 1 and the capacity.
+    Lengths must lie between 1 and the capacity. Returns the indices of each bin's items in ascending order. Items of equal
+    length are placed in input order, so the result depends only on the lengths.
     """
     bins: list[list[int]] = []
     bins_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    occupied = 0  # bit r is set where a bin with room for r tokens is open: the least room that fits is one shift away
+    occupied = 0  # bit r is set if some bin has exactly r tokens free, so a shift finds the tightest fit
     for item in sorted(range(len(lengths)), key=lambda item: -lengths[item]):
         length = lengths[item]
         fitting = occupied >> length

@@ -1,1 +1,1 @@
-"""Where rows come from."""
+"""Readers of question/answer rows, and the built-in sample."""

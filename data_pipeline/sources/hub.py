@@ -1,4 +1,4 @@
-"""Chunks of a dataset on the Hugging Face hub: its files, streamed."""
+"""Chunks of a dataset on the Hugging Face hub: each of its files is one, and is streamed."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.rows import COLUMNS, frames, require_columns, values_of
 
-WAITS = (1, 5, 30, 120)  # seconds before another attempt; `datasets` itself repeats single reads
+WAITS = (1, 5, 30, 120)  # seconds before each further attempt; `datasets` itself retries single reads
 
 
 @dataclass(frozen=True)
 class HubChunk:
-    """File number `index` of the `count` that the `train` split has."""
+    """File number `index` of the `count` files of the `train` split."""
 
     name: str
     revision: str | None
     index: int
     count: int
-    rows: None = None  # only reading tells
+    rows: None = None  # unknown until it is read
 
     def frames(self) -> Iterator[pl.DataFrame]:
-        """Yield the file's rows; a network fault repeats from the row that it struck."""
+        """Yield the file's rows. After a network fault, reading resumes at the row where it stopped."""
         given = 0
         for wait in (*WAITS, None):
             try:
@@ -43,7 +43,7 @@ class HubChunk:
                     raise DataError(
                         f"{where} stopped after {given:,} rows: check the network and run again ({reason})"
                     ) from error
-                print(f"{where} stopped after {given:,} rows ({reason}); again in {wait} s", file=sys.stderr)
+                print(f"{where} stopped after {given:,} rows ({reason}); retrying in {wait} s", file=sys.stderr)
                 time.sleep(wait)
 
     def _rows(self, skip: int) -> Iterator[dict[str, str]]:
@@ -54,9 +54,9 @@ class HubChunk:
 
 
 def hub_chunks(name: str) -> tuple[dict, tuple[HubChunk, ...]]:
-    """Give what tells the dataset from another, its name and revision, and its chunks.
+    """Return the identity of the dataset, which is its name and revision, and its chunks.
 
-    Raises DataError where there is no such dataset, or its columns are missing.
+    Raises DataError if there is no such dataset, or if required columns are missing.
     """
     import datasets
 
@@ -74,7 +74,7 @@ def hub_chunks(name: str) -> tuple[dict, tuple[HubChunk, ...]]:
 
 
 def _newest_revision(name: str) -> str | None:
-    """Pin the commit, so that a job that goes on tomorrow reads what it read today; None for a local folder."""
+    """Return the current commit, so that a job that resumes tomorrow reads the same data; None for a local folder."""
     if Path(name).exists():
         return None
     from huggingface_hub import HfApi
@@ -96,5 +96,5 @@ def _open(name: str, revision: str | None):
 def _network_faults() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The hub's error derives from its HTTP client's, whichever client that is, and from OSError.
+    # The hub's error derives from the error of its HTTP client, which differs between versions, and from OSError.
     return HfHubHTTPError.__bases__

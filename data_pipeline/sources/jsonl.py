@@ -1,4 +1,4 @@
-"""Chunks of JSON-lines files: ranges of bytes; a line belongs to the range in which it begins."""
+"""Chunks of JSON-lines files. A chunk is a range of bytes; a line belongs to the range in which it begins."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ COPY_BYTES = 2**20
 
 @dataclass(frozen=True)
 class JsonlChunk:
-    """The lines that begin at byte `start` or behind it and before byte `end`; of a gzip file, all lines."""
+    """The lines that begin at or after byte `start` and before byte `end`; for a gzip file, all lines."""
 
     file: Path
     start: int = 0
     end: int | None = None
-    rows: None = None  # only reading tells
+    rows: None = None  # unknown until it is read
 
     def frames(self) -> Iterator[pl.DataFrame]:
         yield from frames(self._rows())
@@ -37,7 +37,7 @@ class JsonlChunk:
             with gzip.open(self.file) if self.file.suffix.lower() == ".gz" else self.file.open("rb") as lines:
                 if self.start:
                     lines.seek(self.start - 1)
-                    lines.readline()  # what began before; nothing where a line ends just before `start`
+                    lines.readline()  # the rest of the line that began earlier, if any
                 position = lines.tell()
                 while self.end is None or position < self.end:
                     line = lines.readline()
@@ -49,7 +49,7 @@ class JsonlChunk:
                     position += len(line)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
-                f"{self.file} cannot be read after line {self._lines_before() + number}: fetch it again or leave it out "
+                f"{self.file} cannot be read after line {self._lines_before() + number}: download it again or leave it out "
                 f"({error})"
             ) from error
 
@@ -62,7 +62,7 @@ class JsonlChunk:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self._where(number)} is not valid JSON: correct or remove it ({error})") from error
         except DataError as error:
-            # Counting the lines before this chunk takes reading them: only where it is needed.
+            # The line number is filled in only for an error, because it requires reading everything before this chunk.
             raise DataError(str(error).replace("{where}", self._where(number))) from error
 
     def _where(self, number: int) -> str:
@@ -76,7 +76,7 @@ class JsonlChunk:
 
 
 def jsonl_chunks(file: Path) -> list[JsonlChunk]:
-    """Divide a file into ranges of bytes; a compressed one can only be read from its beginning."""
+    """Divide a file into ranges of bytes. A compressed file is one chunk, because it is readable only from its start."""
     if file.suffix.lower() == ".gz":
         return [JsonlChunk(file)]
     size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""The note beside downloaded files that says which dataset they are, and in which revision."""
+"""The note beside downloaded files that records their dataset and its revision."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ NOTE = "dataset-origin.json"
 
 
 def write_origin(folder: str | Path, dataset: str, revision: str) -> None:
-    """Leave the note in the folder that holds the files, at any depth."""
+    """Write the note into the folder that contains the files, at any depth."""
     (Path(folder) / NOTE).write_text(json.dumps({"dataset": dataset, "revision": revision}) + "\n", encoding="utf-8")
 
 
 def origin_of(file: Path) -> dict[str, str]:
-    """`dataset` and `revision` of the nearest note above a file; empty where there is none."""
+    """Return `dataset` and `revision` from the nearest note above a file, or an empty dict if there is none.
+
+    Raises DataError if the note is damaged.
+    """
     folder = file.parent.resolve()
     note = next((path for above in (folder, *folder.parents) if (path := above / NOTE).is_file()), None)
     if note is None:
@@ -25,4 +28,6 @@ def origin_of(file: Path) -> dict[str, str]:
         found = json.loads(note.read_bytes())
         return {name: str(found[name]) for name in ("dataset", "revision")}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{note} does not say `dataset` and `revision`: fetch again, or delete it") from error
+        raise DataError(
+            f"{note} does not name `dataset` and `revision`: run `lfm fetch` again, or delete the file"
+        ) from error

@@ -1,4 +1,4 @@
-"""Chunks of parquet files: whole row groups, few enough to be a small unit of work."""
+"""Chunks of parquet files. A chunk is a few whole row groups, so that it is a small unit of work."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.rows import BYTES_PER_FRAME, COLUMNS, ROWS_PER_FRAME, require_columns
 
-ROWS_PER_CHUNK = 8192  # at most, where row groups allow it
+ROWS_PER_CHUNK = 8192  # exceeded only by a single larger row group
 
 
 @dataclass(frozen=True)
 class ParquetChunk:
-    """Row groups of one file."""
+    """Consecutive row groups of one file."""
 
     file: Path
     first_group: int
@@ -32,11 +32,11 @@ class ParquetChunk:
                 rows = _rows_per_frame(parquet.metadata.row_group(group))
                 try:
                     for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-                        batch.validate(full=True)  # parquet promises UTF-8, and its readers trust it
+                        batch.validate(full=True)  # parquet readers trust text to be valid UTF-8, and it may not be
                         yield _text_frame(pl.from_arrow(pa.Table.from_batches([batch])), self.file)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
-                        f"{self.file} is corrupt in row group {group}: fetch it again or leave it out ({error})"
+                        f"{self.file} is corrupt in row group {group}: download it again or leave it out ({error})"
                     ) from error
 
 
@@ -45,9 +45,10 @@ def _rows_per_frame(group) -> int:
 
 
 def parquet_chunks(file: Path) -> list[ParquetChunk]:
-    """Divide a file's row groups; raises DataError where it is no parquet file or has not the columns.
+    """Divide a file into chunks of whole row groups.
 
     A row group of more than ROWS_PER_CHUNK rows is a chunk of its own.
+    Raises DataError if the file is not a parquet file, or if required columns are missing.
     """
     with _open(file) as parquet:
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
@@ -70,11 +71,13 @@ def _open(file: Path):
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable parquet file: fetch it again or leave it out ({error})") from error
+        raise DataError(
+            f"{file} is not a readable parquet file: download it again or leave it out ({error})"
+        ) from error
     names = parquet.schema_arrow.names
     require_columns(names, str(file))
     if twice := [column for column in COLUMNS if names.count(column) > 1]:
-        raise DataError(f"{file} has two columns {twice[0]}: rename one")
+        raise DataError(f"{file} has more than one column named {twice[0]}: rename the others")
     for column in COLUMNS:
         if column in parquet.schema_arrow.names:
             kind = parquet.schema_arrow.field(column).type

@@ -1,4 +1,4 @@
-"""What a row must be, wherever it comes from: question, answer and source, each a text."""
+"""The common form of rows from any source: the texts question, answer and source."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from data_pipeline.errors import DataError
 
 REQUIRED_COLUMNS = ("question", "answer")
 COLUMNS = ("question", "answer", "source")
-ROWS_PER_FRAME = 8192  # what is held in memory as text at a time,
-BYTES_PER_FRAME = 2**24  # or as much, about, where rows are long
+# Text in memory at a time: this many rows, or about this many bytes if the rows are long.
+ROWS_PER_FRAME = 8192
+BYTES_PER_FRAME = 2**24
 
 
 def require_columns(found: Iterable[str], where: str) -> None:
-    """Raise DataError where a required column is missing."""
+    """Raise DataError if a required column is missing."""
     missing = [column for column in REQUIRED_COLUMNS if column not in found]
     if missing:
         raise DataError(
@@ -26,21 +27,21 @@ def require_columns(found: Iterable[str], where: str) -> None:
 
 
 def values_of(row: dict, where: str, default_source: str) -> dict[str, str]:
-    """Pick the three columns of one row; raises DataError where one is missing or is no text."""
+    """Return the three columns of one row. Raises DataError if one is missing or is not text."""
     require_columns(row, where)
     values = {column: row[column] for column in REQUIRED_COLUMNS} | {"source": row.get("source", default_source)}
     for column, value in values.items():
         if value is None:
             values[column] = ""
         elif not isinstance(value, str):
-            raise DataError(f"{where} holds a {type(value).__name__} as {column}, not text: make it a string")
+            raise DataError(f"{where} has {column} of type {type(value).__name__}, not text: make it a string")
         elif not value.isascii() and re.search("[\ud800-\udfff]", value):
-            raise DataError(f"{where} has half a surrogate pair in its {column}, which is no character: remove it")
+            raise DataError(f"{where} has half a surrogate pair in its {column}, which is not a character: remove it")
     return values
 
 
 def frames(values: Iterator[dict[str, str]]) -> Iterator[pl.DataFrame]:
-    """Put rows into frames of ROWS_PER_FRAME rows, or of fewer long ones."""
+    """Collect rows into frames of ROWS_PER_FRAME rows, or fewer if the rows are long."""
     batch, size = [], 0
     for row in values:
         batch.append(row)
@@ -57,5 +58,5 @@ def _frame(rows: list[dict[str, str]]) -> pl.DataFrame:
 
 
 def empty_frame() -> pl.DataFrame:
-    """A frame without rows."""
+    """Return a frame without rows."""
     return pl.DataFrame(schema=dict.fromkeys(COLUMNS, pl.String))

@@ -1,25 +1,25 @@
-"""The built-in sample corpus: some 7,500 short questions and answers, enough to see a tiny model learn within minutes.
+"""The built-in sample corpus: about 7,500 short questions and answers, enough for a tiny model to learn within minutes.
 
-Rows have WebInstructSub's columns (`orig_question`, `orig_answer`, `question`, `answer`, `source`, `index`) and its
-kinds of dirt. Everything is drawn from `random.Random(SEED)`: the rows are the same on every machine.
+Rows have the columns of WebInstructSub (`orig_question`, `orig_answer`, `question`, `answer`, `source`, `index`) and
+its kinds of dirt. All random choices come from `random.Random(SEED)`, so the rows are the same on every machine.
 
 **Families.** Fact tables (`sample_facts.py`: capitals, elements, opposites, animals, months, definitions, ...) and
 number families computed here (sums, differences, times tables, equations, units, comparisons, parity, neighbors,
 weekdays some days on). A family is a list of facts and 4 to 7 phrasings; a fact has one answer in every phrasing.
 
-**The split.** No held-out question occurs in training; each combines things that do, in one of two ways:
+**The split.** No held-out question occurs in training. Each one combines things that do, in one of two ways:
 
-- `known` (about two thirds): the fact was asked in training, in other phrasings, and this phrasing was used for
-  other facts. Right answers show that the model has learned facts and not strings.
-- `new` (about a third): the operands were never seen together. A number bond (7, 8, 15) that is held out is
-  held out in either order and from sums, differences and equations alike; likewise a pair of numbers to compare, a
-  number whose parity or neighbor is asked, a number with a unit, a weekday with a number of days. Every word of
-  such an answer occurs in other training answers. Right answers show that the model computes rather than recalls.
-  Held-out numbers lie among the trained ones: nothing here measures longer numbers.
+- `known` (about two thirds): training asks for the same fact in other phrasings, and uses this phrasing for other
+  facts. Right answers show that the model has learned facts and not strings.
+- `new` (about a third): training never has the operands together. A held-out number bond (7, 8, 15) is held out in
+  either order, and from sums, differences and equations. The same holds for a pair of numbers to compare, a number
+  whose parity or neighbor is asked, a number with a unit, and a weekday with a number of days. Every word of such an
+  answer occurs in other training answers. Right answers show that the model computes rather than recalls. Held-out
+  numbers lie in the range of the trained ones, so longer numbers are not measured.
 
-**Dirt.** About a sixth of the training rows are soiled in question or answer (entities, URLs, control and zero-width
-characters, decomposed accents, stray whitespace); a few are repeated exactly, unanswered, or speak of `<s>` and
-`<mask>`. Cleaning `training_rows()` gives back `clean_rows()`, row by row. Held-out rows are clean.
+**Dirt.** About a sixth of the training rows have dirt in question or answer: entities, URLs, control and zero-width
+characters, decomposed accents, stray whitespace. A few rows are exact repetitions, have no answer, or contain `<s>` and
+`<mask>` as text. Cleaning `training_rows()` gives `clean_rows()`, row by row. Held-out rows are clean.
 """
 
 import html
@@ -38,7 +38,7 @@ SHARE_OF_REPEATED_ROWS = 0.02
 
 @dataclass(frozen=True)
 class Fact:
-    """What fills a phrasing's slots, the answer, and the combination that is held out as a whole (if it may be)."""
+    """The values for a phrasing's slots, the answer, and the combination to hold out as a whole ("" for never)."""
 
     slots: tuple[str, ...]
     answer: str
@@ -47,7 +47,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Family:
-    """Facts that are asked in the same phrasings; in training each is asked in `phrasings_per_fact` of them."""
+    """Facts that share their phrasings. Training asks for each fact in at most `phrasings_per_fact` of them."""
 
     name: str
     source: str
@@ -83,7 +83,7 @@ def _mathematics(name: str, phrasings: tuple[str, ...], facts: list[Fact], phras
 
 
 def _bond(first: int, second: int) -> str:
-    # With 0 and 1 the neighbors of a number would give the answer away, so these bonds are never held out.
+    # Bonds with 0 and 1 are never held out: the questions about the neighbors of a number would give the answer away.
     return f"bond {min(first, second)} {max(first, second)}" if min(first, second) > 1 else ""
 
 
@@ -91,7 +91,7 @@ def _arithmetic_families() -> list[Family]:
     bonds = [(first, second) for first in range(21) for second in range(21 - first)]
     sums = [Fact((str(a), str(b)), str(a + b), _bond(a, b)) for a, b in bonds]
     differences = [Fact((str(a + b), str(a)), str(b), _bond(a, b)) for a, b in bonds]
-    # x + a = c. Zero would make the equation trivial, and there are sums enough with it.
+    # x + a = c. Equations with zero are left out: they are trivial, and the sums have enough zeros.
     equations = [Fact((str(a), str(a + b)), f"x = {b}", _bond(a, b)) for a, b in bonds if a and b]
     products = [Fact((str(a), str(b)), str(a * b)) for a in range(2, 11) for b in range(2, 11)]
     return [
@@ -121,7 +121,7 @@ def _number_families(generator: random.Random) -> list[Family]:
     following = [Fact((str(n),), str(n + 1), f"after {n}") for n in numbers]
     preceding = [Fact((str(n),), str(n - 1), f"before {n}") for n in numbers]
     pairs = sorted({tuple(sorted(generator.sample(range(10, 100), 2))) for _ in range(160)})
-    # Either number may stand first, or the model could answer by position.
+    # Either number may come first; otherwise the model could answer by position.
     shown = [(pair, pair if generator.random() < 0.5 else pair[::-1]) for pair in pairs]
     larger = [Fact((str(a), str(b)), str(pair[1]), f"compare {pair}") for pair, (a, b) in shown]
     signs = [Fact((str(a), str(b)), "<" if a < b else ">", f"compare {pair}") for pair, (a, b) in shown]
@@ -149,7 +149,7 @@ def _number_families(generator: random.Random) -> list[Family]:
     ]
 
 
-# Decimal conversions only need zeros appended, so a number never seen with the unit can be converted.
+# Decimal conversions only append zeros, so the model can convert a number that it never saw with the unit.
 DECIMAL_UNITS = (
     ("meters", "centimeters", "00"), ("kilometers", "meters", "000"), ("centimeters", "millimeters", "0"),
     ("kilograms", "grams", "000"), ("liters", "milliliters", "000"), ("tonnes", "kilograms", "000"),
@@ -200,7 +200,7 @@ def _families(generator: random.Random) -> list[Family]:
 
 
 def _hold_out_combinations(families: list[Family], generator: random.Random) -> dict[str, Entry]:
-    """Combination → the one question that asks for it. Every other fact of these combinations leaves the corpus."""
+    """Return for each held-out combination the one question about it. Its other facts are left out of the corpus."""
     facts_by_combination: dict[str, list[Fact]] = {}
     for family in families:
         for fact in family.facts:
@@ -214,7 +214,7 @@ def _hold_out_combinations(families: list[Family], generator: random.Random) -> 
         while len(held_out) < wanted:
             fact = candidates.pop()
             leaving = Counter(word for gone in facts_by_combination[fact.combination] for word in gone.answer.split())
-            # An answer that no training row spells out would be a matter of luck.
+            # Without a training row that contains every word of the answer, a right answer would be luck.
             if fact.combination in held_out or any(remaining_words[word] <= leaving[word] for word in leaving):
                 continue
             remaining_words -= leaving
@@ -223,7 +223,7 @@ def _hold_out_combinations(families: list[Family], generator: random.Random) -> 
 
 
 def split() -> tuple[list[Entry], list[Entry]]:
-    """The training entries and the held-out entries, in the order of the families."""
+    """Return the training entries and the held-out entries, in the order of the families."""
     generator = random.Random(SEED)
     families = _families(generator)
     new = _hold_out_combinations(families, generator)
@@ -239,9 +239,9 @@ def split() -> tuple[list[Entry], list[Entry]]:
     return training, held_out
 
 
-# Unanswered, as some rows of WebInstructSub are: one answer is empty, one is whitespace.
+# Some rows of WebInstructSub have no answer. Here one answer is empty and one is whitespace.
 UNANSWERED = (("What is the best book ever written?", ""), ("How many stars will we never see?", " \t "))
-# These strings are special tokens to the tokenizer and plain text to the writer.
+# Strings that are special tokens for the tokenizer, used here as plain text.
 LITERAL_TOKENS = (
     ("What does the HTML tag <s> do?", "It strikes text through."), ("Which tag closes the HTML tag <s>?", "</s>"),
     ("What does a masked language model read in place of a hidden word?", "<mask>"),
@@ -254,12 +254,12 @@ def _row(question: str, answer: str, source: str, index: int) -> dict:
 
 
 def held_out_rows() -> list[dict]:
-    """The held-out questions with their answers, clean, in WebInstructSub's columns."""
+    """Return the held-out questions with their clean answers, in the columns of WebInstructSub."""
     return [_row(entry.question, entry.answer, entry.source, index) for index, entry in enumerate(split()[1])]
 
 
 def clean_rows() -> list[dict]:
-    """The training rows before dirt and repetition: row i is `training_rows()`' row i; the repeated rows come after."""
+    """Return the training rows without dirt: row i is row i of `training_rows()`, which ends with repetitions."""
     texts = [(entry.question, entry.answer, entry.source) for entry in split()[0]]
     texts += [(question, answer.strip(), "stackexchange") for question, answer in UNANSWERED]
     texts += [(question, answer, "stackexchange") for question, answer in LITERAL_TOKENS]
@@ -268,7 +268,7 @@ def clean_rows() -> list[dict]:
 
 
 def training_rows() -> Iterator[dict]:
-    """The training rows in WebInstructSub's columns, soiled and partly repeated as scraped text is."""
+    """Yield the training rows in the columns of WebInstructSub, with dirt and repetitions like scraped text."""
     generator = random.Random(SEED)
     whitespace_answers = dict(UNANSWERED)
     literal_questions = [question for question, _ in LITERAL_TOKENS]
@@ -277,7 +277,7 @@ def training_rows() -> Iterator[dict]:
         question, answer = clean["question"], whitespace_answers.get(clean["question"], clean["answer"])
         if answer.strip() and question not in literal_questions and generator.random() < SHARE_OF_SOILED_ROWS:
             question = _soil(question, generator)
-            # Few answers have accents; those that do are decomposed with their question.
+            # An answer with accents always gets dirt as well: few have accents, and these are to be decomposed.
             if generator.random() < 0.2 or not answer.isascii():
                 answer = _soil(answer, generator)
         rows.append(clean | {
@@ -312,7 +312,7 @@ def _inside_a_word(text: str, generator: random.Random) -> int:
 
 
 def _at_a_space(text: str, piece: str, generator: random.Random) -> str:
-    """Replaces one of the text's spaces, or adds the piece at the end of a text without any."""
+    """Replace one space of the text by the piece, or append the piece if the text has no space."""
     spaces = [position for position, character in enumerate(text) if character == " "]
     if not spaces:
         return text + piece
@@ -320,8 +320,8 @@ def _at_a_space(text: str, piece: str, generator: random.Random) -> str:
     return text[:position] + piece + text[position + 1:]
 
 
-# Each leaves a text that cleaning turns back into the clean one. Line breaks stand at the end only: inside, cleaning
-# may rightly keep them. Control characters stand beside a space: it makes no difference whether they vanish or separate.
+# Cleaning undoes each kind of dirt exactly. Line breaks are only added at the end, because cleaning may rightly keep
+# others. Control characters are put beside a space, where removing them and treating them as separators are the same.
 DIRT: dict[str, Callable[[str, random.Random], str]] = {
     "entity": lambda text, generator: _escape(text),
     "twice-escaped entity": lambda text, generator: _escape(_escape(text)),
@@ -342,7 +342,7 @@ RARE_DIRT = ("entity", "twice-escaped entity", "decomposed accent")
 
 
 def _soil(text: str, generator: random.Random) -> str:
-    """The text with one kind of dirt; a kind that few texts can take is preferred where the text can."""
+    """Return the text with one kind of dirt, preferring a rare kind if the text can have it."""
     possible = [kind for kind in RARE_DIRT if DIRT[kind](text, generator) != text]
     common = [kind for kind in DIRT if kind not in RARE_DIRT]
     if "decomposed accent" in possible:

@@ -1,8 +1,8 @@
 """The fact tables of the built-in sample corpus: each table's facts, and the phrasings that ask for them.
 
-A fact has one subject and one canonical answer, whichever phrasing asks, so that an exact match is a fair measure.
-Left out on purpose: whatever has two right answers or an argument behind it (Bolivia's capital, the number of
-continents, a young wolf).
+A fact has one subject and one canonical answer in every phrasing, so that an exact match is a fair measure. Facts with
+two right answers or a dispute about them are left out on purpose (Bolivia's capital, the number of continents, a young
+wolf).
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FactTable:
-    """Facts of one kind: subject → answer, and the phrasings, each with one `{}` for the subject."""
+    """Facts of one kind, as subject → answer, and the phrasings, each with one `{}` for the subject."""
 
     name: str
     source: str
@@ -20,11 +20,11 @@ class FactTable:
 
 
 def _read(text: str) -> dict[str, str]:
-    """The table written as `subject: answer; subject: answer`."""
+    """Parse a table written as `subject: answer; subject: answer`."""
     pairs = [entry.split(":") for entry in " ".join(text.split()).split(";") if entry.strip()]
     table = {subject.strip(): answer.strip() for subject, answer in pairs}
     if len(table) != len(pairs):
-        raise ValueError(f"a subject stands twice in the table that begins {text.split(';')[0].strip()!r}")
+        raise ValueError(f"a subject occurs twice in the table that begins with {text.split(';')[0].strip()!r}")
     return table
 
 
@@ -47,7 +47,7 @@ CAPITALS = _read("""
     Australia: Canberra; New Zealand: Wellington
 """)
 
-# Egypt and the island states are left out: "which continent" has more than one defensible answer there.
+# Egypt and the island states are left out, because their continent is debatable.
 CONTINENTS = {
     country: continent
     for continent, countries in {
@@ -68,7 +68,7 @@ SYMBOLS = _read("""
 """)
 ATOMIC_NUMBERS = {element: str(number) for number, element in enumerate(list(SYMBOLS)[:20], start=1)}
 
-# Only pairs that read well both ways: "short" could be answered by "tall" or by "long", so it is asked in neither.
+# Only pairs that work in both directions. "short" is left out: its opposite could be "tall" or "long".
 _OPPOSITES = _read("""
     hot: cold; up: down; open: closed; wet: dry; fast: slow; early: late; full: empty; strong: weak; rich: poor;
     loud: quiet; happy: sad; inside: outside; true: false; day: night; love: hate; win: lose; buy: sell; push: pull;
@@ -124,7 +124,7 @@ MONTH_LENGTHS = dict(zip(MONTHS, "31 28 31 30 31 30 31 31 30 31 30 31".split(), 
 PLANETS = "Mercury Venus Earth Mars Jupiter Saturn Uranus Neptune".split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth".split()
 
-# Mixing paint, not light.
+# The colors of mixed paint, not of mixed light.
 COLORS = _read("""
     red & yellow: orange; blue & yellow: green; red & blue: purple; red & white: pink; black & white: gray;
     yellow & red: orange; yellow & blue: green; blue & red: purple; white & red: pink; white & black: gray

@@ -1,7 +1,7 @@
-"""Where rows come from: the built-in sample, parquet and jsonl files, or a dataset on the hub.
+"""Sources of rows: the built-in sample, parquet and jsonl files, or a dataset on the hub.
 
-A source is a list of chunks. A chunk is the unit of work: a range of rows that the source and the constants here fix,
-whoever reads it.
+A source is a list of chunks. A chunk is a range of rows and the unit of work. Only the source and the constants in these
+modules determine the chunks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 class Chunk(Protocol):
-    """A range of rows of a source; small, since it travels to the process that reads it.
+    """A range of rows of a source. The object is small, because it is sent to the process that reads the rows.
 
-    rows: None where only reading tells.
+    rows: the number of rows, or None if it is unknown until they are read.
     """
 
     rows: int | None
@@ -41,13 +41,13 @@ class Chunk(Protocol):
     def frames(self) -> Iterator[pl.DataFrame]:
         """Yield frames with the string columns question, answer and source, in a fixed order.
 
-        Raises DataError for what is no row, and where it cannot be read.
+        Raises DataError for a bad row, and if the chunk cannot be read.
         """
 
 
 @dataclass(frozen=True)
 class FileState:
-    """How large a file is and when it was last written."""
+    """The size of a file and the time when it was last written."""
 
     file: Path
     size: int
@@ -55,12 +55,12 @@ class FileState:
 
     @classmethod
     def of(cls, file: Path) -> FileState:
-        """Return a file's present state."""
+        """Return the current state of a file."""
         stat = file.stat()
         return cls(file, stat.st_size, stat.st_mtime_ns)
 
     def check_unchanged(self) -> None:
-        """Raise `DataError` if the file was written, replaced or removed since."""
+        """Raise DataError if the file was written, replaced or removed since."""
         try:
             now = FileState.of(self.file)
         except OSError as error:
@@ -76,7 +76,7 @@ class FileState:
 
 @dataclass(frozen=True)
 class FileChunk:
-    """A chunk of a file. Reading it fails if the file is not as it was when the source was opened."""
+    """A chunk of a file. Reading it fails if the file has changed since the source was opened."""
 
     chunk: Chunk
     state: FileState
@@ -89,17 +89,18 @@ class FileChunk:
         try:
             yield from self.chunk.frames()
         except DataError:
-            self.state.check_unchanged()  # the likelier cause
+            self.state.check_unchanged()  # a changed file is the likelier cause
             raise
         self.state.check_unchanged()
 
 
 @dataclass(frozen=True)
 class Source:
-    """The chunks in their order.
+    """The chunks of an input, in order.
 
-    name: for people. identity: what tells this input from another one, as JSON values, without a path of this machine.
-    files: the files that it consists of, if it consists of files.
+    name: shown to the user.
+    identity: JSON values that distinguish this input from others; it contains no paths, so it is the same on every machine.
+    files: the files of the source; empty if it does not consist of files.
     """
 
     name: str
@@ -109,17 +110,17 @@ class Source:
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows there are, None where only reading tells."""
+        """The number of rows, or None if it is unknown until they are read."""
         rows = [chunk.rows for chunk in self.chunks]
         return None if None in rows else sum(rows)
 
     def check_unchanged(self) -> None:
-        """Raise `DataError` if one of the files changed since the source was opened."""
+        """Raise DataError if one of the files has changed since the source was opened."""
         for state in self.files:
             state.check_unchanged()
 
     def frames(self) -> Iterator[pl.DataFrame]:
-        """Yield all chunks' frames."""
+        """Yield the frames of all chunks."""
         for chunk in self.chunks:
             yield from chunk.frames()
 
@@ -127,7 +128,7 @@ class Source:
 def open_source(source: str | list[str]) -> Source:
     """Open `sample`, parquet or jsonl files (paths, folders, globs), or a dataset on the hub by its name.
 
-    Raises DataError where that is none of them, or where the columns are missing.
+    Raises DataError if the source is none of these, or if required columns are missing.
     """
     parts = [source] if isinstance(source, str) else list(source)
     if parts == ["sample"]:
@@ -141,7 +142,7 @@ def open_source(source: str | list[str]) -> Source:
 
 
 def file_source(parts: list[str]) -> Source:
-    """Open parquet and jsonl files, which follow one another in sorted order; no chunk crosses a file."""
+    """Open parquet and jsonl files as one source, in sorted order; every chunk lies within one file."""
     files = sorted({file.resolve(): file for part in parts for file in _files_of(part)}.values())
     if not files:
         raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
@@ -158,7 +159,7 @@ def file_source(parts: list[str]) -> Source:
 
 
 def _digest(file: Path) -> str:
-    """Hash blocks spread over a file, so that an edited one is noticed without reading gigabytes: all of it up to 4 MiB."""
+    """Hash blocks spread over a file, to notice edits without reading gigabytes. Up to 4 MiB, everything is hashed."""
     digest, size = hashlib.sha256(), file.stat().st_size
     step = max(BLOCK_BYTES, size // BLOCKS)
     with file.open("rb") as content:
@@ -198,7 +199,7 @@ def _is_local(part: str) -> bool:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Every file of a folder and those below it, linked folders too, each of them once: a link may lead back up."""
+    """Yield every file below a folder, following linked folders. Visit each folder once, because links can form loops."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:
@@ -210,18 +211,18 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _files_of(part: str) -> list[Path]:
-    """List the files that one path, folder or glob stands for; raises DataError where it stands for none."""
+    """List the files that a path, folder or glob stands for. Raises DataError if there are none."""
     path = Path(part).expanduser()
     if path.is_dir():
         found = [file for file in _files_below(path) if file.is_file()]
     elif path.exists():
         if not path.name.lower().endswith(FILE_SUFFIXES):
-            raise DataError(f"{part} is of no known kind: give {', '.join(FILE_SUFFIXES)} files")
+            raise DataError(f"{part} is of an unknown kind: give {', '.join(FILE_SUFFIXES)} files")
         return [path]
     else:
         found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
     files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES)]
     if not files:
-        fault = "holds" if path.is_dir() else "does not exist, or matches"
+        fault = "contains" if path.is_dir() else "does not exist, or matches"
         raise DataError(f"the source {part} {fault} no {', '.join(FILE_SUFFIXES)} file: check the path")
     return files

@@ -1,1 +1,1 @@
-"""Texts to token ids."""
+"""Conversion of texts to token ids."""

@@ -1,7 +1,7 @@
-"""Rows to token ids at the speed of memory: a saved tokenizer, and gigatoken, which does the same a hundred times faster.
+"""Encoding of rows as token ids, with a saved tokenizer or with gigatoken, which is a hundred times faster.
 
-gigatoken rebuilds a byte-level BPE from its `tokenizer.json`. Whether the two agree is checked on a sample of every
-run's documents.
+gigatoken rebuilds a byte-level BPE from its `tokenizer.json`. In every run, a sample of the documents is encoded with both
+to check that they agree.
 """
 
 from __future__ import annotations
@@ -17,22 +17,25 @@ from tokenizers import Tokenizer
 from data_pipeline.shards.format import token_dtype
 from data_pipeline.tokens.text_buffer import text_buffer
 
-CHECKED_SHARE = 400  # one document in so many is encoded by the tokenizer, too: it takes about as long as the rest,
-LONGEST_CHECKED = 20_000  # and of long texts too long
-SEGMENTS = 5  # of a document: <s>, question, <sep>, answer, </s>
+# One text in 400 is also encoded by the tokenizer. This takes about as long as encoding all texts with gigatoken.
+CHECKED_SHARE = 400
+# Bytes. Longer texts are not checked, because the tokenizer would take too long.
+LONGEST_CHECKED = 20_000
+SEGMENTS = 5  # segments of a document: <s>, question, <sep>, answer, </s>
 QUESTION, ANSWER = 1, 3
 
 
 class EncoderMismatchError(Exception):
-    """The fast encoder gave other ids than the tokenizer."""
+    """The fast encoder and the tokenizer gave different ids."""
 
 
 class DocumentEncoder:
     """Encodes questions and answers as documents `<s> question <sep> answer </s>`.
 
-    folder: a tokenizer as `tokenization` saves it. fast: encode with gigatoken, and check it; else with the tokenizer.
-    Special tokens that stand literally in a text are encoded as text.
-    Raises RuntimeError or ValueError where gigatoken does not know this kind of tokenizer.
+    folder: a tokenizer folder as `CorpusTokenizer.save` writes it.
+    fast: encode with gigatoken and check a sample; otherwise encode with the tokenizer.
+    Special tokens that appear literally in a text are encoded as text.
+    Raises RuntimeError or ValueError if gigatoken does not support this kind of tokenizer.
     """
 
     def __init__(self, folder: str | Path, fast: bool) -> None:
@@ -50,9 +53,9 @@ class DocumentEncoder:
         self._fast = _gigatoken(text) if fast else None
 
     def encode(self, question: pl.Series, answer: pl.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Encode rows; returns ids `[tokens]`, one document behind another, and lengths and answer starts `[rows]`.
+        """Encode rows; return the concatenated ids `[tokens]`, and the documents' lengths and answer starts `[rows]`.
 
-        Raises EncoderMismatchError where gigatoken and the tokenizer differ on a document of the sample.
+        Raises EncoderMismatchError if gigatoken and the tokenizer differ on a text of the sample.
         """
         question_ids, question_lengths = self._encode_texts(question)
         answer_ids, answer_lengths = self._encode_texts(answer)
@@ -83,7 +86,7 @@ class DocumentEncoder:
 
 
 def fast_encoder_problem(folder: str | Path) -> str | None:
-    """Tell why gigatoken cannot encode with this tokenizer, in half a sentence; None where it can."""
+    """Return why gigatoken cannot encode with this tokenizer, as a short phrase; None if it can."""
     try:
         _gigatoken((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
     except (RuntimeError, ValueError) as error:
@@ -91,22 +94,22 @@ def fast_encoder_problem(folder: str | Path) -> str | None:
     return None
 
 
-@lru_cache(maxsize=1)  # a job asks whether there is one, and then encodes with it
+@lru_cache(maxsize=1)  # a job first checks whether gigatoken supports the tokenizer, then encodes with it
 def _gigatoken(tokenizer_json: str):
     import gigatoken
 
-    # Without its added tokens, so that none is recognised in a text; the layout places them.
+    # Drop the added tokens, so that none is recognised in a text; DocumentEncoder inserts the special ids itself.
     described = json.loads(tokenizer_json) | {"added_tokens": [], "post_processor": None}
     return gigatoken.Tokenizer.from_json(json.dumps(described))
 
 
 def _encode_fast(encoder, texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Encode a column without making Python strings of it: ids, uint32 `[tokens]`, and offsets `[rows + 1]`."""
+    """Encode a column without creating Python strings: ids, uint32 `[tokens]`, and offsets `[rows + 1]`."""
     import awkward as ak
 
     buffer, offsets = text_buffer(texts)
     characters = ak.contents.NumpyArray(buffer, parameters={"__array__": "char"})
     column = ak.contents.ListOffsetArray(ak.index.Index64(offsets), characters, parameters={"__array__": "string"})
-    # On the calling thread: the work is spread over processes already.
+    # Stay on the calling thread: the work is already spread over processes.
     encoded = encoder.encode_batch(ak.Array(column), parallel=False).layout
     return np.asarray(encoded.content.data), np.asarray(encoded.offsets.data)

@@ -1,4 +1,4 @@
-"""A column of texts as one run of bytes, without making Python strings of it."""
+"""Access to a column of texts as a single byte buffer, without creating Python strings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import polars as pl
 
 
 def text_buffer(texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
-    """Give a column's UTF-8 bytes, uint8, and where each text begins in them, int64 `[rows + 1]`."""
+    """Return a column's UTF-8 bytes, uint8, and the offsets of its texts in them, int64 `[rows + 1]`."""
     if texts.is_empty():
         return np.empty(0, dtype=np.uint8), np.zeros(1, dtype=np.int64)
     array = texts.to_arrow()

@@ -1,8 +1,8 @@
-"""Texts to ids and back with a saved tokenizer, in the layout `<s> question <sep> answer </s>`.
+"""Encoding and decoding with a saved tokenizer, in the layout `<s> question <sep> answer </s>`.
 
-Question and answer are encoded separately, each exactly as it stands and without a space before it, so decoding the
-tokens between two special tokens gives that text back character for character. Special tokens that stand literally in
-a text are encoded as text; the ids of special tokens come only from the layout.
+Question and answer are encoded separately, unchanged and without a space in front. Decoding the tokens between two special
+tokens therefore gives the text back character for character. Special tokens that appear literally in a text are encoded
+as text; the ids of special tokens come only from the layout.
 """
 
 import hashlib
@@ -11,20 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # transformers takes seconds to import, and preparing data does without it
+if TYPE_CHECKING:  # transformers takes seconds to import, and data preparation does not need it
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerFast", question: str) -> list[int]:
-    """Encode a question as `<s> question <sep>`, the part of a document that comes before its answer."""
+    """Encode a question as `<s> question <sep>`, the part of a document before the answer."""
     with special_tokens_as_text(tokenizer) as backend:
         ids = backend.encode(question, add_special_tokens=False).ids
     return [tokenizer.bos_token_id, *ids, tokenizer.sep_token_id]
 
 
 def encode_answer(tokenizer: "PreTrainedTokenizerFast", answer: str) -> list[int]:
-    """Encode an answer as `answer </s>`, the part of a document that follows its `<sep>`."""
+    """Encode an answer as `answer </s>`, the part of a document after the `<sep>`."""
     with special_tokens_as_text(tokenizer) as backend:
         return [*backend.encode(answer, add_special_tokens=False).ids, tokenizer.eos_token_id]
 
@@ -38,16 +38,16 @@ def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
 
 
 def fingerprint(backend: "Tokenizer") -> str:
-    """Give the sha256 of all that decides how text becomes ids, as hexadecimal digits."""
+    """Compute the hexadecimal sha256 of everything that decides how text becomes ids."""
     described = json.loads(backend.to_str())
-    # An earlier call with padding or truncation leaves its settings in the backend; they are no part of the tokenizer.
+    # An earlier call may have left padding or truncation settings in the backend; they are not part of the tokenizer.
     del described["padding"], described["truncation"]
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
 def special_tokens_as_text(tokenizer: "PreTrainedTokenizerFast") -> "Iterator[Tokenizer]":
-    """Lend the backend so set that it cuts, pads and recognises nothing, and put its settings back afterwards."""
+    """Provide the backend without truncation, padding and special-token recognition; restore its settings on exit."""
     backend = tokenizer.backend_tokenizer
     truncation, padding, as_text = backend.truncation, backend.padding, backend.encode_special_tokens
     backend.no_truncation()

@@ -1,6 +1,6 @@
-"""The tokenizer of a corpus: loaded, or trained in LED's shape, and written as transformers writes and reads it.
+"""The tokenizer of a corpus: loaded, or trained in LED's form, and saved in transformers' format.
 
-Only the `tokenizers` library is imported. transformers would take longer to import than preparing 10,000 rows.
+Only the `tokenizers` library is imported: importing transformers takes longer than preparing 10,000 rows.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from data_pipeline.errors import DataError
 from data_pipeline.tokens import tokenization
 
 SEP_TOKEN = "<sep>"
-# As in LED's vocabulary: these four first, `<mask>` last.
+# The order of LED's vocabulary: these four first, `<mask>` last.
 FIRST_SPECIAL_TOKENS = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 MASK_TOKEN = "<mask>"
 LED_SPECIAL_TOKENS = FIRST_SPECIAL_TOKENS | {"mask_token": MASK_TOKEN}
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SMALLEST_VOCABULARY = 256 + len(FIRST_SPECIAL_TOKENS) + 2  # every byte, and the special tokens
-# Of these, transformers takes the vocabulary and the merges alone, whatever else tokenizer.json says.
+# For these classes, transformers uses only the vocabulary and the merges, and ignores the rest of tokenizer.json.
 LED_CLASSES = ("LEDTokenizer", "BartTokenizer", "RobertaTokenizer")
-LED_MODELS = ("led", "bart", "roberta")  # what a model's config.json says, if the tokenizer's names no class
+LED_MODELS = ("led", "bart", "roberta")  # model types in config.json, read if tokenizer_config.json names no class
 HUB_FILES = (
     "config.json",
     "tokenizer.json",
@@ -35,8 +35,8 @@ HUB_FILES = (
     "merges.txt",
 )
 
-# `<s> question <sep> answer </s>`, again for each turn. A system text stands before the first question. `generation` marks
-# what an assistant wrote, for transformers' `return_assistant_tokens_mask`.
+# `<s> question <sep> answer </s>` for each turn. A system text is put before the first question. `generation` marks the
+# assistant's text for transformers' `return_assistant_tokens_mask`.
 CHAT_TEMPLATE = (
     "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}{% for part in content %}"
     "{% if part['type'] == 'text' %}{{ part['text'] }}"
@@ -58,7 +58,7 @@ ROUND_TRIP_PROBE = "Ab  c\n x² ≤ 12.50 don't , <s>é"
 
 @dataclass(frozen=True)
 class CorpusTokenizer:
-    """A byte-level BPE that knows `<sep>`, and the names of its special tokens (`bos_token` and so on)."""
+    """A byte-level BPE that knows `<sep>`, and its special tokens by name (`bos_token` and so on)."""
 
     backend: Tokenizer
     special_tokens: dict[str, str]
@@ -69,15 +69,15 @@ class CorpusTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of all that decides how text becomes ids."""
+        """The sha256 of everything that decides how text becomes ids."""
         return tokenization.fingerprint(self.backend)
 
     def files(self) -> dict[str, bytes]:
-        """Give the contents of a tokenizer folder by file name, byte for byte as transformers' `save_pretrained`."""
+        """Return the files of a tokenizer folder by name, byte for byte as transformers' `save_pretrained` writes them."""
         config = {
             "backend": "tokenizers",
             "clean_up_tokenization_spaces": False,
-            "model_max_length": int(1e30),  # transformers' word for "no limit"
+            "model_max_length": int(1e30),  # transformers' value for "no limit"
             "padding_side": "left",
             "tokenizer_class": "TokenizersBackend",
             **self.special_tokens,
@@ -97,9 +97,9 @@ class CorpusTokenizer:
 
 
 def load_tokenizer(name_or_path: str) -> CorpusTokenizer:
-    """Load a byte-level BPE tokenizer of the LED, BART or RoBERTa kind, and prepare it for our documents.
+    """Load a byte-level BPE tokenizer of the LED, BART or RoBERTa kind, and prepare it for this project's documents.
 
-    name_or_path: a folder, or a name on the Hugging Face hub. A tokenizer saved by this package comes back unchanged.
+    name_or_path: a folder, or a name on the Hugging Face hub. A tokenizer saved by this package is loaded unchanged.
     Raises DataError if there is no such tokenizer, or if it cannot give every text back exactly.
     """
     folder = Path(name_or_path)
@@ -109,8 +109,8 @@ def load_tokenizer(name_or_path: str) -> CorpusTokenizer:
     missing = [name for name in ("bos_token", "eos_token", "pad_token") if name not in special_tokens]
     if missing:
         raise DataError(
-            f"the tokenizer {name_or_path!r} has no {missing[0]}: use a byte-level BPE with a beginning, end and padding "
-            "token, such as LED's"
+            f"the tokenizer {name_or_path!r} has no {missing[0]}: use a byte-level BPE with bos, eos and padding tokens, "
+            "such as LED's"
         )
     tokenizer = _prepare(backend, special_tokens)
     backend.encode_special_tokens = True
@@ -118,28 +118,29 @@ def load_tokenizer(name_or_path: str) -> CorpusTokenizer:
     backend.encode_special_tokens = False
     if decoded != ROUND_TRIP_PROBE:
         raise DataError(
-            f"the tokenizer {name_or_path!r} does not give text back as it was "
+            f"the tokenizer {name_or_path!r} does not give text back unchanged "
             f"({ROUND_TRIP_PROBE!r} became {decoded!r}): use a byte-level BPE such as LED's, without a prefix space"
         )
     return tokenizer
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int = 2000, split_digits: bool = True) -> CorpusTokenizer:
-    """Train a byte-level BPE with LED's special tokens and ids, and prepare it for our documents.
+    """Train a byte-level BPE with LED's special tokens and ids, and prepare it for this project's documents.
 
-    vocab_size: an upper limit of the number of tokens, special ones included. split_digits: every digit is a token of
-    its own, so that a small model can learn arithmetic. Raises DataError if the vocabulary cannot hold the bytes.
+    vocab_size: the largest number of tokens, including special tokens.
+    split_digits: make every digit a token of its own, so that a small model can learn arithmetic.
+    Raises DataError if the vocabulary is too small for all bytes.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise DataError(f"vocab_size {vocab_size} is too small to hold every byte: give at least {SMALLEST_VOCABULARY}")
     backend = Tokenizer(models.BPE())
-    # The same splitting as LED's: words with the space before them, nothing added in front.
+    # Split as LED does: words include the space before them, and no space is added at the start of a text.
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     digits = pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level]) if split_digits else byte_level
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 2,  # `<mask>` and `<sep>` come after
+        vocab_size=vocab_size - 2,  # `<mask>` and `<sep>` are added later
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         special_tokens=list(FIRST_SPECIAL_TOKENS.values()),
         show_progress=False,
@@ -149,11 +150,11 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int = 2000, split_digits: 
 
 
 def _read(folder: Path, name: str) -> tuple[Tokenizer, dict[str, str]]:
-    """Build the backend that a folder's files describe, and find the names of its special tokens."""
+    """Build the backend that a folder's files describe, and find its special tokens by name."""
     try:
         config, named = (_read_json(folder / file) for file in ("tokenizer_config.json", "special_tokens_map.json"))
         backend, is_led = _read_backend(folder, config)
-    except (OSError, ValueError, KeyError, TypeError) as error:  # missing, no JSON, or not what these files hold
+    except (OSError, ValueError, KeyError, TypeError) as error:  # missing, not JSON, or with unexpected content
         raise _no_tokenizer(name, error) from error
     special_tokens = dict(LED_SPECIAL_TOKENS) if is_led else {}
     for key in SPECIAL_NAMES:
@@ -165,14 +166,14 @@ def _read(folder: Path, name: str) -> tuple[Tokenizer, dict[str, str]]:
 
 
 def _read_backend(folder: Path, config: dict) -> tuple[Tokenizer, bool]:
-    """Give the backend, and whether it is one of LED's kind, made of the vocabulary and the merges alone."""
+    """Return the backend, and whether it is of LED's kind, built from only the vocabulary and the merges."""
     described = _read_json(folder / "tokenizer.json")
     if named := config.get("tokenizer_class"):
         is_led = str(named).removesuffix("Fast") in LED_CLASSES
     else:
         is_led = _read_json(folder / "config.json").get("model_type") in LED_MODELS
     if described and described["model"]["type"] != "BPE":
-        raise ValueError(f"it is of the kind {described['model']['type']}, not BPE")
+        raise ValueError(f"its model is {described['model']['type']}, not BPE")
     if described and not is_led:
         backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
         backend.no_padding()
@@ -195,10 +196,10 @@ def _read_backend(folder: Path, config: dict) -> tuple[Tokenizer, bool]:
 
 
 def _prepare(backend: Tokenizer, special_tokens: dict[str, str]) -> CorpusTokenizer:
-    """Add `<sep>`, and the post-processor that puts only `<s>` in front."""
+    """Add `<sep>` and a post-processor that only prepends `<s>`."""
     special_tokens = {**special_tokens, "cls_token": special_tokens["bos_token"], "sep_token": SEP_TOKEN}
     ids = set(backend.get_vocab().values())
-    if len(ids) <= max(ids):  # the library numbers a new token by counting, and would give it another one's id
+    if len(ids) <= max(ids):  # the library takes the number of tokens as the next id, which may then be in use already
         raise DataError(
             f"the tokenizer has {len(ids):,} tokens, but ids up to {max(ids):,}: number them without gaps, so that "
             f"{SEP_TOKEN} does not get the id of another token"
@@ -217,10 +218,10 @@ def _prepare(backend: Tokenizer, special_tokens: dict[str, str]) -> CorpusTokeni
 
 
 def _read_json(path: Path) -> dict:
-    """The object in a JSON file; empty if there is no such file."""
+    """Read the object in a JSON file; it is empty if the file does not exist."""
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path.name} does not hold an object")
+        raise ValueError(f"{path.name} does not contain a JSON object")
     return content
 
 
@@ -236,6 +237,6 @@ def _download(name: str) -> Path:
 
 def _no_tokenizer(name: str, error: Exception) -> DataError:
     return DataError(
-        f"no tokenizer can be loaded from {name!r}: give a folder that holds one, a reachable hub name, or `train` "
+        f"no tokenizer can be loaded from {name!r}: give a tokenizer folder, a reachable hub name, or `train` "
         f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
     )

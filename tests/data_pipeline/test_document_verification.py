@@ -41,13 +41,13 @@ def go_on_after_the_end(shards: list[list[Row]]) -> None:
 @pytest.mark.parametrize(
     ("edit", "shards_named", "what"),
     [
-        (lambda shards: rows_of(shards, 1)[1].__setitem__(5, 15), (0, 1), "input row 1 doesn't make one whole"),
-        (lambda shards: rows_of(shards, 1)[1].__setitem__(3, 0), (0, 1), "input row 1 doesn't make one whole"),
-        (begin_an_answer_again, (0, 1), "input row 1 doesn't make one whole"),
-        (go_on_after_the_end, (2,), "input row 8 doesn't make one whole"),
-        (lambda shards: shards[0].pop(), (1,), "input row 1 doesn't make one whole"),
-        (lambda shards: rows_of(shards, 7)[0].__setitem__(4, 0), (0, 2), "input row 0 stands there more than once"),
-        (lambda shards: shards[1].append(shards[2][0]), (1, 2), "input row 5 stands there more than once"),
+        (lambda shards: rows_of(shards, 1)[1].__setitem__(5, 15), (0, 1), "input row 1 has pieces that do not"),
+        (lambda shards: rows_of(shards, 1)[1].__setitem__(3, 0), (0, 1), "input row 1 has pieces that do not"),
+        (begin_an_answer_again, (0, 1), "input row 1 has pieces that do not"),
+        (go_on_after_the_end, (2,), "input row 8 has pieces that do not"),
+        (lambda shards: shards[0].pop(), (1,), "input row 1 has pieces that do not"),
+        (lambda shards: rows_of(shards, 7)[0].__setitem__(4, 0), (0, 2), "input row 0 occurs more than once"),
+        (lambda shards: shards[1].append(shards[2][0]), (1, 2), "input row 5 occurs more than once"),
     ],
     ids=[
         "a gap",
@@ -72,13 +72,13 @@ def test_a_lost_end_is_told(tmp_path):
     shards = sound_shards()
     shards[1][0] = row(*document(2, 1, 2))
     said = message(write_folder(tmp_path / "shards", shards))
-    assert "shard-00000-000.tar: input row 1 doesn't make one whole" in said
+    assert "shard-00000-000.tar: input row 1 has pieces that do not form one whole" in said
 
 
 @pytest.mark.parametrize("wrong", [{"documents": 9}, {"tokens": 1}, {"packed_rows": 6}, {"rows_in": 41}])
 def test_counts_must_be_right(tmp_path, wrong):
     said = message(write_folder(tmp_path / "shards", sound_shards(), **wrong))
-    assert "rows were read" in said if "rows_in" in wrong else f"{next(iter(wrong))} and its index says" in said
+    assert "rows were read" in said if "rows_in" in wrong else f"{next(iter(wrong))}, but its index says" in said
 
 
 def with_validation(path: Path, validation_row: int = 20, **counts: int) -> Path:
@@ -106,17 +106,17 @@ def test_a_validation_folder_is_verified_too(tmp_path):
 def test_training_and_validation_share_no_input_row(tmp_path):
     said = message(with_validation(tmp_path / "whole", validation_row=6))
     assert "whole/shard-00000-002.tar and" in said
-    assert "validation/shard-00000-000.tar: input row 6 stands there more than once" in said
+    assert "validation/shard-00000-000.tar: input row 6 occurs more than once" in said
     path = tmp_path / "parts"
     shards = sound_shards()
     write_folder(path, [shards[0], shards[2]], validation_documents=3)
     write_folder(path / "validation", [shards[1]])
-    assert "validation/shard-00000-000.tar: input row 1 doesn't make one whole document" in message(path)
+    assert "validation/shard-00000-000.tar: input row 1 has pieces that do not form one whole document" in message(path)
 
 
 def test_validation_documents_must_be_counted_right(tmp_path):
     said = message(with_validation(tmp_path / "shards", validation_documents=3))
-    assert "says 3 validation documents and 2 are there" in said
+    assert "says 3 validation documents, but there are 2" in said
 
 
 def test_a_validation_folder_with_another_tokenizer_is_told(tmp_path):
@@ -124,4 +124,4 @@ def test_a_validation_folder_with_another_tokenizer_is_told(tmp_path):
     index = json.loads((folder / "validation" / "index.json").read_text())
     index["tokenizer"]["fingerprint"] = "1" * 64
     write_index(folder / "validation", index)
-    assert "names another tokenizer" in message(folder)
+    assert "has a different tokenizer than" in message(folder)

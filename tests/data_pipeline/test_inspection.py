@@ -69,7 +69,7 @@ def test_pieces_and_vocabulary_are_counted(prepared, statistics, documents):
     pieces = [len(spans) for _, spans in rows]
     text = report(statistics)
     assert f"{folder.vocab_size} ids, {len(used)} of them used" in text
-    assert f"pieces that continue  {sum(pieces) - len(documents)} of {sum(pieces)}" in text
+    assert f"continued pieces   {sum(pieces) - len(documents)} of {sum(pieces)}" in text
     assert f"{np.mean(pieces):.1f} ({min(pieces)} to {max(pieces)})" in text
 
 
@@ -112,7 +112,7 @@ def test_many_sources_are_summed_up_unless_all_are_wanted(statistics):
         "source_fill": np.ones(count),
     }
     changed = type(statistics)(**{name: changed[name] for name in type(statistics).__dataclass_fields__})
-    assert "… 20 smaller ones" in report(changed)
+    assert "… 20 smaller sources" in report(changed)
     full = report(changed, full=True)
     assert "smaller" not in full
     assert all(f"source{number} " in full for number in range(count))
@@ -129,7 +129,7 @@ def test_rows_show_every_text_as_the_model_reads_it(prepared, rows):
             shown += f"<s>{question}<sep>" in flat
             assert f"s{number % 3}, input row {number}, tokens " in texts
     assert shown > 5
-    assert "goes on from token 64 of its document" in texts
+    assert "continues at token 64 of its document" in texts
 
 
 def test_long_texts_are_shortened(prepared, monkeypatch):

@@ -192,7 +192,7 @@ def test_answer_labels_decode_to_the_answer(prepared, rows):
 
 
 def test_a_batch_that_does_not_divide_names_the_numbers_and_the_nearest(folder):
-    with pytest.raises(DataError, match="global_batch_rows 10 .* micro_batch_rows 2 × world size 4: .*: 8 and 16"):
+    with pytest.raises(DataError, match="global_batch_rows 10 .* micro_batch_rows 2 × world size 4; .*: 8 and 16"):
         stream(folder, world_size=4, micro_batch_rows=2, global_batch_rows=10)
     with pytest.raises(DataError, match="global_batch_rows 3 .*: 8$"):
         stream(folder, world_size=4, micro_batch_rows=2, global_batch_rows=3)

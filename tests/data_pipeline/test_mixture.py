@@ -73,11 +73,11 @@ def test_bad_shards_of_a_mixture_are_skipped(folders, capfd):
 def test_folders_that_do_not_go_together_are_told(folders, tmp_path):
     longer = make_folder(tmp_path / "longer", (3,), seq_len=64)
     other = make_folder(tmp_path / "other", (3,), tokenizer="another")
-    with pytest.raises(DataError, match="first and .*longer do not go together, their seq_len is 32 and 64"):
+    with pytest.raises(DataError, match="first and .*longer do not fit together, their seq_len is 32 and 64"):
         open_data(weighted((folders[0], longer), 1, 1))
     with pytest.raises(DataError, match="their tokenizer_fingerprint is tokenizer and another"):
         open_data(weighted((folders[0], other), 1, 1))
-    with pytest.raises(DataError, match="first holds the same rows as another folder of the mixture"):
+    with pytest.raises(DataError, match="first has the same rows as another folder of the mixture"):
         open_data(weighted((folders[0], folders[0]), 1, 2))
 
 

@@ -156,7 +156,7 @@ def test_a_finished_folder_is_left_alone(prepared, corpus, settings):
 
 
 def test_a_folder_of_another_config_is_refused(prepared, corpus, settings):
-    with pytest.raises(DataError, match="was prepared with seq_len = 64 and now seq_len = 32 is asked for"):
+    with pytest.raises(DataError, match="was prepared with seq_len = 64, but seq_len is now 32"):
         prepare(str(corpus), prepared, replace(settings, seq_len=32), **QUIETLY)
     with pytest.raises(DataError, match="was prepared with source"):
         prepare("sample", prepared, settings, **QUIETLY)
@@ -166,7 +166,7 @@ def test_a_folder_of_another_config_is_refused(prepared, corpus, settings):
 
 def test_a_foreign_folder_is_refused_and_not_touched(corpus, settings, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="holds thesis.txt, which `prepare` did not make"):
+    with pytest.raises(DataError, match="contains thesis.txt, which `prepare` did not make"):
         prepare(str(corpus), tmp_path, settings, **QUIETLY)
     with pytest.raises(DataError, match="is a file: name a folder"):
         prepare(str(corpus), tmp_path / "thesis.txt", settings, **QUIETLY)
@@ -179,7 +179,7 @@ def test_a_foreign_file_in_an_unfinished_folder_is_kept(prepared, corpus, settin
     (out / "index.json").unlink()
     (out / "tokenizer" / "notes.txt").write_text("mine")
     names = contents(out)
-    with pytest.raises(DataError, match=r"holds tokenizer/notes.txt"):
+    with pytest.raises(DataError, match=r"contains tokenizer/notes.txt"):
         prepare(str(corpus), out, settings, **QUIETLY)
     assert contents(out) == names
     (out / "tokenizer" / "notes.txt").unlink()
@@ -231,7 +231,7 @@ os.fsync = sync_when_told
         assert processes[0].poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     processes.append(in_process(*arguments))
-    waits = f"waiting for another process that prepares {tmp_path / 'out'}"
+    waits = f"waiting for another process that is preparing {tmp_path / 'out'}"
     waited = any(waits in line for line in processes[1].stderr)  # ends where the process does
     go.touch()
     (first, _), (second, _) = [process.communicate(timeout=60) for process in processes]
@@ -248,7 +248,7 @@ def test_a_disk_that_takes_no_more_is_one_sentence(corpus, settings, tmp_path):
     process = in_process(limit + RUN, corpus, tmp_path / "out", as_json(replace(settings, rows_per_shard=1000)))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.startswith(f"one sentence: {tmp_path / 'out'} cannot be written: make room")
+    assert errors.startswith(f"one sentence: {tmp_path / 'out'} cannot be written: free disk space")
     assert not [name for name in contents(tmp_path / "out") if name == "index.json" or name.endswith(".tar")]
 
 
@@ -279,7 +279,7 @@ def test_a_finished_folder_that_has_lost_a_file_is_made_anew(corpus, settings, t
     before = contents(tmp_path / "out")
     (tmp_path / "out" / lost).unlink()
     prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
-    assert f"has lost {lost}: it is made anew" in capsys.readouterr().err
+    assert f"has lost {lost}: preparing it again" in capsys.readouterr().err
     assert contents(tmp_path / "out") == before
 
 
@@ -295,7 +295,7 @@ def test_a_source_that_was_edited_is_another_one(corpus, settings, tmp_path):
 def test_with_nothing_left_other_settings_can_be_tried(corpus, settings, tmp_path, capsys):
     with pytest.raises(DataError, match=r"left for training \(420 excluded source\)"):
         prepare(str(corpus), tmp_path / "out", replace(settings, sources=("s9",)), **QUIETLY)
-    assert "no row has the source 's9', which the settings name" in capsys.readouterr().err
+    assert "no row has the source 's9' that the settings name" in capsys.readouterr().err
     prepare(str(corpus), tmp_path / "out", settings, **QUIETLY)
 
 

@@ -114,7 +114,7 @@ def test_a_shard_that_is_cut_while_it_is_read_is_found_and_does_not_kill_the_pro
         if opened:
             shards.gather(rows)
     os.truncate(folder / "shard-00001.tar", 1000)
-    with pytest.raises(DataError, match=r"shard-00001\.tar has .*1000 bytes"):
+    with pytest.raises(DataError, match=r"shard-00001\.tar (has|was) .*1000 bytes"):
         refusing.gather(rows)
     assert (skipping.gather(rows).tokens == PAD).all() and list(skipping.bad_shards) == [1]
     assert len(skipping.gather(np.array([0])).spans)
@@ -275,5 +275,5 @@ def test_offsets_that_lead_outside_their_shard_are_refused(folder):
 
 def test_a_folder_without_rows_gives_no_batches(folder):
     change_index(folder, lambda index: index.update(files=[]))
-    with pytest.raises(DataError, match="folder holds no rows"):
+    with pytest.raises(DataError, match="folder has no rows"):
         steps(ShardFolder(folder), 1)

@@ -89,7 +89,7 @@ def test_sources_can_be_left_out_or_be_the_only_ones(tmp_path):
     only = run(rows, tmp_path, replace(SETTINGS, sources=("exam",)), "only")
     assert dropped(only) == {"excluded_source": count["forum"] + count["socratic"]}
     assert input_rows(only) == [number for number, row in enumerate(rows) if row["source"] == "exam"]
-    with pytest.raises(DataError, match="the source exam is asked for and excluded"):
+    with pytest.raises(DataError, match="the source exam is both in sources and in exclude_sources"):
         Settings(sources=("exam",), exclude_sources=("exam",))
 
 
@@ -170,7 +170,7 @@ def test_a_fast_encoder_that_errs_is_found_out_and_replaced(led_tokenizer, tmp_p
     prepare(str(tmp_path / "other.jsonl"), tmp_path / "other", settings, workers=1)
     said = capsys.readouterr().err
     assert "gigatoken and the tokenizer differ on" in said
-    assert "all rows are encoded anew by the tokenizer" in said
+    assert "encoding all rows again with the slower tokenizer" in said
     assert len(fast) == 1  # one column, then never again
     assert [f["sha256"] for f in ShardFolder(tmp_path / "other").index["files"]] == [
         f["sha256"] for f in right.index["files"]

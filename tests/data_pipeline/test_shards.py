@@ -110,7 +110,7 @@ def test_verify_recounts(folder, count):
     index = json.loads((folder / "index.json").read_text())
     index["counts"][count] += 1
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(DataError, match=f" {count} and its index says"):
+    with pytest.raises(DataError, match=f" {count}, but its index says"):
         verify(folder)
 
 
@@ -118,7 +118,7 @@ def test_verify_recounts(folder, count):
 def test_a_missing_or_short_file_is_named_on_opening(folder, name):
     data = (folder / name).read_bytes()
     (folder / name).write_bytes(data[:-1])
-    with pytest.raises(DataError, match=f"{name} has {len(data) - 1} bytes and the index says {len(data)}"):
+    with pytest.raises(DataError, match=f"{name} has {len(data) - 1} bytes, but the index says {len(data)}"):
         ShardFolder(folder)
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing"):

@@ -144,7 +144,7 @@ def test_a_name_that_is_neither_a_path_nor_on_the_hub_is_one_sentence(monkeypatc
         (b'{"question": "q", "answer": "a"}\n{"question": "q", ', "bad.jsonl, line 2 is not valid JSON"),
         (b"[1]\n", "bad.jsonl, line 1 is not a JSON object"),
         (b'{"question": "q", "reply": "a"}\n', "bad.jsonl, line 1, has no column answer: it has question, reply"),
-        (b'{"question": "q", "answer": 5}\n', "bad.jsonl, line 1, holds a int as answer"),
+        (b'{"question": "q", "answer": 5}\n', "bad.jsonl, line 1, has answer of type int, not text"),
         (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1, has half a surrogate pair in its answer"),
         (b'{"question": "\xff", "answer": "a"}\n', "bad.jsonl, line 1 is not valid JSON"),
     ],

@@ -215,7 +215,7 @@ def test_other_settings_do_not_go_on_with_unfinished_work(start, tmp_path):
     out = tmp_path / "out"
     assert start(out, kill_after=3).wait(timeout=60) == -9
     errors = start(out, settings=SETTINGS | {"seq_len": 32}).communicate(timeout=60)[1]
-    assert "is unfinished and was begun with seq_len = 64 and now seq_len = 32 is asked for" in errors
+    assert "is unfinished and was begun with seq_len = 64, but seq_len is now 32" in errors
     assert chunks_in(out)
 
 

@@ -51,7 +51,7 @@ def test_every_bad_file_is_named_and_no_other(folder):
     (folder / "shard-00009-000.tar").touch()
     expected = {
         "shard-00000-000.tar has changed since it was written",
-        "shard-00000-001.tar has 5 bytes and the index says",
+        "shard-00000-001.tar has 5 bytes, but the index says",
         "shard-00000-001.offsets.npy is missing",
         "tokenizer/tokenizer_config.json has changed",
         "shard-00009-000.tar is not in the index",
@@ -109,16 +109,16 @@ def change(part: int, place, value) -> Callable[[list[Row]], None]:
 
 WRONG_ROWS = {
     "a token is beyond the vocabulary": change(0, 3, VOCAB_SIZE),
-    "its padding has tokens": change(0, -1, 10),
-    "a document doesn't begin with <s>": change(0, 0, 10),
-    "an answer doesn't follow <sep>": change(1, (0, 1), 4),
-    "its pieces don't follow one another": change(1, (0, 0), 1),
-    "a piece ends before its start or behind the row": change(1, (0, 2), SEQ_LEN + 1),
+    "its padding contains tokens": change(0, -1, 10),
+    "a document does not begin with <s>": change(0, 0, 10),
+    "an answer does not follow <sep>": change(1, (0, 1), 4),
+    "its pieces do not follow each other without gaps": change(1, (0, 0), 1),
+    "a piece ends before its start or past the row": change(1, (0, 2), SEQ_LEN + 1),
     "an answer begins outside its piece": change(1, (0, 1), 12),
     "a document ends without an answer": change(1, (0, 1), 10),
     "a source, input row or offset is negative": change(1, (0, 3), -1),
     "a source has no name in the index": change(1, (0, 3), 2),
-    "an input row is beyond the rows that were read": change(1, (0, 4), ROWS_IN),
+    "an input row is beyond the number of rows read": change(1, (0, 4), ROWS_IN),
     "its tokens are not uint16": lambda rows: rows.__setitem__(0, (rows[0][0].astype(np.int16), rows[0][1])),
     "its spans are not int64": lambda rows: rows.__setitem__(0, (rows[0][0], rows[0][1].astype(np.int32))),
 }
@@ -159,19 +159,19 @@ def without_spans(tar: bytes) -> bytes:
 
 FIRST_NAME = "shard-00000-000-000000.tokens.npy"
 WRONG_TARS = {
-    "another name": (with_valid_checksum(set_bytes(0, b"other")), "leads to no member of the row's name"),
-    "another mode": (with_valid_checksum(set_bytes(100, b"0000755")), "header is not a plain one"),
-    "a link": (with_valid_checksum(set_bytes(156, b"2")), "header is not a plain one"),
-    "a wrong checksum": (set_bytes(148, b"000000"), "header is not a plain one"),
-    "no number": (with_valid_checksum(set_bytes(124, b"0000000024x")), "header is not a plain one"),
-    "another size": (with_valid_checksum(set_bytes(124, b"%011o" % 2000)), "members don't follow one another"),
+    "another name": (with_valid_checksum(set_bytes(0, b"other")), "does not lead to the member with the row's name"),
+    "another mode": (with_valid_checksum(set_bytes(100, b"0000755")), "header is not a plain ustar header"),
+    "a link": (with_valid_checksum(set_bytes(156, b"2")), "header is not a plain ustar header"),
+    "a wrong checksum": (set_bytes(148, b"000000"), "header is not a plain ustar header"),
+    "no number": (with_valid_checksum(set_bytes(124, b"0000000024x")), "header is not a plain ustar header"),
+    "another size": (with_valid_checksum(set_bytes(124, b"%011o" % 2000)), "members do not follow each other"),
     "a longer member": (with_valid_checksum(set_bytes(124, b"%011o" % 162)), "tokens are not uint16"),
     "longer spans": (with_valid_checksum(set_bytes(1024 + 124, b"%011o" % 178), at=1024), "spans are not int64"),
     "no spans": (with_valid_checksum(without_spans, at=1024), "spans are not int64"),
-    "filled with other than zeros": (set_bytes(512 + 500, b"x"), "not filled up with zeros"),
-    "something at the end": (lambda tar: tar[:-1] + b"x", "something follows its last row"),
-    "records at its end": (lambda tar: tar + bytes(10240), "blocks, and its 2 rows take"),
-    "half a record": (lambda tar: tar + bytes(512), "no multiple of 10240"),
+    "filled with other than zeros": (set_bytes(512 + 500, b"x"), "not padded with zeros"),
+    "something at the end": (lambda tar: tar[:-1] + b"x", "data after its last row"),
+    "records at its end": (lambda tar: tar + bytes(10240), "blocks, but its 2 rows take"),
+    "half a record": (lambda tar: tar + bytes(512), "not a multiple of 10240"),
     "another first array": (lambda tar: tar.replace(b"(16,)", b"(15,)"), "tokens are not uint16"),
     "another order": (lambda tar: tar.replace(b"order': False", b"order': True "), "tokens are not uint16"),
 }
@@ -196,15 +196,15 @@ def test_a_member_that_no_offset_leads_to_is_told(folder):
     with tarfile.open(path, "a", format=tarfile.USTAR_FORMAT) as tar:
         tar.addfile(tarfile.TarInfo("extra"))
     write_index(folder)
-    assert "something follows its last row" in message(folder)
+    assert "data after its last row" in message(folder)
 
 
 WRONG_OFFSETS = {
-    "another place": (lambda offsets: offsets + 512, "leads to no member"),
-    "no whole block": (lambda offsets: offsets + 8, "not where a member of the tar can be"),
-    "behind the tar": (lambda offsets: offsets + 2**40, "not where a member of the tar can be"),
-    "other rows first": (lambda offsets: offsets[::-1].copy(), "leads to no member"),
-    "a row less": (lambda offsets: offsets[:-1], "something follows its last row"),
+    "another place": (lambda offsets: offsets + 512, "does not lead to the member"),
+    "no whole block": (lambda offsets: offsets + 8, "not a possible position of a tar member"),
+    "behind the tar": (lambda offsets: offsets + 2**40, "not a possible position of a tar member"),
+    "other rows first": (lambda offsets: offsets[::-1].copy(), "does not lead to the member"),
+    "a row less": (lambda offsets: offsets[:-1], "data after its last row"),
     "signed": (lambda offsets: offsets.astype(np.int64), "not uint64"),
     "no rows": (lambda offsets: offsets[:0], "not uint64 [rows, 2]"),
 }
@@ -223,13 +223,13 @@ def test_offsets_that_do_not_fit_are_told(folder, name):
 
 def test_an_offsets_file_that_is_no_array_is_named(folder):
     (folder / "shard-00000-002.offsets.npy").write_bytes(b"no array")
-    assert "shard-00000-002.offsets.npy is no array" in message(write_index(folder))
+    assert "shard-00000-002.offsets.npy is not a numpy array" in message(write_index(folder))
 
 
 def test_a_wrong_number_of_rows_is_told(folder):
     index = json.loads((folder / "index.json").read_text())
     index["files"][1]["rows"] += 1
-    assert "it has 2 rows and the index says 3" in message(write_index(folder, index))
+    assert "it has 2 rows, but the index says 3" in message(write_index(folder, index))
 
 
 def test_a_folder_behind_a_url_is_refused():
@@ -246,11 +246,11 @@ def test_a_killed_process_is_told(folder, monkeypatch):
 
 
 def test_the_number_of_workers_is_checked(folder):
-    assert "0 workers" in message(folder, workers=0)
+    assert "workers is 0" in message(folder, workers=0)
 
 
 def test_many_faults_of_one_kind_are_one_message():
     whole = np.arange(100_000)
     none = np.empty((0, 7), dtype=np.int64)
     ledger = PieceLedger([ShardPieces(whole, none, len(whole)), ShardPieces(whole[::2], none, len(whole) // 2)], [0, 0])
-    assert list(ledger.problems()) == [((0, 1), "input row 0 (and 49999 more like it) stands there more than once")]
+    assert list(ledger.problems()) == [((0, 1), "input row 0 (and 49999 more like it) occurs more than once")]

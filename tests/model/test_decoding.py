@@ -154,7 +154,7 @@ def test_a_cache_that_knows_nothing_of_the_model_is_refused(model, ids):
 def test_a_static_cache_with_less_room_than_the_window_is_refused_what_does_not_fit(model, ids):
     cache = StaticCache(model.config, max_cache_len=6)  # the window is 8
     model(ids[:, :6], past_key_values=cache)
-    with pytest.raises(ValueError, match="room for 6 tokens and gets 7"):
+    with pytest.raises(ValueError, match="holds 6 tokens but would get 7"):
         model(ids[:, 6:7], past_key_values=cache)
 
 

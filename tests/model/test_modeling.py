@@ -213,7 +213,7 @@ def test_padding_inside_a_text_is_passed_over(model, ids):
     torch.testing.assert_close(whole.logits[1, 25:], alone.logits[0, 20:])
     torch.testing.assert_close(whole.logits[2, 3:], model(ids[2:, 3:]).logits[0])
     torch.testing.assert_close(whole.logits[0], model(ids[:1]).logits[0])
-    with pytest.raises(ValueError, match="not given for texts with padding inside"):
+    with pytest.raises(ValueError, match="not available for texts with padding inside"):
         model(ids, attention_mask=mask, output_hidden_states=True)
 
 
@@ -253,7 +253,7 @@ def test_packing_is_read_as_collators_of_transformers_tell_it(model):
 def test_packing_that_cannot_be_is_refused(model, ids):
     for options, message in (
         ({"seq_idx": torch.zeros(3, 49)}, r"seq_idx has the shape \(3, 49\); it must be \(3, 50\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 20, 50])}, "reaches from 0 to 50; .* end with the batch's 150 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 20, 50])}, "ranges from 0 to 50; .* end with the batch's 150 tokens"),
         (
             {"seq_idx": (torch.arange(50) // 10).expand(3, 50), "position_ids": torch.arange(50)},
             "position_ids do not restart at 0 where seq_idx",
@@ -267,5 +267,5 @@ def test_packing_that_cannot_be_is_refused(model, ids):
     torch.testing.assert_close(rows[0, 20:], model(ids[:1, 20:]).logits[0])
     torch.testing.assert_close(rows[1:], model(ids[1:]).logits)
     cache = model(ids, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="not read behind a cache"):
+    with pytest.raises(ValueError, match="cannot be combined with cached tokens"):
         model(ids[:, :1], past_key_values=cache, seq_idx=torch.zeros(3, 1))

@@ -188,7 +188,7 @@ def test_the_card_knows_the_dataset_of_downloaded_files(sample_data, tmp_path):
     assert line.startswith("| `TIGER-Lab/WebInstructSub` at `0123456789ab` (weight 2) | 3 questions")
     assert "Apache-2.0" in line
     (files.parent / NOTE).write_text("{}")
-    with pytest.raises(DataError, match="does not say `dataset` and `revision`: fetch again"):
+    with pytest.raises(DataError, match="does not name `dataset` and `revision`: run `lfm fetch` again"):
         prepare(str(files), tmp_path / "broken", settings, progress=False)
 
 
