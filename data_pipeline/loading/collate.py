@@ -13,7 +13,7 @@ IGNORE_INDEX = -100  # labels with this value do not count in the loss
 NO_SOURCE = -1  # the source of padding
 LOSS_ON = ("all", "answer")
 ARRAYS = ("input_ids", "labels", "position_ids")
-START, ANSWER_START, END, SOURCE = (SPAN_COLUMNS.index(name) for name in ("start", "answer_start", "end", "source"))
+START, ANSWER_START, END, SOURCE, INPUT_ROW, OFFSET = range(len(SPAN_COLUMNS))
 
 
 class Pieces:
@@ -21,6 +21,7 @@ class Pieces:
 
     starts, answer_starts, ends: int64 `[pieces + rows]`, positions in the flattened batch.
     sources: int64 `[pieces + rows]`, NO_SOURCE for padding.
+    continues: bool `[pieces + rows]`, whether a piece is the next turn of the document that the piece before it is from.
     Raises DataError if the spans of a row do not fill it from its start without gaps.
     """
 
@@ -38,6 +39,8 @@ class Pieces:
         columns[START, paddings] = np.where(rows.pieces > 0, columns[END, paddings - 1], 0)
         self.starts, self.answer_starts, self.ends, self.sources = columns
         self._check(paddings)
+        self.continues = np.zeros(columns.shape[1], dtype=bool)
+        self.continues[~is_padding] = _continues(rows)
         columns[:SOURCE] += np.repeat(np.arange(count) * seq_len, rows.pieces + 1)
         self.lengths = self.ends - self.starts
 
@@ -55,11 +58,25 @@ class Pieces:
             )
 
 
+def _continues(rows: PackedRows) -> np.ndarray:
+    """Tell which pieces follow the piece before them in their document as well as in their row, bool `[pieces]`."""
+    spans = rows.spans
+    continues = np.zeros(len(spans), dtype=bool)
+    if not spans[:, OFFSET].any():  # most batches hold only whole documents of a single turn
+        return continues
+    before, after = spans[:-1], spans[1:]
+    lengths = before[:, END] - before[:, START]
+    continues[1:] = (after[:, INPUT_ROW] == before[:, INPUT_ROW]) & (after[:, OFFSET] == before[:, OFFSET] + lengths)
+    continues[1:] &= after[:, START] > 0
+    return continues
+
+
 def collate(rows: PackedRows, pad_token_id: int, loss_on: str, out: np.ndarray | None = None) -> np.ndarray:
     """Return input_ids, labels and position_ids, int64 `[3, n, seq_len]`, written into `out` if it is given.
 
     Labels are aligned with their own tokens; the model shifts them. Labels are -100 at the first token of every piece, at
-    padding and, if the loss is on answers, at questions. Positions restart at 0 at every piece and at the padding.
+    padding and, if the loss is on answers, at prompts. Positions restart at 0 at every piece and at the padding, but count on
+    through the turns of one document.
     Raises DataError if the spans break the format.
     """
     pieces = Pieces(rows)
@@ -93,9 +110,12 @@ def _ignored(pieces: Pieces, loss_on: str) -> np.ndarray:
 
 
 def _fill_positions(positions: np.ndarray, pieces: Pieces) -> None:
-    # A position is one above the one before, except at the start of a piece, where it is 0. So a single in-place cumulative
-    # sum over the batch suffices.
-    lengths = pieces.lengths[pieces.lengths > 0]
+    # A position is one above the one before, except at the start of a document, where it is 0. So a single in-place
+    # cumulative sum over the batch suffices.
+    lengths = pieces.lengths
+    if pieces.continues.any():
+        lengths = np.add.reduceat(lengths, np.flatnonzero(~pieces.continues))
+    lengths = lengths[lengths > 0]
     positions[:] = 1
     positions[0] = 0
     positions[np.cumsum(lengths)[:-1]] = 1 - lengths[:-1]

@@ -12,13 +12,14 @@ SPAN_COLUMNS = ("start", "answer_start", "end", "source", "input_row", "offset")
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents before packing, concatenated.
+    """Documents before packing, concatenated. A document has one or more turns: each a prompt and its answer.
 
-    ids: `[tokens]`. The other fields are `[documents]`:
-    lengths: in tokens.
-    answer_starts: index within the document of the answer's first token.
-    sources: index into the source names.
-    input_rows: index of the document's row in the input.
+    ids: `[tokens]`.
+    lengths: `[turns]`, in tokens.
+    answer_starts: `[turns]`, index within the turn of the answer's first token.
+    sources: `[documents]`, index into the source names.
+    input_rows: `[documents]`, index of the document's row in the input.
+    turns: `[documents]`, the number of turns of each document; None if every document has one.
     """
 
     ids: np.ndarray
@@ -26,6 +27,15 @@ class Documents:
     answer_starts: np.ndarray
     sources: np.ndarray
     input_rows: np.ndarray
+    turns: np.ndarray | None = None
+
+    @property
+    def document_lengths(self) -> np.ndarray:
+        """Return the length of each document in tokens, `[documents]`."""
+        if self.turns is None:
+            return self.lengths
+        ends = np.concatenate([[0], np.cumsum(self.lengths)])
+        return np.diff(ends[np.concatenate([[0], np.cumsum(self.turns)])])
 
 
 @dataclass(frozen=True)
@@ -33,9 +43,9 @@ class PackedRows:
     """Packed rows.
 
     tokens: `[rows, seq_len]`, padded at the end of each row.
-    spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order, row by row. start, answer_start and end are positions in the row;
-    offset is the piece's start in its document. A piece without answer tokens has answer_start equal to its end. Padding
-    has no span.
+    spans: int64 `[pieces, 6]` in SPAN_COLUMNS' order, row by row. A piece is a turn, or the part of one that is in this
+    row. start, answer_start and end are positions in the row; offset is the piece's start in its document. A piece without
+    answer tokens has answer_start equal to its end. Padding has no span.
     pieces: `[rows]`, the number of spans in each row.
     """
 
@@ -47,35 +57,57 @@ class PackedRows:
 def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type) -> PackedRows:
     """Pack a group of documents into rows of seq_len tokens; the group's size bounds the memory.
 
-    A document longer than a row fills whole rows, and its remainder is packed like any other piece. Pieces are placed
+    A document longer than a row fills whole rows, and its remainder is packed like a short document. Documents are placed
     longest first, each into the row with the least free space that still holds it. The rows are ordered by their first
-    documents, and the pieces within a row by their documents.
+    documents, and so are the documents within a row.
     """
-    owner, offset, length = _pieces(documents.lengths, seq_len)
+    lengths = documents.document_lengths
+    owner, offset, length = _parts(lengths, seq_len)
     rows = best_fit(length.tolist(), seq_len)
     rows.sort(key=lambda row: row[0])
-    pieces = np.array([len(row) for row in rows], dtype=np.int64)
-    order = np.array([piece for row in rows for piece in row], dtype=np.int64)
+    parts_per_row = np.array([len(row) for row in rows], dtype=np.int64)
+    order = np.array([part for row in rows for part in row], dtype=np.int64)
     owner, offset, length = owner[order], offset[order], length[order]
-    row_of_piece = np.repeat(np.arange(len(rows)), pieces)
-    ends = np.cumsum(length)
-    starts = ends - length
-    in_row = starts - starts[np.cumsum(pieces) - pieces][row_of_piece]
+    row = np.repeat(np.arange(len(rows)), parts_per_row)
+    starts = np.cumsum(length) - length
+    in_row = starts - starts[np.cumsum(parts_per_row) - parts_per_row][row]
+    begin = (np.cumsum(lengths) - lengths)[owner] + offset
 
     tokens = np.full((len(rows), seq_len), pad_token_id, dtype=dtype)
-    target = (row_of_piece * seq_len + in_row).tolist()
-    source = (np.cumsum(documents.lengths) - documents.lengths)[owner] + offset
     flat = tokens.reshape(-1)
-    for to, begin, size in zip(target, source.tolist(), length.tolist(), strict=True):
-        flat[to : to + size] = documents.ids[begin : begin + size]
-
-    answer = in_row + np.clip(documents.answer_starts[owner] - offset, 0, length)
-    columns = (in_row, answer, in_row + length, documents.sources[owner], documents.input_rows[owner], offset)
-    return PackedRows(tokens, np.stack(columns, axis=1).astype(np.int64), pieces)
+    for to, source, size in zip((row * seq_len + in_row).tolist(), begin.tolist(), length.tolist(), strict=True):
+        flat[to : to + size] = documents.ids[source : source + size]
+    part, spans = _spans(documents, owner, begin, length, in_row)
+    return PackedRows(tokens, spans, np.bincount(row[part], minlength=len(rows)))
 
 
-def _pieces(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut documents into pieces of at most one row; return each piece's document, its offset there and its length."""
+def _spans(
+    documents: Documents, owner: np.ndarray, begin: np.ndarray, length: np.ndarray, in_row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut parts of documents where turns end; return each piece's part, and the spans.
+
+    owner, begin, length, in_row: `[parts]`, the document, the first token among all tokens, the size, and the position in
+    the row.
+    """
+    turn_ends = np.cumsum(documents.lengths)
+    turn_starts = turn_ends - documents.lengths
+    first_turn = np.searchsorted(turn_ends, begin, side="right")
+    pieces = np.searchsorted(turn_ends, begin + length - 1, side="right") - first_turn + 1
+    part = np.repeat(np.arange(len(begin)), pieces)
+    turn = first_turn[part] + np.arange(len(part)) - (np.cumsum(pieces) - pieces)[part]
+
+    starts = np.maximum(begin[part], turn_starts[turn])
+    sizes = np.minimum((begin + length)[part], turn_ends[turn]) - starts
+    prompts = np.clip(turn_starts[turn] + documents.answer_starts[turn] - starts, 0, sizes)
+    at = in_row[part] + starts - begin[part]
+    owner = owner[part]
+    offsets = starts - (np.cumsum(documents.document_lengths) - documents.document_lengths)[owner]
+    columns = (at, at + prompts, at + sizes, documents.sources[owner], documents.input_rows[owner], offsets)
+    return part, np.stack(columns, axis=1).astype(np.int64)
+
+
+def _parts(lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut documents into parts of at most one row; return each part's document, its offset there and its length."""
     counts = -(-lengths.astype(np.int64) // seq_len)
     owner = np.repeat(np.arange(len(lengths)), counts)
     offset = (np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]) * seq_len

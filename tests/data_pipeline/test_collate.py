@@ -46,6 +46,19 @@ def test_targets_are_neither_first_tokens_nor_padding_nor_what_was_not_asked_for
     assert (input_ids[2] == PAD).all()
 
 
+def test_positions_count_on_through_the_turns_of_a_document_and_each_turn_has_its_targets():
+    # A document of two turns, a document whose second turn is here without its first, and the rest of an earlier document,
+    # which has the same input row but does not follow it.
+    spans = [(0, 2, 4, 0, 7, 0), (4, 5, 7, 0, 7, 4), (7, 8, 9, 0, 8, 20), (9, 9, 11, 0, 8, 30)]
+    tokens = np.arange(10, 22, dtype=np.uint16).reshape(1, 12)
+    rows = PackedRows(tokens, np.array(spans, dtype=np.int64), np.array([4]))
+    _, labels, positions = collate(rows, PAD, "answer")
+    assert positions.tolist() == [[*range(7), 0, 1, 0, 1, 0]]
+    assert "".join("01"[int(target)] for target in labels[0] != IGNORE_INDEX) == "001101101010"
+    _, labels, _ = collate(rows, PAD, "all")
+    assert "".join("01"[int(target)] for target in labels[0] != IGNORE_INDEX) == "011101101010"
+
+
 def test_every_token_has_its_source():
     sources = source_of_tokens(rows_of(*ROWS, seq_len=12))
     assert sources.tolist() == [[0] * 6 + [1] * 3 + [-1] * 3, [2] * 12, [-1] * 12, [1] * 4 + [0] + [-1] * 7]

@@ -53,6 +53,36 @@ def test_the_answer_of_a_split_document_is_clipped_to_each_piece():
     assert packed.spans.tolist() == [[0, 16, 16, 0, 0, 0], [0, 4, 16, 0, 0, 16], [0, 0, 8, 0, 0, 32]]
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.integers(2, 30), min_size=1, max_size=5), min_size=1, max_size=20))
+def test_turns_stay_in_their_document_and_each_has_its_own_span(turns):
+    lengths = np.array([length for document in turns for length in document])
+    numbers = np.arange(len(turns))
+    counts = np.array([len(document) for document in turns])
+    documents = Documents(np.arange(lengths.sum()) + 10, lengths, lengths // 2, numbers % 3, numbers, counts)
+    packed = pack(documents, SEQ_LEN, PAD, np.uint16)
+    as_one_turn = Documents(documents.ids, documents.document_lengths, counts, numbers % 3, numbers)
+    assert np.array_equal(packed.tokens, pack(as_one_turn, SEQ_LEN, PAD, np.uint16).tokens)
+
+    answer_tokens = {
+        10 + token for end, size in zip(np.cumsum(lengths), lengths) for token in range(end - size + size // 2, end)
+    }
+    pieces = []
+    for tokens, spans in rows_of(packed):
+        assert np.array_equal(spans[1:, 0], spans[:-1, 2])
+        for start, answer_start, end, source, input_row, offset in spans.tolist():
+            pieces.append((input_row, offset, end - start))
+            assert source == input_row % 3
+            assert [token in answer_tokens for token in tokens[start:end].tolist()] == [
+                place >= answer_start for place in range(start, end)
+            ]
+    for row, document in enumerate(turns):
+        its_pieces = sorted((offset, length) for input_row, offset, length in pieces if input_row == row)
+        ends = set(np.cumsum([length for _, length in its_pieces]).tolist())
+        assert [offset for offset, _ in its_pieces] == [0, *sorted(ends)[:-1]]
+        assert ends >= set(np.cumsum(document).tolist())
+
+
 def test_rows_and_their_documents_come_in_the_order_of_the_input():
     packed = pack(documents_of([9, 3, 12, 7, 4, 10]), SEQ_LEN, PAD, np.uint16)
     assert [spans[:, 4].tolist() for _, spans in rows_of(packed)] == [[0, 6], [2, 10], [4, 8]]
