@@ -38,10 +38,20 @@ class ShardColumns:
     def tokens(self, first: int, last: int) -> np.ndarray:
         """Return a copy of the tokens of rows first to last - 1, `[rows, seq_len]`."""
         per_block = self._blocks.shape[1]
-        skipped = len(_npy_header(self._blocks.dtype.str, (self.seq_len,))) // self._blocks.itemsize
+        skipped = self._header_tokens
         blocks_per_row = -(-(skipped + self.seq_len) // per_block)
         wanted = self._token_blocks[first:last, None] + np.arange(blocks_per_row)
         return self._blocks[wanted].reshape(len(wanted), -1)[:, skipped : skipped + self.seq_len]
+
+    def tokens_at(self, columns: np.ndarray) -> np.ndarray:
+        """Return one token of each piece, `[pieces]`. columns: `[pieces]`, its position in the piece's row."""
+        per_block = self._blocks.shape[1]
+        first = self._token_blocks[self.piece_rows] * per_block + self._header_tokens
+        return self._blocks.reshape(-1)[first + columns]
+
+    @property
+    def _header_tokens(self) -> int:
+        return len(_npy_header(self._blocks.dtype.str, (self.seq_len,))) // self._blocks.itemsize
 
 
 def parse_shard(name: str, tar: np.ndarray, offsets: np.ndarray, seq_len: int, dtype: type) -> ShardColumns:

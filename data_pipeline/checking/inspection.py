@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import TOKENIZER_FOLDER, token_dtype
+from data_pipeline.tokens.tokenization import special_token_ids
 
 ROWS_AT_ONCE = 1024
 QUANTILES = (5, 25, 50, 75, 95, 100)
@@ -24,9 +25,11 @@ TEXT_HEAD, TEXT_TAIL = 280, 80  # characters kept at the two ends of a long text
 
 @dataclass(frozen=True)
 class Statistics:
-    """The statistics of a folder. They take 24 bytes per document and 16 per row, whatever the length of the texts.
+    """The statistics of a folder. They take 32 bytes per document and 16 per row, whatever the length of the texts.
 
-    question_tokens, answer_tokens, document_sources: int64 `[documents]`; `<s>`, `<sep>` and `</s>` are not counted.
+    document_tokens, prompt_tokens, answer_tokens, document_sources: int64 `[documents]`. Prompts and answers are without
+    `<s>`, `<sep>` and `</s>`; a plain text is an answer without a prompt.
+    turns: the number of turns in all documents.
     row_tokens, row_pieces: int64 `[rows]`.
     source_fill: float64 `[sources]`, the mean fill of the rows that a source's tokens are in.
     used_ids: bool `[vocab_size]`.
@@ -35,18 +38,15 @@ class Statistics:
     path: Path
     index: dict
     source_names: list[str]
-    question_tokens: np.ndarray
+    document_tokens: np.ndarray
+    prompt_tokens: np.ndarray
     answer_tokens: np.ndarray
     document_sources: np.ndarray
+    turns: int
     row_tokens: np.ndarray
     row_pieces: np.ndarray
     source_fill: np.ndarray
     used_ids: np.ndarray
-
-    @cached_property
-    def document_tokens(self) -> np.ndarray:
-        """Tokens of each document with its three special tokens, int64 `[documents]`."""
-        return self.question_tokens + self.answer_tokens + 3
 
     @cached_property
     def source_tokens(self) -> np.ndarray:
@@ -67,7 +67,8 @@ def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] 
     used = np.zeros(folder.vocab_size, dtype=bool)
     names = _source_names(folder)
     source_tokens, source_fill = np.zeros((2, len(names)))
-    pieces, row_tokens, row_pieces = [], [], []
+    special = special_token_ids(_tokenizer_folder(folder))
+    turns, pieces, row_tokens, row_pieces = 0, [], [], []
     for entry in folder.index["files"]:
         shard = _read_shard(folder, entry)
         for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
@@ -77,7 +78,12 @@ def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] 
             raise DataError(
                 f"{folder.path / entry['name']} has a source without a name: run `lfm verify` on the folder"
             )
-        parts = np.stack([answer_starts - starts, ends - answer_starts, sources]).astype(np.int32)
+        opened, closed = shard.tokens_at(starts) == special["bos"], shard.tokens_at(ends - 1) == special["eos"]
+        before_answer = shard.tokens_at(np.maximum(answer_starts - 1, starts))
+        separated = (answer_starts > starts) & (before_answer == special["sep"])
+        prompts, answers = answer_starts - starts - opened - separated, ends - answer_starts - closed
+        parts = np.stack([ends - starts, prompts, answers, sources]).astype(np.int32)
+        turns += int(opened.sum())
         pieces.append((input_rows.copy(), parts))  # a view would keep all spans in memory
         row_tokens.append(shard.row_ends)
         row_pieces.append(np.bincount(shard.piece_rows))
@@ -86,14 +92,18 @@ def collect_statistics(path: str | os.PathLike, progress: Callable[[int], None] 
         source_fill += np.bincount(sources, lengths * fill, len(names))
         if progress:
             progress(entry["bytes"])
-    questions, answers, sources = _join_pieces(*(np.concatenate(part, axis=-1) for part in zip(*pieces, strict=True)))
+    documents, prompts, answers, sources = _join_pieces(
+        *(np.concatenate(part, axis=-1) for part in zip(*pieces, strict=True))
+    )
     return Statistics(
         path=folder.path,
         index=folder.index,
         source_names=names,
-        question_tokens=questions,
+        document_tokens=documents,
+        prompt_tokens=prompts,
         answer_tokens=answers,
         document_sources=sources,
+        turns=turns,
         row_tokens=np.concatenate(row_tokens),
         row_pieces=np.concatenate(row_pieces),
         source_fill=np.divide(source_fill, source_tokens, out=np.zeros(len(names)), where=source_tokens > 0),
@@ -112,16 +122,22 @@ def _read_shard(folder: ShardFolder, entry: dict) -> ShardColumns:
         ) from error
 
 
-def _join_pieces(input_rows: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sum the pieces of each document, and return its question tokens, answer tokens and source, int64 `[documents]`.
+def _join_pieces(input_rows: np.ndarray, parts: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Sum the pieces of each document; return all its tokens, prompt and answer tokens, and source, int64 `[documents]`.
 
-    parts: int32 `[3, pieces]`: tokens before the answer, tokens from there on, source.
+    parts: int32 `[4, pieces]`: tokens, tokens of the prompt, tokens of the answer, source.
     """
     order = np.argsort(input_rows, kind="stable")
     input_rows = input_rows[order]
     begins = np.flatnonzero(np.diff(input_rows, prepend=-1))
-    before, after = (np.add.reduceat(column[order], begins, dtype=np.int64) for column in parts[:2])
-    return before - 2, after - 1, parts[2][order][begins].astype(np.int64)
+    sums = (np.add.reduceat(column[order], begins, dtype=np.int64) for column in parts[:3])
+    return *sums, parts[3][order][begins].astype(np.int64)
+
+
+def _tokenizer_folder(folder: ShardFolder) -> Path:
+    # A validation folder may use the tokenizer of its parent folder.
+    homes = (folder.tokenizer_path, folder.path.parent / TOKENIZER_FOLDER)
+    return next((home for home in homes if home.is_dir()), homes[0])
 
 
 def _source_names(folder: ShardFolder) -> list[str]:
@@ -141,13 +157,14 @@ def summary_table(statistics: Statistics) -> str:
     index, rows, pieces = statistics.index, len(statistics.row_tokens), statistics.row_pieces
     documents, tokens = len(statistics.document_tokens), int(statistics.row_tokens.sum())
     room = rows * index["seq_len"]
-    continued = int(pieces.sum()) - documents
+    continued = int(pieces.sum()) - statistics.turns
     used = int(statistics.used_ids.sum())
     lines = [
         ("packed rows", f"{rows:,} of {index['seq_len']:,} tokens, in {_count(len(index['files']), 'shard')}"),
         ("documents", f"{documents:,}"),
+        ("turns", f"{statistics.turns:,} ({statistics.turns / documents:.1f} per document)"),
         ("tokens", f"{tokens:,} of {room:,} ({tokens / room:.2%} filled)"),
-        ("documents per row", f"{pieces.mean():.1f} ({pieces.min()} to {pieces.max()})"),
+        ("pieces per row", f"{pieces.mean():.1f} ({pieces.min()} to {pieces.max()})"),
         ("continued pieces", f"{continued:,} of {pieces.sum():,} ({continued / pieces.sum():.2%})"),
         ("vocabulary", f"{index['vocab_size']:,} ids, {used:,} of them used ({used / index['vocab_size']:.1%})"),
     ]
@@ -165,10 +182,10 @@ def summary_table(statistics: Statistics) -> str:
 
 
 def length_table(statistics: Statistics) -> str:
-    """Return quantiles of the lengths of documents, questions and answers in tokens, as a table."""
+    """Return quantiles of the lengths of documents, prompts and answers in tokens, as a table."""
     header = ["tokens", "mean", *(f"p{quantile}" for quantile in QUANTILES[:-1]), "max"]
     rows = []
-    for name in ("document", "question", "answer"):
+    for name in ("document", "prompt", "answer"):
         lengths = getattr(statistics, f"{name}_tokens")
         quantiles = np.percentile(lengths, QUANTILES, method="inverted_cdf")
         rows.append([name, f"{lengths.mean():,.1f}", *(f"{quantile:,.0f}" for quantile in quantiles)])
@@ -177,12 +194,12 @@ def length_table(statistics: Statistics) -> str:
 
 def source_table(statistics: Statistics, full: bool = False) -> str:
     """Return documents, tokens, mean lengths and fill of every source as a table, the largest first."""
-    header = ["source", "documents", "tokens", "share", "mean question", "mean answer", "row fill"]
+    header = ["source", "documents", "tokens", "share", "mean prompt", "mean answer", "row fill"]
     tokens = statistics.source_tokens
     count = len(tokens)
-    documents, questions, answers = (
+    documents, prompts, answers = (
         np.bincount(statistics.document_sources, weights, count)
-        for weights in (None, statistics.question_tokens, statistics.answer_tokens)
+        for weights in (None, statistics.prompt_tokens, statistics.answer_tokens)
     )
     order = np.argsort(-tokens, kind="stable")
     named = order if full or count <= SOURCES_IN_TABLE + 1 else order[:SOURCES_IN_TABLE]
@@ -193,7 +210,7 @@ def source_table(statistics: Statistics, full: bool = False) -> str:
     for name, sources in groups:
         its_documents, its_tokens = max(1, documents[sources].sum()), tokens[sources].sum()
         fill = statistics.source_fill[sources] @ tokens[sources] / max(1, its_tokens)
-        means = (column[sources].sum() / its_documents for column in (questions, answers))
+        means = (column[sources].sum() / its_documents for column in (prompts, answers))
         rows.append(
             [shorten_name(name), f"{documents[sources].sum():,.0f}", f"{its_tokens:,.0f}"]
             + [f"{its_tokens / tokens.sum():.1%}", *(f"{mean:,.1f}" for mean in means), f"{fill:.2%}"]
@@ -245,9 +262,7 @@ def rows_as_text(path: str | os.PathLike, rows: Sequence[int], full: bool = Fals
     for row in rows:
         if not 0 <= row < folder.num_rows:
             raise DataError(f"{folder.path} has no row {row}: its rows are 0 to {folder.num_rows - 1}")
-    # A validation folder may use the tokenizer of its parent folder.
-    homes = (folder.tokenizer_path, folder.path.parent / TOKENIZER_FOLDER)
-    tokenizer = Tokenizer.from_file(str(next(home for home in homes if home.is_dir()) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(_tokenizer_folder(folder) / "tokenizer.json"))
     for row in rows:
         yield _row_as_text(folder, tokenizer, row, full)
 

@@ -43,7 +43,7 @@ def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
         axes = figure.subplot_mosaic(panels, width_ratios=widths)
         figure.suptitle(_title(statistics), fontsize=12)
         _draw_documents(axes["documents"], statistics)
-        _draw_questions_and_answers(axes["parts"], statistics)
+        _draw_prompts_and_answers(axes["parts"], statistics)
         _draw_fill(axes["fill"], statistics)
         _draw_sources(axes["sources"], statistics)
         return _write(figure, path)
@@ -90,15 +90,15 @@ def _draw_documents(axes: "Axes", statistics: Statistics) -> None:
     _legend(axes)
 
 
-def _draw_questions_and_answers(axes: "Axes", statistics: Statistics) -> None:
-    parts = (("questions", statistics.question_tokens, BLUE), ("answers", statistics.answer_tokens, ORANGE))
+def _draw_prompts_and_answers(axes: "Axes", statistics: Statistics) -> None:
+    parts = (("prompts", statistics.prompt_tokens, BLUE), ("answers", statistics.answer_tokens, ORANGE))
     bins = _length_bins(np.concatenate([lengths for _, lengths, _ in parts]))
     for name, lengths, color in parts:
         label = f"{name}, median {int(np.median(lengths)):,}"
-        # A log scale has no 0: texts without tokens, which only an odd tokenizer can cause, are shown at 1.
+        # A log scale has no 0: the prompts of plain texts, which have no tokens, are shown at 1.
         axes.hist(np.maximum(lengths, 1), bins, color=color, alpha=0.25)
         axes.hist(np.maximum(lengths, 1), bins, color=color, histtype="step", linewidth=1.5, label=label)
-    _label(axes, "Questions and answers", "tokens, without special tokens (log scale)", "documents")
+    _label(axes, "Prompts and answers", "tokens, without special tokens (log scale)", "documents")
     _length_axis(axes)
     _legend(axes)
 

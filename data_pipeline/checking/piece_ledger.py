@@ -10,9 +10,9 @@ import numpy as np
 class ShardPieces:
     """The pieces of one shard, in a compact form, since most documents are a single piece.
 
-    whole: int64 `[documents in one piece]`, their input rows.
-    parts: int64 `[other pieces, 7]`: input row, offset, length, source, has a token of the answer, begins within the
-    answer, ends its document.
+    whole: int64 `[documents surely in one piece]`, their input rows.
+    parts: int64 `[other pieces, 8]`: input row, offset, length, source, has a token of the answer, begins within the
+    answer, begins a turn, ends a turn.
     documents: the number of documents that begin in the shard.
     """
 
@@ -21,11 +21,14 @@ class ShardPieces:
     documents: int
 
 
-def shard_pieces(spans: np.ndarray, closed: np.ndarray) -> ShardPieces:
-    """Gather the pieces of a shard. closed: bool `[pieces]`, whether each piece ends its document."""
+def shard_pieces(spans: np.ndarray, opened: np.ndarray, closed: np.ndarray, seq_len: int) -> ShardPieces:
+    """Gather the pieces of a shard. opened, closed: bool `[pieces]`, whether each piece begins, and ends, a turn."""
     starts, answer_starts, ends, sources, input_rows, offsets = spans.T
     is_whole = (offsets == 0) & closed
-    parts = (input_rows, offsets, ends - starts, sources, answer_starts < ends, answer_starts == starts, closed)
+    # Another turn may follow: in this row, or in another one if this one is full.
+    is_whole[:-1] &= (offsets[1:] == 0) | (input_rows[1:] != input_rows[:-1])
+    is_whole &= ends < seq_len
+    parts = (input_rows, offsets, ends - starts, sources, answer_starts < ends, answer_starts == starts, opened, closed)
     return ShardPieces(
         np.ascontiguousarray(input_rows[is_whole]),
         np.stack([column[~is_whole].astype(np.int64) for column in parts], axis=1),
@@ -47,7 +50,11 @@ class PieceLedger:
         folder = np.asarray(folders)[part_shards]
         order = np.lexsort((parts[:, 1], folder, parts[:, 0]))
         self._parts, self._part_shards = parts[order], part_shards[order]
-        self._begins = (np.diff(self._parts[:, 0], prepend=-1) != 0) | (np.diff(folder[order], prepend=-1) != 0)
+        self._begins = (
+            (np.diff(self._parts[:, 0], prepend=-1) != 0)
+            | (np.diff(folder[order], prepend=-1) != 0)
+            | (self._parts[:, 1] == 0)
+        )
         self._rows = np.concatenate([whole, self._parts[self._begins, 0]])
         self._row_shards = np.concatenate([whole_shards, self._part_shards[self._begins]])
 
@@ -66,14 +73,17 @@ class PieceLedger:
 
     def _broken(self) -> np.ndarray:
         """Tell which pieces do not continue the piece before them, or leave their document incomplete, bool `[pieces]`."""
-        _, offsets, lengths, sources, has_answer, within_answer, closed = self._parts.T
+        _, offsets, lengths, sources, has_answer, within_answer, opened, closed = self._parts.T
         continues = ~self._begins
         broken = self._begins & (offsets != 0)
-        broken[1:] |= continues[1:] & (
-            (offsets[1:] != offsets[:-1] + lengths[:-1])
-            | (sources[1:] != sources[:-1])
-            | (closed[:-1] == 1)
-            | ((has_answer[:-1] == 1) & (within_answer[1:] == 0))
+        broken[1:] |= (
+            continues[1:]
+            & (
+                (offsets[1:] != offsets[:-1] + lengths[:-1])
+                | (sources[1:] != sources[:-1])
+                | (closed[:-1] != opened[1:])  # the next turn begins if the one before has ended, and only then
+                | ((has_answer[:-1] == 1) & (within_answer[1:] == 0) & (opened[1:] == 0))
+            )
         )
         is_last = np.append(self._begins[1:], True)[: len(broken)]
         return broken | (is_last & (closed == 0))

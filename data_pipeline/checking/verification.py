@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from data_pipeline.shards.format import (
     read_index,
     token_dtype,
 )
+from data_pipeline.tokens.tokenization import special_token_ids
 
 # Starting a process takes as long as checking this many bytes.
 BYTES_WORTH_A_PROCESS = 2**26
@@ -166,19 +166,16 @@ def _strangers(folder: Path, index: dict) -> list[str]:
 
 def _rules(path: Path, main_index: dict, index: dict) -> _Rules:
     """Combine a folder's index, the main index and the special tokens into rules."""
-    tokenizer = path / TOKENIZER_FOLDER
-    names = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
-    added = json.loads((tokenizer / "tokenizer.json").read_bytes())["added_tokens"]
-    ids = {token["content"]: token["id"] for token in added}
+    ids = special_token_ids(path / TOKENIZER_FOLDER)
     return _Rules(
         seq_len=index["seq_len"],
         vocab_size=index["vocab_size"],
         num_sources=len(index["sources"]),
         rows_in=main_index["counts"].get("rows_in"),  # None for a validation folder verified by itself
         pad=index["tokenizer"]["pad_token_id"],
-        bos=ids[names["bos_token"]],
-        sep=ids[names["sep_token"]],
-        eos=ids[names["eos_token"]],
+        bos=ids["bos"],
+        sep=ids["sep"],
+        eos=ids["eos"],
     )
 
 
@@ -230,20 +227,20 @@ def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardRepor
         shard = parse_shard(entry["name"], tar, offsets, rules.seq_len, token_dtype(rules.vocab_size))
         if len(shard.row_ends) != entry["rows"]:
             broken(entry["name"], f"it has {len(shard.row_ends)} rows, but the index says {entry['rows']}")
-        closed = _check_tokens(entry["name"], shard, rules)
+        opened, closed = _check_tokens(entry["name"], shard, rules)
     except DataError as error:
         return _ShardReport(folder, entry, [f"{folder}/{error}"])
-    return _ShardReport(folder, entry, [], int(shard.row_ends.sum()), shard_pieces(shard.spans, closed))
+    pieces = shard_pieces(shard.spans, opened, closed, rules.seq_len)
+    return _ShardReport(folder, entry, [], int(shard.row_ends.sum()), pieces)
 
 
-def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> np.ndarray:
-    """Check ids, padding and special tokens against the spans; return which pieces end their documents, bool."""
+def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> tuple[np.ndarray, np.ndarray]:
+    """Check ids, padding and special tokens against the spans; return which pieces begin, and which end, a turn, bool."""
     starts, answer_starts, ends, sources, input_rows, offsets = shard.spans.T
     require(name, sources < rules.num_sources, "a source has no name in the index", shard.piece_rows)
     if rules.rows_in is not None:
         require(name, input_rows < rules.rows_in, "an input row is beyond the number of rows read", shard.piece_rows)
     columns = np.arange(rules.seq_len)
-    first_tokens, last_tokens, separators = (np.empty(len(starts), dtype=np.int64) for _ in range(3))
     for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
         tokens = shard.tokens(first, first + ROWS_AT_ONCE)
         rows = first + np.arange(len(tokens))
@@ -253,17 +250,14 @@ def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> np.ndarray:
         require(
             name, (is_text | (tokens[padded] == rules.pad)).all(axis=1), "its padding contains tokens", rows[padded]
         )
-        pieces = slice(*np.searchsorted(shard.piece_rows, (first, first + ROWS_AT_ONCE)))
-        row = shard.piece_rows[pieces] - first
-        first_tokens[pieces] = tokens[row, starts[pieces]]
-        last_tokens[pieces] = tokens[row, ends[pieces] - 1]
-        separators[pieces] = tokens[row, np.maximum(answer_starts[pieces] - 1, 0)]
-    closed = last_tokens == rules.eos
-    require(name, (first_tokens == rules.bos) == (offsets == 0), "a document does not begin with <s>", shard.piece_rows)
+    opened, closed = shard.tokens_at(starts) == rules.bos, shard.tokens_at(ends - 1) == rules.eos
+    require(name, opened | (offsets > 0), "a document does not begin with <s>", shard.piece_rows)
     begins_inside = (starts < answer_starts) & (answer_starts < ends)
-    require(name, (separators == rules.sep) | ~begins_inside, "an answer does not follow <sep>", shard.piece_rows)
+    is_plain_text = opened & (answer_starts == starts + 1)
+    follows = (shard.tokens_at(np.maximum(answer_starts - 1, 0)) == rules.sep) | is_plain_text | ~begins_inside
+    require(name, follows, "an answer does not follow <sep>", shard.piece_rows)
     require(name, (answer_starts < ends) | ~closed, "a document ends without an answer", shard.piece_rows)
-    return closed
+    return opened, closed
 
 
 # The whole folder

@@ -13,13 +13,17 @@ from data_pipeline.deduplication.contamination import EvaluationSet
 from data_pipeline.deduplication.keys import row_keys
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, signatures
 from data_pipeline.preparation.job import FATE, Job, Seconds
+from data_pipeline.preparation.row_texts import RowTexts
 from data_pipeline.preparation.scratch import as_bytes, save_arrays, stamp, write_scratch
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.shards.format import TOKENIZER_FOLDER
 from data_pipeline.sources.rows import empty_frame
-from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError
-
-SPECIAL_TOKENS = 3  # per document: <s>, <sep> and </s>
+from data_pipeline.tokens.encoding import (
+    SPECIAL_TOKENS_OF_TEXT,
+    SPECIAL_TOKENS_OF_TURN,
+    DocumentEncoder,
+    EncoderMismatchError,
+)
 
 
 def encode_chunk(job: Job, number: int) -> dict:
@@ -30,20 +34,23 @@ def encode_chunk(job: Job, number: int) -> dict:
     path, seconds = job.chunk_file(number), Seconds()
     encoder = _encoder(job.out / TOKENIZER_FOLDER, job.fast_encoder, stamp(job.out / TOKENIZER_FOLDER))
     parts, text_bytes = [], 0
-    frames = job.chunks[number].frames()
+    frames = job.chunks[number].frames(job.layout)
     while True:
         with seconds.of("read"):
             frame = next(frames, None)
         if frame is None:
             break
-        text_bytes += sum(frame.select(pl.col("question", "answer").str.len_bytes().sum()).row(0))
+        texts = RowTexts.of(frame)
+        text_bytes += sum(column.str.len_bytes().sum() for column in texts.columns())
         try:
-            parts.append(_encode_frame(frame, job.settings, encoder, seconds))
+            parts.append(_encode_rows(texts, frame["source"], job.settings, encoder, seconds))
         except EncoderMismatchError as error:
             write_scratch(job.mismatch_file, str(error).encode())
             raise
     with seconds.of("keep"):
-        parts = parts or [_encode_frame(empty_frame(), job.settings, encoder, seconds)]
+        if not parts:
+            empty = empty_frame(job.layout)
+            parts = [_encode_rows(RowTexts.of(empty), empty["source"], job.settings, encoder, seconds)]
         sources = pl.concat([part.pop("source") for part in parts])
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         arrays |= _numbered(sources)
@@ -54,14 +61,13 @@ def encode_chunk(job: Job, number: int) -> dict:
     return {"rows": len(arrays["fate"]), "bytes": text_bytes, "seconds": dict(seconds)}
 
 
-def _fate_of_texts(frame: pl.DataFrame, settings: Settings) -> np.ndarray:
+def _fate_of_texts(texts: RowTexts, source: pl.Series, settings: Settings) -> np.ndarray:
     """Return the fates of rows that follow from source and text alone, uint8 `[rows]`."""
-    fate = np.zeros(len(frame), dtype=np.uint8)
-    empty = ((frame["question"] == "") | (frame["answer"] == "")).to_numpy()
-    fate[empty] = FATE["empty"]
-    excluded = frame["source"].is_in(settings.exclude_sources)
+    fate = np.zeros(len(texts), dtype=np.uint8)
+    fate[texts.have_empty_text()] = FATE["empty"]
+    excluded = source.is_in(settings.exclude_sources)
     if settings.sources:
-        excluded |= ~frame["source"].is_in(settings.sources)
+        excluded |= ~source.is_in(settings.sources)
     fate[excluded.to_numpy()] = FATE["excluded_source"]
     return fate
 
@@ -71,35 +77,38 @@ def signature_file(chunk_file: Path) -> Path:
     return chunk_file.with_suffix(".signatures.npy")
 
 
-def _encode_frame(
-    frame: pl.DataFrame, settings: Settings, encoder: DocumentEncoder, seconds: Seconds
+def _encode_rows(
+    texts: RowTexts, source: pl.Series, settings: Settings, encoder: DocumentEncoder, seconds: Seconds
 ) -> dict[str, np.ndarray]:
     with seconds.of("clean"):
-        frame = frame.with_columns(clean(pl.col("question", "answer"), settings.cleaning))
-    source, fate = frame["source"], _fate_of_texts(frame, settings)
+        texts = texts.cleaned(settings.cleaning)
+    count, fate = len(texts), _fate_of_texts(texts, source, settings)
     kept = np.flatnonzero(fate == 0)
-    texts = frame[kept] if len(kept) < len(frame) else frame
-    question, answer = texts["question"], texts["answer"]
+    texts = texts.rows(kept)
     with seconds.of("encode"):
-        ids, lengths, answer_starts = encoder.encode(question, answer)
+        ids, turn_lengths, answer_starts = encoder.encode(texts.prompts, texts.answers)
+    lengths, turns = texts.sums_per_row(turn_lengths), texts.turns_per_row
+    opening, rest = texts.opening, texts.rest
     with seconds.of("keys"):
-        keys, question_keys = row_keys(question, answer)
-    columns = {"length": lengths, "answer_start": answer_starts, "key": keys, "question_key": question_keys}
+        keys, opening_keys = row_keys(opening, rest)
+    columns = {"length": lengths, "turns": turns, "key": keys, "opening_key": opening_keys}
     if settings.near_duplicates is not None:
         with seconds.of("signatures"):
-            columns["signature"] = signatures(question, answer, NearDuplicateSettings(settings.near_duplicates))
+            columns["signature"] = signatures(opening, rest, NearDuplicateSettings(settings.near_duplicates))
     with seconds.of("decontaminate"):
-        contaminated = evaluation_set(settings).contaminated(question, answer) if settings.decontaminate else False
+        contaminated = evaluation_set(settings).contaminated(opening, rest) if settings.decontaminate else False
+    special_tokens = turns * (SPECIAL_TOKENS_OF_TEXT if texts.prompts is None else SPECIAL_TOKENS_OF_TURN)
     fate[kept] = np.select(
         [
             np.full(len(kept), contaminated),
             (lengths > settings.seq_len) & (settings.long_documents == "drop"),
-            lengths - SPECIAL_TOKENS < settings.minimum_tokens,
+            lengths - special_tokens < settings.minimum_tokens,
         ],
         [FATE["contaminated"], FATE["too_long"], FATE["too_short"]],
         default=0,
     )
-    return {"fate": fate, "ids": ids, "source": source, **_spread(columns, kept, len(frame))}
+    of_turns = {"turn_length": turn_lengths, "answer_start": answer_starts}
+    return {"fate": fate, "ids": ids, "source": source, **of_turns, **_spread(columns, kept, count)}
 
 
 def evaluation_set(settings: Settings) -> EvaluationSet:

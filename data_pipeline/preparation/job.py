@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_pipeline.preparation.scratch import work_folder
 from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.source import Chunk
 
 # What can happen to a row. Fates before FIRST_REASON keep it; the others are reasons to drop it.
@@ -30,6 +31,7 @@ class Job:
     out: Path
     settings: Settings
     chunks: tuple[Chunk, ...]
+    layout: Layout
 
     def chunk_file(self, number: int) -> Path:
         """Return the path of the arrays that stage 1 makes of a chunk; it also depends on the encoder in use."""

@@ -14,9 +14,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import polars as pl
 
-from data_pipeline.cleaning.clean import clean
 from data_pipeline.errors import DataError
 from data_pipeline.preparation.encode_chunks import encode_chunk, evaluation_set
 from data_pipeline.preparation.folder import (
@@ -27,6 +25,7 @@ from data_pipeline.preparation.folder import (
     remove_work,
 )
 from data_pipeline.preparation.job import DROP_REASONS, FATE, Job, Seconds
+from data_pipeline.preparation.row_texts import RowTexts
 from data_pipeline.preparation.scratch import claims_folder, work_folder, write_scratch
 from data_pipeline.preparation.select_rows import (
     ROWS_PER_GROUP,
@@ -70,7 +69,7 @@ def prepare(
     Raises DataError for bad input, for a folder made with other settings, and if the disk refuses a write.
     """
     out, seconds = Path(out), Seconds() if seconds is None else seconds
-    opened = open_source(source)
+    opened = open_source(source, settings.layout)
     if not opened.chunks:
         raise DataError(f"the source {opened.name} has no rows: check its files")
     if workers is not None and workers < 1:
@@ -92,7 +91,7 @@ def prepare(
                     print(f"{out} has lost {missing}: preparing it again", file=sys.stderr)
                     (out / INDEX_NAME).unlink()
                 begin_or_continue(out, config, alone=member.count == 1)
-                job = Job(out.resolve(), settings, opened.chunks)
+                job = Job(out.resolve(), settings, opened.chunks, opened.layout)
                 return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
     except FinishedElsewhere:
         remove_work(out)
@@ -160,8 +159,7 @@ class _Preparation:
     def _clean_texts(self):
         with self._bar("fitting the tokenizer", self.source.num_rows) as bar:
             for frame in self.source.frames():
-                cleaned = frame.select(clean(pl.col("question", "answer"), self.job.settings.cleaning))
-                for column in cleaned:
+                for column in RowTexts.of(frame).cleaned(self.job.settings.cleaning).columns():
                     yield from column
                 bar.update(len(frame))
 
@@ -251,6 +249,7 @@ def _config(source: Source, tokenizer: CorpusTokenizer | None, settings: Setting
     evaluation_texts = evaluation_set(settings).fingerprint if settings.decontaminate else None
     return {
         "source": source.identity,
+        "layout": source.layout.config(),
         "tokenizer": tokenizer_config,
         **settings.config(),
         "decontaminate": evaluation_texts,

@@ -61,11 +61,11 @@ def select_rows(job: Job) -> None:
 
     Needs memory for the arrays of one chunk and about 60 bytes per row.
     """
-    columns = [load_arrays(path, "fate", "key", "question_key", "length") for path in job.chunk_files()]
+    columns = [load_arrays(path, "fate", "key", "opening_key", "length") for path in job.chunk_files()]
     first_rows = np.cumsum([0, *(len(column["fate"]) for column in columns)])
     fate = np.concatenate([column.pop("fate") for column in columns])
     keys = np.concatenate([column.pop("key") for column in columns])
-    questions = np.concatenate([column.pop("question_key") for column in columns])
+    openings = np.concatenate([column.pop("opening_key") for column in columns])
     lengths = np.concatenate([column.pop("length") for column in columns]).astype(np.int64)
     fate[repeated(keys, fate == 0)] = FATE["duplicate"]
     del keys
@@ -73,8 +73,8 @@ def select_rows(job: Job) -> None:
         found = [map_array(signature_file(path), path) for path in job.chunk_files()]
         settings = NearDuplicateSettings(job.settings.near_duplicates)
         fate[duplicates(found, fate == 0, settings)] = FATE["near_duplicate"]
-    # The hash of the question alone decides, so no question is in both splits, whatever the rest of the corpus is.
-    below = questions < np.uint64(int(job.settings.validation_share * 2**64))
+    # The hash of the first prompt alone decides, so no prompt is in both splits, whatever the rest of the corpus is.
+    below = openings < np.uint64(int(job.settings.validation_share * 2**64))
     fate[(fate == 0) & below] = FATE["validation"]
     kept, every = _source_names(job, fate, first_rows)
     unknown = sorted({*job.settings.sources, *job.settings.exclude_sources} - every)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
 from data_pipeline.errors import DataError
+from data_pipeline.sources.layout_choice import LayoutChoice
 
 LONG_DOCUMENTS = ("split", "drop")
 
@@ -22,6 +23,7 @@ class Settings:
     long_documents: `split` or `drop` documents that are longer than a row.
     validation_share: the share of questions whose rows go to the validation folder.
     near_duplicates: Jaccard similarity from which two rows count as the same; None drops exact duplicates only.
+    layout: how columns become texts, as far as the user says; `prepare` finds the rest.
     decontaminate: files of evaluation texts; rows that share an n-gram with them are dropped.
     Raises DataError for values that cannot work.
     """
@@ -37,6 +39,7 @@ class Settings:
     validation_share: float = 0.0
     near_duplicates: float | None = None
     decontaminate: tuple[str, ...] = ()
+    layout: LayoutChoice = field(default_factory=LayoutChoice)
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
     def __post_init__(self) -> None:
@@ -58,7 +61,7 @@ class Settings:
     def config(self) -> dict:
         """Return what determines the bytes, as JSON values; the caller adds the tokenizer and the evaluation texts."""
         values = asdict(self)
-        del values["tokenizer"], values["vocab_size"], values["decontaminate"]
+        del values["tokenizer"], values["vocab_size"], values["decontaminate"], values["layout"]
         return values | {
             "sources": sorted(self.sources),
             "exclude_sources": sorted(self.exclude_sources),

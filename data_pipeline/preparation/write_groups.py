@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from data_pipeline.preparation.select_rows import Group, Selection, load_selecti
 from data_pipeline.shards.format import TOKENIZER_FOLDER, VALIDATION_FOLDER, write_shard
 from data_pipeline.shards.packing import Documents, PackedRows, pack
 from data_pipeline.tokens.encoding import DocumentEncoder
+
+ENCODED = ("ids", "length", "turns", "turn_length", "answer_start", "source", "source_list")
 
 
 def group_files(out: Path, selection: Selection) -> list[Path]:
@@ -42,31 +45,32 @@ def write_group(job: Job, number: int) -> dict:
             write_shard(folder, f"shard-{group.number:05d}-{first // step:03d}", _part(rows, first, first + step))
             for first in range(0, len(rows.tokens), step)
         ]
-    written = {"files": files, "documents": len(documents.lengths), "tokens": int(documents.lengths.sum())}
+    written = {"files": files, "documents": len(documents.input_rows), "tokens": len(documents.ids)}
     write_scratch(group_files(job.out, selection)[number], json.dumps(written).encode())
-    return {"rows": len(documents.lengths), "seconds": dict(seconds)}
+    return {"rows": len(documents.input_rows), "seconds": dict(seconds)}
 
 
 def _documents(job: Job, selection: Selection, group: Group) -> Documents:
     numbers = {name: number for number, name in enumerate(selection.sources)}
     parts = []
     for chunk in group.chunks:
-        arrays = load_arrays(job.chunk_file(chunk), "ids", "length", "answer_start", "source", "source_list")
+        arrays = load_arrays(job.chunk_file(chunk), *ENCODED)
         rows = selection.chunk(chunk)
         kept = selection.fate[rows] == FATE[group.split]
+        in_kept = np.repeat(kept, arrays["turns"])
         parts.append(
             Documents(
                 arrays["ids"][np.repeat(kept, arrays["length"])],
-                arrays["length"][kept],
-                arrays["answer_start"][kept],
+                arrays["turn_length"][in_kept],
+                arrays["answer_start"][in_kept],
                 np.array([numbers.get(name, -1) for name in as_texts(arrays["source_list"])], dtype=np.int64)[
                     arrays["source"][kept]
                 ],
                 rows.start + np.flatnonzero(kept),
+                arrays["turns"][kept],
             )
         )
-    names = ("ids", "lengths", "answer_starts", "sources", "input_rows")
-    return Documents(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    return Documents(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Documents)))
 
 
 def _part(rows: PackedRows, first: int, end: int) -> PackedRows:

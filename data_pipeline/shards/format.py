@@ -24,7 +24,9 @@ from data_pipeline.errors import DataError
 from data_pipeline.files import sync_folder
 from data_pipeline.shards.packing import PackedRows
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had only documents of one turn, and no plain texts. All of its folders are valid in version 2.
+READ_VERSIONS = (1, 2)
 INDEX_NAME = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
 VALIDATION_FOLDER = "validation"
@@ -144,9 +146,10 @@ def read_index(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: remove the folder and prepare it again ({error})") from error
     version = index.get("format_version") if isinstance(index, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READ_VERSIONS:
         raise DataError(
-            f"{path} has format version {version}, but this program reads {FORMAT_VERSION}: prepare the data again"
+            f"{path} has format version {version}, but this program reads {' and '.join(map(str, READ_VERSIONS))}: prepare "
+            "the data again"
         )
     return index
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import polars as pl
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.rows import COLUMNS, frames, require_columns, values_of
+from data_pipeline.sources.layout_choice import LayoutChoice
+from data_pipeline.sources.layouts import Layout
+from data_pipeline.sources.rows import columns_of, frames, values_of
 
 WAITS = (1, 5, 30, 120)  # seconds before each further attempt; `datasets` itself retries single reads
 
@@ -27,12 +29,12 @@ class HubChunk:
     count: int
     rows: None = None  # unknown until it is read
 
-    def frames(self) -> Iterator[pl.DataFrame]:
+    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
         """Yield the file's rows. After a network fault, reading resumes at the row where it stopped."""
         given = 0
         for wait in (*WAITS, None):
             try:
-                for frame in frames(self._rows(skip=given)):
+                for frame in frames(self._rows(given, layout), layout):
                     given += len(frame)
                     yield frame
                 return
@@ -46,15 +48,17 @@ class HubChunk:
                 print(f"{where} stopped after {given:,} rows ({reason}); retrying in {wait} s", file=sys.stderr)
                 time.sleep(wait)
 
-    def _rows(self, skip: int) -> Iterator[dict[str, str]]:
+    def _rows(self, skip: int, layout: Layout) -> Iterator[dict]:
         part = _open(self.name, self.revision).shard(num_shards=self.count, index=self.index).skip(skip)
+        if part.column_names is not None:
+            part = part.select_columns(columns_of(layout, part.column_names))
         where = f"the hub dataset {self.name!r}"
         for row in part:
-            yield values_of(row, where, self.name)
+            yield values_of(row, where, self.name, layout)
 
 
-def hub_chunks(name: str) -> tuple[dict, tuple[HubChunk, ...]]:
-    """Return the identity of the dataset, which is its name and revision, and its chunks.
+def hub_chunks(name: str, choice: LayoutChoice) -> tuple[dict, tuple[HubChunk, ...], Layout]:
+    """Return the identity of the dataset, which is its name and revision, its chunks and its layout.
 
     Raises DataError if there is no such dataset, or if required columns are missing.
     """
@@ -68,9 +72,11 @@ def hub_chunks(name: str) -> tuple[dict, tuple[HubChunk, ...]]:
             f"the source {name!r} is neither a path here nor a reachable hub dataset with a `train` split: "
             f"check the spelling, or the network ({str(error).strip().splitlines()[0]})"
         ) from error
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    layout = choice.resolve(columns, f"the hub dataset {name!r}")
     count = dataset.num_shards
     identity = {"name": name} | ({"revision": revision} if revision else {})
-    return identity, tuple(HubChunk(name, revision, index, count) for index in range(count))
+    return identity, tuple(HubChunk(name, revision, index, count) for index in range(count)), layout
 
 
 def _newest_revision(name: str) -> str | None:
@@ -86,11 +92,7 @@ def _newest_revision(name: str) -> str | None:
 def _open(name: str, revision: str | None):
     import datasets
 
-    dataset = datasets.load_dataset(name, split="train", streaming=True, revision=revision)
-    if dataset.column_names is not None:
-        require_columns(dataset.column_names, f"the hub dataset {name!r}")
-        dataset = dataset.select_columns([column for column in COLUMNS if column in dataset.column_names])
-    return dataset
+    return datasets.load_dataset(name, split="train", streaming=True, revision=revision)
 
 
 def _network_faults() -> tuple[type[Exception], ...]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import polars as pl
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.rows import frames, values_of
 
 BYTES_PER_CHUNK = 2**23
@@ -28,10 +30,10 @@ class JsonlChunk:
     end: int | None = None
     rows: None = None  # unknown until it is read
 
-    def frames(self) -> Iterator[pl.DataFrame]:
-        yield from frames(self._rows())
+    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+        yield from frames(self._rows(partial(values_of, layout=layout, default_source=self.file.name)), layout)
 
-    def _rows(self) -> Iterator[dict[str, str]]:
+    def _rows(self, values: Callable[[dict, str], dict]) -> Iterator[dict]:
         number = 0
         try:
             with gzip.open(self.file) if self.file.suffix.lower() == ".gz" else self.file.open("rb") as lines:
@@ -45,7 +47,7 @@ class JsonlChunk:
                         break
                     number += 1
                     if line.strip():
-                        yield self._row(line, position, number)
+                        yield self._row(line, number, values)
                     position += len(line)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(
@@ -53,12 +55,12 @@ class JsonlChunk:
                 f"({error})"
             ) from error
 
-    def _row(self, line: bytes, position: int, number: int) -> dict[str, str]:
+    def _row(self, line: bytes, number: int, values: Callable[[dict, str], dict]) -> dict:
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise DataError("{where} is not a JSON object: every line must hold one row")
-            return values_of(row, "{where},", self.file.name)
+            return values(row, "{where},")
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self._where(number)} is not valid JSON: correct or remove it ({error})") from error
         except DataError as error:
@@ -81,6 +83,11 @@ def jsonl_chunks(file: Path) -> list[JsonlChunk]:
         return [JsonlChunk(file)]
     size = file.stat().st_size
     return [JsonlChunk(file, start, min(start + BYTES_PER_CHUNK, size)) for start in range(0, size, BYTES_PER_CHUNK)]
+
+
+def jsonl_columns(file: Path) -> list[str] | None:
+    """Return the keys of a file's first row, or None if it has no row."""
+    return next(JsonlChunk(file)._rows(lambda row, where: list(row)), None)
 
 
 def _newlines(file: BinaryIO, end: int) -> int:

@@ -20,13 +20,16 @@ from typing import Protocol
 import polars as pl
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.jsonl import jsonl_chunks
+from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
+from data_pipeline.sources.layout_choice import LayoutChoice
+from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.origin import origin_of
-from data_pipeline.sources.parquet import parquet_chunks
+from data_pipeline.sources.parquet import parquet_chunks, parquet_columns
 from data_pipeline.sources.rows import frames, values_of
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 BLOCK_BYTES, BLOCKS = 2**16, 64
+BY_COLUMNS = LayoutChoice()
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
@@ -38,8 +41,8 @@ class Chunk(Protocol):
 
     rows: int | None
 
-    def frames(self) -> Iterator[pl.DataFrame]:
-        """Yield frames with the string columns question, answer and source, in a fixed order.
+    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+        """Yield frames with the columns prompt, answer and source, as `Layout.turns` makes them, in a fixed order.
 
         Raises DataError for a bad row, and if the chunk cannot be read.
         """
@@ -85,9 +88,9 @@ class FileChunk:
     def rows(self) -> int | None:
         return self.chunk.rows
 
-    def frames(self) -> Iterator[pl.DataFrame]:
+    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
         try:
-            yield from self.chunk.frames()
+            yield from self.chunk.frames(layout)
         except DataError:
             self.state.check_unchanged()  # a changed file is the likelier cause
             raise
@@ -100,12 +103,14 @@ class Source:
 
     name: shown to the user.
     identity: JSON values that distinguish this input from others; it contains no paths, so it is the same on every machine.
+    layout: how columns become texts.
     files: the files of the source; empty if it does not consist of files.
     """
 
     name: str
     identity: list[dict]
     chunks: tuple[Chunk, ...]
+    layout: Layout
     files: tuple[FileState, ...] = ()
 
     @property
@@ -122,26 +127,27 @@ class Source:
     def frames(self) -> Iterator[pl.DataFrame]:
         """Yield the frames of all chunks."""
         for chunk in self.chunks:
-            yield from chunk.frames()
+            yield from chunk.frames(self.layout)
 
 
-def open_source(source: str | list[str]) -> Source:
+def open_source(source: str | list[str], choice: LayoutChoice = BY_COLUMNS) -> Source:
     """Open `sample`, parquet or jsonl files (paths, folders, globs), or a dataset on the hub by its name.
 
-    Raises DataError if the source is none of these, or if required columns are missing.
+    choice: what is said about the layout; the columns tell the rest.
+    Raises DataError if the source is none of these, or if its columns fit no layout.
     """
     parts = [source] if isinstance(source, str) else list(source)
     if parts == ["sample"]:
-        return sample_source()
+        return sample_source(choice)
     if len(parts) == 1 and not _is_local(parts[0]) and HUB_NAME.fullmatch(parts[0]):
         from data_pipeline.sources.hub import hub_chunks
 
-        identity, chunks = hub_chunks(parts[0])
-        return Source(parts[0], [identity], chunks)
-    return file_source(parts)
+        identity, chunks, layout = hub_chunks(parts[0], choice)
+        return Source(parts[0], [identity], chunks, layout)
+    return file_source(parts, choice)
 
 
-def file_source(parts: list[str]) -> Source:
+def file_source(parts: list[str], choice: LayoutChoice = BY_COLUMNS) -> Source:
     """Open parquet and jsonl files as one source, in sorted order; every chunk lies within one file."""
     files = sorted({file.resolve(): file for part in parts for file in _files_of(part)}.values())
     if not files:
@@ -151,11 +157,25 @@ def file_source(parts: list[str]) -> Source:
     identity = [
         {"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)} for file in files
     ]
+    layout = _layout_of(files, choice)
     chunks = []
     for file, state in zip(files, states, strict=True):
-        of_file = parquet_chunks(file) if file.suffix.lower() == ".parquet" else jsonl_chunks(file)
+        of_file = parquet_chunks(file, layout) if _is_parquet(file) else jsonl_chunks(file)
         chunks += [FileChunk(chunk, state) for chunk in of_file]
-    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks), tuple(states))
+    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks), layout, tuple(states))
+
+
+def _layout_of(files: list[Path], choice: LayoutChoice) -> Layout:
+    """Find the layout of the first file that has columns; the other files have to fit it."""
+    for file in files:
+        columns = parquet_columns(file) if _is_parquet(file) else jsonl_columns(file)
+        if columns is not None:
+            return choice.resolve(columns, str(file))
+    raise DataError(f"{files[0]} and all other files of the source have no rows: check them")
+
+
+def _is_parquet(file: Path) -> bool:
+    return file.suffix.lower() == ".parquet"
 
 
 def _digest(file: Path) -> str:
@@ -175,22 +195,27 @@ class SampleChunk:
 
     rows: int
 
-    def frames(self) -> Iterator[pl.DataFrame]:
-        yield from frames(iter(_sample_rows()))
+    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+        yield from frames((values_of(row, "the sample,", "sample", layout) for row in _sample_rows()), layout)
 
 
-def sample_source() -> Source:
+def sample_source(choice: LayoutChoice = BY_COLUMNS) -> Source:
     """Open the built-in sample corpus."""
     rows = _sample_rows()
     digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    return Source("sample", [{"name": "sample", "rows": len(rows), "sha256": digest}], (SampleChunk(len(rows)),))
+    return Source(
+        "sample",
+        [{"name": "sample", "rows": len(rows), "sha256": digest}],
+        (SampleChunk(len(rows)),),
+        choice.resolve(list(rows[0]), "the sample"),
+    )
 
 
 @lru_cache(maxsize=1)
 def _sample_rows() -> list[dict[str, str]]:
     from data_pipeline.sources.sample import training_rows
 
-    return [values_of(row, "the sample", "sample") for row in training_rows()]
+    return list(training_rows())
 
 
 def _is_local(part: str) -> bool:

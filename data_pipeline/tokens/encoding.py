@@ -16,13 +16,15 @@ from tokenizers import Tokenizer
 
 from data_pipeline.shards.format import token_dtype
 from data_pipeline.tokens.text_buffer import text_buffer
+from data_pipeline.tokens.tokenization import special_token_ids
 
 # One text in 400 is also encoded by the tokenizer. This takes about as long as encoding all texts with gigatoken.
 CHECKED_SHARE = 400
 # Bytes. Longer texts are not checked, because the tokenizer would take too long.
 LONGEST_CHECKED = 20_000
-SEGMENTS = 5  # segments of a document: <s>, question, <sep>, answer, </s>
-QUESTION, ANSWER = 1, 3
+# The segments of a turn; a plain text has only the first and the last two of them.
+BOS, PROMPT, SEP, ANSWER, EOS = range(5)
+SPECIAL_TOKENS_OF_TURN, SPECIAL_TOKENS_OF_TEXT = 3, 2
 
 
 class EncoderMismatchError(Exception):
@@ -30,7 +32,7 @@ class EncoderMismatchError(Exception):
 
 
 class DocumentEncoder:
-    """Encodes questions and answers as documents `<s> question <sep> answer </s>`.
+    """Encodes turns as `<s> prompt <sep> answer </s>`, and plain texts as `<s> text </s>`.
 
     folder: a tokenizer folder as `CorpusTokenizer.save` writes it.
     fast: encode with gigatoken and check a sample; otherwise encode with the tokenizer.
@@ -40,33 +42,34 @@ class DocumentEncoder:
 
     def __init__(self, folder: str | Path, fast: bool) -> None:
         text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
-        names = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
         self._backend = Tokenizer.from_str(text)
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
-        ids = {name: self._backend.token_to_id(names[f"{name}_token"]) for name in ("bos", "sep", "eos", "pad")}
+        ids = special_token_ids(Path(folder))
         self.pad_token_id = ids["pad"]
         self.vocab_size = self._backend.get_vocab_size()
         self.dtype = token_dtype(self.vocab_size)
-        self._special = {0: ids["bos"], 2: ids["sep"], 4: ids["eos"]}
+        self._special = {BOS: ids["bos"], SEP: ids["sep"], EOS: ids["eos"]}
         self._fast = _gigatoken(text) if fast else None
 
-    def encode(self, question: pl.Series, answer: pl.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Encode rows; return the concatenated ids `[tokens]`, and the documents' lengths and answer starts `[rows]`.
+    def encode(self, prompts: pl.Series | None, answers: pl.Series) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode turns; return the concatenated ids `[tokens]`, and the turns' lengths and answer starts `[turns]`.
 
+        prompts: None for plain texts, which are given as answers.
         Raises EncoderMismatchError if gigatoken and the tokenizer differ on a text of the sample.
         """
-        question_ids, question_lengths = self._encode_texts(question)
-        answer_ids, answer_lengths = self._encode_texts(answer)
-        lengths = np.ones((len(question), SEGMENTS), dtype=np.int64)
-        lengths[:, QUESTION], lengths[:, ANSWER] = question_lengths, answer_lengths
-        segment = np.repeat(np.tile(np.arange(SEGMENTS, dtype=np.uint8), len(question)), lengths.reshape(-1))
-        ids = np.empty(len(segment), dtype=self.dtype)
-        ids[segment == QUESTION], ids[segment == ANSWER] = question_ids, answer_ids
-        for number, special in self._special.items():
-            ids[segment == number] = special
-        return ids, lengths.sum(1), question_lengths + 2
+        texts = {ANSWER: answers} if prompts is None else {PROMPT: prompts, ANSWER: answers}
+        encoded = {segment: self._encode_texts(column) for segment, column in texts.items()}
+        segments = [BOS, ANSWER, EOS] if prompts is None else [BOS, PROMPT, SEP, ANSWER, EOS]
+        lengths = np.ones((len(answers), len(segments)), dtype=np.int64)
+        for segment, (_, its_lengths) in encoded.items():
+            lengths[:, segments.index(segment)] = its_lengths
+        segment_of = np.repeat(np.tile(np.array(segments, dtype=np.uint8), len(answers)), lengths.reshape(-1))
+        ids = np.empty(len(segment_of), dtype=self.dtype)
+        for segment in segments:
+            ids[segment_of == segment] = encoded[segment][0] if segment in encoded else self._special[segment]
+        return ids, lengths.sum(1), lengths[:, : segments.index(ANSWER)].sum(1)
 
     def _encode_texts(self, texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
         if self._fast is None or texts.is_empty():

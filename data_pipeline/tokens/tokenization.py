@@ -1,6 +1,6 @@
-"""Encoding and decoding with a saved tokenizer, in the layout `<s> question <sep> answer </s>`.
+"""Encoding and decoding with a saved tokenizer, in the layout `<s> prompt <sep> answer </s>`.
 
-Question and answer are encoded separately, unchanged and without a space in front. Decoding the tokens between two special
+Prompt and answer are encoded separately, unchanged and without a space in front. Decoding the tokens between two special
 tokens therefore gives the text back character for character. Special tokens that appear literally in a text are encoded
 as text; the ids of special tokens come only from the layout.
 """
@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and data preparation does not need it
@@ -35,6 +36,14 @@ def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def special_token_ids(folder: Path) -> dict[str, int]:
+    """Read the ids of `bos`, `sep`, `eos` and `pad` from a tokenizer folder as `CorpusTokenizer.save` writes it."""
+    names = json.loads((folder / "tokenizer_config.json").read_bytes())
+    added = json.loads((folder / "tokenizer.json").read_bytes())["added_tokens"]
+    ids = {token["content"]: token["id"] for token in added}
+    return {name: ids[names[f"{name}_token"]] for name in ("bos", "sep", "eos", "pad")}
 
 
 def fingerprint(backend: "Tokenizer") -> str:

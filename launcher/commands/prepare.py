@@ -16,6 +16,8 @@ examples:
   lfm prepare sample --out data/sample
   lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct --exclude-sources socratic
   lfm prepare TIGER-Lab/WebInstructSub --out data/webinstruct --near-duplicates --decontaminate gsm8k/test.jsonl
+  lfm prepare chats.jsonl --columns messages=dialogue --out data/chats
+  lfm prepare books/ --layout text --out data/books
 
 Several processes or jobs can share the work on one folder; the result is byte-identical to that of one process:
   mpirun -n 4 lfm prepare ...          srun -n 4 lfm prepare ...          sbatch --array=0-7 slurm/prepare.sbatch ...
@@ -25,14 +27,14 @@ To resume an interrupted preparation, run the same command again.
 
 def add_prepare(commands) -> None:
     parser = commands.add_parser(
-        "prepare", help="Clean, tokenize and pack question/answer rows into WebDataset shards.",
-        description="Clean, tokenize and pack question/answer rows into WebDataset shards.", epilog=EPILOG,
+        "prepare", help="Clean, tokenize and pack texts into WebDataset shards.",
+        description="Clean, tokenize and pack texts into WebDataset shards.", epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.set_defaults(run=prepare)
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset, or parquet / jsonl files or folders with question and answer columns")  # fmt: skip
+        help="'sample', a hub dataset, or parquet / jsonl files or folders")  # fmt: skip
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
     add("--tokenizer", help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
         f"'train' for the sample, otherwise {LED})")  # fmt: skip
@@ -41,6 +43,22 @@ def add_prepare(commands) -> None:
     add("--rows-per-shard", type=int, default=4096, help="maximum packed rows per tar file (default: %(default)s)")
     add("--validation-share", type=float, metavar="SHARE",
         help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)")  # fmt: skip
+    layout = parser.add_argument_group(
+        "columns", "Without these options, the layout follows from the names of the columns."
+    )
+    add = layout.add_argument
+    add("--layout", default="auto", metavar="NAME",
+        help="question-answer, instruction (instruction, input, output), prompt-response (or completion), chat (messages or "
+        "conversations), or text (default: %(default)s)")  # fmt: skip
+    add("--columns", type=_pairs, default=(), metavar="NAME=COLUMN,…",
+        help="the columns that stand for those of the layout, such as question=title,answer=body,source=site")  # fmt: skip
+    add("--prompt-template", metavar="TEXT",
+        help="make the prompt of any columns, such as 'Translate into German: {translation.en}'")  # fmt: skip
+    add("--answer-template", metavar="TEXT",
+        help="make the answer of any columns; without a prompt template, it is a plain text")  # fmt: skip
+    add("--task", metavar="NAME",
+        help="put a task around the columns: summarization (document, summary) or translation:FROM-TO, such as "
+        "translation:en-de (translation.en, translation.de)")  # fmt: skip
     which = parser.add_argument_group("row selection")
     add = which.add_argument
     add("--sources", nargs="+", default=(), metavar="NAME", help="keep only the rows of these sources")
@@ -65,6 +83,7 @@ def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.cleaning.clean import CleaningOptions
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
+    from data_pipeline.sources.layout_choice import LayoutChoice
 
     is_sample = options.source == ["sample"]
     settings = Settings(
@@ -78,6 +97,9 @@ def prepare(options: argparse.Namespace) -> None:
         validation_share=_given(options.validation_share, 0.0 if is_sample else 0.005),
         near_duplicates=options.near_duplicates,
         decontaminate=tuple(options.decontaminate),
+        layout=LayoutChoice(
+            options.layout, options.columns, options.prompt_template, options.answer_template, options.task
+        ),
         cleaning=CleaningOptions(unicode_form=options.unicode_form, newlines=options.newlines),
     )
     member, by_mpirun = detect_member()
@@ -124,6 +146,14 @@ def print_counts(folder: str, index: dict) -> None:
         + (f" ({reasons})" if reasons else "")
         + f"; {counts['tokens']:,} tokens in {counts['packed_rows']:,} packed rows of {index['seq_len']} ({filled:.1%} filled)"
     )
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    """Parse `NAME=COLUMN,…`."""
+    pairs = tuple(tuple(pair.split("=", 1)) for pair in text.split(","))
+    if any(len(pair) < 2 or not all(pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form question=COLUMN,answer=COLUMN")
+    return pairs
 
 
 def _given(value, default):

@@ -41,10 +41,15 @@ def megabytes(rows: pl.DataFrame) -> float:
     return rows.select(pl.col("question", "answer").str.len_bytes().sum()).sum_horizontal().item() / 1e6
 
 
+def rows_of(data: str) -> pl.DataFrame:
+    """Read rows with `question`, `answer` and `source`."""
+    return pl.concat(open_source(data).frames()).rename({"prompt": "question"})
+
+
 def open_corpus(options: Options) -> Corpus:
     """Read the given rows, or make some up and fit a tokenizer to a part of them; made once in a run."""
     if options.data is not None:
-        return Corpus(pl.concat(open_source(str(options.data)).frames()), options.tokenizer)
+        return Corpus(rows_of(str(options.data)), options.tokenizer)
     folder = options.scratch / "corpus"
     if not folder.exists():
         folder.mkdir()

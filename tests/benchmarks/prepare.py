@@ -34,8 +34,7 @@ import psutil
 from data_pipeline.preparation.job import Seconds
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
-from data_pipeline.sources.source import open_source
-from tests.benchmarks.corpus import megabytes, open_corpus
+from tests.benchmarks.corpus import megabytes, open_corpus, rows_of
 from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns
 
 SLOW_ROWS = 10_000  # of the slow ways: their speed does not depend on how many
@@ -215,7 +214,7 @@ def main() -> None:
     preparation = Preparation(options.tokenizer, options.seq_len, options.workers)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch)
-        rows = pl.concat(open_source(options.data).frames())
+        rows = rows_of(options.data)
         once, many = folder / "once", folder / "many"
         copy_corpus(rows, once, 1)
         copy_corpus(rows, many, options.repeat)

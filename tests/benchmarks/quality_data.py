@@ -67,8 +67,8 @@ def prepare_corpus(data: str, folder: Path) -> None:
 
 def _split(source, folder: Path) -> pl.DataFrame:
     """Write the rows of a share of the questions apart, cleaned; returns the others, which are for training."""
-    frames = [frame.with_columns(clean(pl.col("question", "answer"))) for frame in source.frames()]
-    rows = pl.concat(frames)
+    frames = [frame.with_columns(clean(pl.col("prompt", "answer"))) for frame in source.frames()]
+    rows = pl.concat(frames).rename({"prompt": "question"})
     # By the question, so that none is learnt with one answer and asked for with another.
     apart = pl.Series([_number_of(question) % VALIDATION_SHARE == 0 for question in rows["question"]])
     rows.filter(apart).write_parquet(folder / "validation.parquet")

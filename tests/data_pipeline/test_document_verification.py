@@ -68,6 +68,41 @@ def test_documents_must_be_whole_and_stand_once(tmp_path, edit, shards_named, wh
         assert (f"shard-00000-00{number}.tar" in said) == (number in shards_named)
 
 
+def conversation(input_row: int, *turns: tuple[int, int]) -> list:
+    """Lays out turns of one document that together fit into a row."""
+    pieces, offset = [], 0
+    for question, answer in turns:
+        ((ids, answer_start, (source, row, _)),) = document(input_row, question, answer)
+        pieces.append((ids, answer_start, [source, row, offset]))
+        offset += len(ids)
+    return pieces
+
+
+def test_turns_make_up_a_document_in_one_row_and_over_two(tmp_path):
+    shards = sound_shards()
+    first, second = conversation(20, (2, 2), (1, 1))
+    full, after = conversation(21, (6, 7), (1, 1))  # the first turn fills a row
+    shards[0] += [row(first, second), row(full)]
+    shards[2] += [row(after)]
+    verify(write_folder(tmp_path / "shards", shards))
+
+
+@pytest.mark.parametrize("fault", ["does not begin", "begins early", "a gap", "is lost"])
+def test_turns_that_do_not_follow_each_other_are_told(tmp_path, fault):
+    shards = sound_shards()
+    (ids, answer_start, origin), after = conversation(20, (2, 2), (1, 1))
+    if fault == "does not begin":
+        after = ([10, *after[0][1:]], *after[1:])
+    elif fault == "begins early":
+        ids = [*ids[:-1], 10]
+    elif fault == "a gap":
+        after[2][2] += 1
+    shards[0] += [row((ids, answer_start, origin), after)]
+    if fault == "is lost":
+        shards[0][-1] = row((ids[:-1], answer_start, origin))
+    assert "input row 20 has pieces that do not form one whole" in message(write_folder(tmp_path / "shards", shards))
+
+
 def test_a_lost_end_is_told(tmp_path):
     shards = sound_shards()
     shards[1][0] = row(*document(2, 1, 2))

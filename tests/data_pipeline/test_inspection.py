@@ -27,9 +27,9 @@ def documents(prepared) -> dict[int, dict]:
     found: dict[int, dict] = {}
     for row in range(folder.num_rows):
         for start, answer_start, end, source, input_row, _ in folder.read(row)[1].tolist():
-            one = found.setdefault(input_row, {"document": 0, "question": -2, "answer": -1, "source": source})
+            one = found.setdefault(input_row, {"document": 0, "prompt": -2, "answer": -1, "source": source})
             one["document"] += end - start
-            one["question"] += answer_start - start
+            one["prompt"] += answer_start - start
             one["answer"] += end - answer_start
     return found
 
@@ -41,7 +41,7 @@ def cells(table: str, first: str) -> list[str]:
 
 def test_lengths_add_up_over_the_pieces_of_a_document(statistics, documents):
     in_order = [documents[row] for row in sorted(documents)]
-    for name in ("document", "question", "answer"):
+    for name in ("document", "prompt", "answer"):
         assert getattr(statistics, f"{name}_tokens").tolist() == [one[name] for one in in_order]
     assert statistics.document_sources.tolist() == [one["source"] for one in in_order]
     assert max(statistics.document_tokens) > 64, "no document continues in another row"
@@ -69,7 +69,7 @@ def test_pieces_and_vocabulary_are_counted(prepared, statistics, documents):
     pieces = [len(spans) for _, spans in rows]
     text = report(statistics)
     assert f"{folder.vocab_size} ids, {len(used)} of them used" in text
-    assert f"continued pieces   {sum(pieces) - len(documents)} of {sum(pieces)}" in text
+    assert f"continued pieces  {sum(pieces) - len(documents)} of {sum(pieces)}" in text
     assert f"{np.mean(pieces):.1f} ({min(pieces)} to {max(pieces)})" in text
 
 
@@ -89,7 +89,7 @@ def test_sources_are_told_apart(prepared, statistics, documents):
         row = cells(report(statistics), name)
         assert row[1:3] == [f"{len(its_own):,}", f"{tokens:,}"]
         assert row[3] == f"{tokens / sum(one['document'] for one in documents.values()):.1%}"
-        assert row[4] == f"{np.mean([one['question'] for one in its_own]):,.1f}"
+        assert row[4] == f"{np.mean([one['prompt'] for one in its_own]):,.1f}"
         assert row[5] == f"{np.mean([one['answer'] for one in its_own]):,.1f}"
 
 

@@ -15,11 +15,12 @@ from data_pipeline.preparation import encode_chunks
 from data_pipeline.preparation import prepare as prepare_module
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.scratch import save_arrays
-from data_pipeline.sources.jsonl import BYTES_PER_CHUNK
+from data_pipeline.sources import jsonl
 
 
 @pytest.mark.parametrize("empty", ["blank", "an empty gzip", "a line as long as a chunk"])
-def test_a_chunk_without_rows_holds_nobody_up(settings, tmp_path, empty):
+def test_a_chunk_without_rows_holds_nobody_up(settings, tmp_path, monkeypatch, empty):
+    monkeypatch.setattr(jsonl, "BYTES_PER_CHUNK", 4096)
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"question": "a b", "answer": "c"}\n')
@@ -28,7 +29,7 @@ def test_a_chunk_without_rows_holds_nobody_up(settings, tmp_path, empty):
     elif empty == "an empty gzip":
         (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"", mtime=0))
     else:
-        line = json.dumps({"question": "why?", "answer": "so " * (BYTES_PER_CHUNK // 2)})
+        line = json.dumps({"question": "why?", "answer": "so " * 4096})
         (folder / "b.jsonl").write_text(line + "\n")
     index = prepare(str(folder), tmp_path / "out", replace(settings, tokenizer="train"), progress=False)
     assert index["counts"]["rows_in"] == 1 + (empty == "a line as long as a chunk")
@@ -66,7 +67,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_job(settings, tmp_path, m
     write = {".jsonl": pl.DataFrame.write_ndjson, ".parquet": pl.DataFrame.write_parquet}[suffix]
     file = tmp_path / f"a{suffix}"
     write(rows, file)
-    encode, select = encode_chunks._encode_frame, prepare_module.select_rows
+    encode, select = encode_chunks._encode_rows, prepare_module.select_rows
 
     def change_and_encode(*arguments):
         write(rows.head(20), file)
@@ -77,7 +78,7 @@ def test_a_file_that_changes_while_it_is_read_ends_the_job(settings, tmp_path, m
         return select(job)
 
     if when == "in its chunk":
-        monkeypatch.setattr(encode_chunks, "_encode_frame", change_and_encode)
+        monkeypatch.setattr(encode_chunks, "_encode_rows", change_and_encode)
         message = r"changed while it was read \([\d,]+ bytes before, [\d,]+ now\)"
     else:
         monkeypatch.setattr(prepare_module, "select_rows", change_and_select)

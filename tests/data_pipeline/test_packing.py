@@ -65,7 +65,9 @@ def test_turns_stay_in_their_document_and_each_has_its_own_span(turns):
     assert np.array_equal(packed.tokens, pack(as_one_turn, SEQ_LEN, PAD, np.uint16).tokens)
 
     answer_tokens = {
-        10 + token for end, size in zip(np.cumsum(lengths), lengths) for token in range(end - size + size // 2, end)
+        10 + token
+        for end, size in zip(np.cumsum(lengths), lengths, strict=True)
+        for token in range(end - size + size // 2, end)
     }
     pieces = []
     for tokens, spans in rows_of(packed):

@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.hub import hub_chunks
+from data_pipeline.sources.layout_choice import LayoutChoice
 from data_pipeline.sources.rows import values_of
 from data_pipeline.sources.source import open_source
 
@@ -66,7 +67,7 @@ def test_row_groups_are_put_together_to_chunks_and_never_cut(tmp_path, monkeypat
     for group_rows, expected in ((1, [5, 5]), (2, [4, 4, 2]), (3, [3, 3, 4]), (7, [7, 3]), (10, [10])):
         pl.DataFrame(ROWS).write_parquet(tmp_path / "a.parquet", row_group_size=group_rows)
         source = open_source(str(tmp_path / "a.parquet"))
-        assert [sum(len(frame) for frame in chunk.frames()) for chunk in source.chunks] == expected
+        assert [sum(len(frame) for frame in chunk.frames(source.layout)) for chunk in source.chunks] == expected
         assert read(str(tmp_path / "a.parquet")) == TEXTS
 
 
@@ -78,7 +79,7 @@ def test_frames_hold_no_more_rows_than_fit_in_memory(tmp_path, monkeypatch):
     for name in ("a.jsonl", "b.parquet"):
         frames = list(open_source(str(tmp_path / name)).frames())
         assert [len(frame) for frame in frames] == [4, 4, 2]
-        assert frames[0].schema == dict.fromkeys(("question", "answer", "source"), pl.String)
+        assert frames[0].schema == dict.fromkeys(("prompt", "answer", "source"), pl.String)
 
 
 def test_nulls_are_empty_and_a_missing_source_is_the_file(tmp_path):
@@ -96,32 +97,32 @@ def dataset(tmp_path):
 
 
 def test_a_dataset_is_streamed_file_by_file_by_column_name(dataset):
-    _, chunks = hub_chunks(str(dataset))
-    texts = [[row for frame in chunk.frames() for row in frame.rows()] for chunk in chunks]
+    _, chunks, layout = hub_chunks(str(dataset), LayoutChoice())
+    texts = [[row for frame in chunk.frames(layout) for row in frame.rows()] for chunk in chunks]
     assert texts == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
 
 
 def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset, monkeypatch, capsys):
-    _, chunks = hub_chunks(str(dataset))
+    _, chunks, layout = hub_chunks(str(dataset), LayoutChoice())
     monkeypatch.setattr("data_pipeline.sources.rows.ROWS_PER_FRAME", 2)
     monkeypatch.setattr("data_pipeline.sources.hub.WAITS", (0, 0))
     faults = [1, 3]  # the connection breaks at these rows' first reading
 
-    def fragile(row, where, default_source):
+    def fragile(row, where, default_source, layout):
         number = int(row["question"][1:])
         if number in faults:
             faults.remove(number)
             raise ConnectionResetError("the peer has gone")
-        return values_of(row, where, default_source)
+        return values_of(row, where, default_source, layout)
 
     monkeypatch.setattr("data_pipeline.sources.hub.values_of", fragile)
-    assert [row for frame in chunks[0].frames() for row in frame.rows()] == TEXTS[:4]
+    assert [row for frame in chunks[0].frames(layout) for row in frame.rows()] == TEXTS[:4]
     said = capsys.readouterr().err
     assert "file 1 of 3 of the hub dataset" in said
     assert "stopped after 2 rows (the peer has gone)" in said
     faults += [0, 0, 0]
     with pytest.raises(DataError, match="stopped after 0 rows: check the network and run again"):
-        list(chunks[0].frames())
+        list(chunks[0].frames(layout))
 
 
 def test_the_sample_is_deterministic():
@@ -143,9 +144,12 @@ def test_a_name_that_is_neither_a_path_nor_on_the_hub_is_one_sentence(monkeypatc
     [
         (b'{"question": "q", "answer": "a"}\n{"question": "q", ', "bad.jsonl, line 2 is not valid JSON"),
         (b"[1]\n", "bad.jsonl, line 1 is not a JSON object"),
-        (b'{"question": "q", "reply": "a"}\n', "bad.jsonl, line 1, has no column answer: it has question, reply"),
-        (b'{"question": "q", "answer": 5}\n', "bad.jsonl, line 1, has answer of type int, not text"),
-        (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1, has half a surrogate pair in its answer"),
+        (
+            b'{"question": "q", "answer": "a"}\n{"question": "q", "reply": "a"}\n',
+            "bad.jsonl, line 2, has no column answer: it has question, reply, and the layout question-answer needs",
+        ),
+        (b'{"question": "q", "answer": [5]}\n', "bad.jsonl, line 1, answer is of type list, not text"),
+        (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1, answer has half a surrogate pair"),
         (b'{"question": "\xff", "answer": "a"}\n', "bad.jsonl, line 1 is not valid JSON"),
     ],
 )
@@ -175,10 +179,14 @@ def test_a_corrupt_parquet_is_named(tmp_path):
 
 def test_missing_or_wrong_columns_are_listed(tmp_path):
     pl.DataFrame({"prompt": ["q"], "answer": ["a"]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="a.parquet has no column question: it has prompt, answer, and question"):
+    with pytest.raises(DataError, match="a.parquet has the columns prompt, answer, which fit no layout: say which"):
         open_source(str(tmp_path))
-    pl.DataFrame({"question": ["q"], "answer": [1]}).write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="the column answer of .*a.parquet holds int64, not text"):
+    pl.DataFrame({"question": ["q"], "answer": ["a"]}).write_parquet(tmp_path / "a.parquet")
+    pl.DataFrame({"question": ["q"], "reply": ["a"]}).write_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet has no column answer: it has question, reply, and the layout"):
+        open_source(str(tmp_path))
+    pl.DataFrame({"question": ["q"], "answer": [[1]]}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"the column answer of .*a.parquet holds large_list<.*>, not text"):
         open_source(str(tmp_path))
 
 

@@ -251,6 +251,6 @@ def test_the_number_of_workers_is_checked(folder):
 
 def test_many_faults_of_one_kind_are_one_message():
     whole = np.arange(100_000)
-    none = np.empty((0, 7), dtype=np.int64)
+    none = np.empty((0, 8), dtype=np.int64)
     ledger = PieceLedger([ShardPieces(whole, none, len(whole)), ShardPieces(whole[::2], none, len(whole) // 2)], [0, 0])
     assert list(ledger.problems()) == [((0, 1), "input row 0 (and 49999 more like it) occurs more than once")]
