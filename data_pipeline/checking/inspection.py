@@ -14,6 +14,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import TOKENIZER_FOLDER, token_dtype
+from data_pipeline.shards.packing import FIRST_COPY
 from data_pipeline.tokens.tokenization import special_token_ids
 
 ROWS_AT_ONCE = 1024
@@ -171,6 +172,8 @@ def summary_table(statistics: Statistics) -> str:
     counts = index["counts"]
     if "rows_in" in counts:
         lines.append(("rows read", f"{counts['rows_in']:,}"))
+    if counts.get("rows_copied"):
+        lines.append(("copies made", f"{counts['rows_copied']:,}"))
     if "rows_dropped" in counts:
         dropped = {reason.replace("_", " "): number for reason, number in counts["rows_dropped"].items() if number}
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
@@ -267,6 +270,11 @@ def rows_as_text(path: str | os.PathLike, rows: Sequence[int], full: bool = Fals
         yield _row_as_text(folder, tokenizer, row, full)
 
 
+def _name_of(input_row: int) -> str:
+    copy, row = divmod(input_row, FIRST_COPY)
+    return f"input row {row}" + (f", copy {copy}" if copy else "")
+
+
 def _row_as_text(folder: ShardFolder, tokenizer, row: int, full: bool) -> str:
     tokens, spans = folder.read(row)
     names = _source_names(folder)
@@ -274,7 +282,7 @@ def _row_as_text(folder: ShardFolder, tokenizer, row: int, full: bool) -> str:
     for number, (start, answer_start, end, source, input_row, offset) in enumerate(spans.tolist(), 1):
         begins = f", continues at token {offset:,} of its document" if offset else ""
         lines.append(
-            f"  {number:>3}  {names[source]}, input row {input_row}, tokens {start:,} to {end - 1:,}, "
+            f"  {number:>3}  {names[source]}, {_name_of(input_row)}, tokens {start:,} to {end - 1:,}, "
             f"{end - answer_start:,} of them in the answer{begins}"
         )
         for ids in (tokens[start:answer_start], tokens[answer_start:end]):

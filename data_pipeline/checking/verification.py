@@ -26,6 +26,7 @@ from data_pipeline.shards.format import (
     read_index,
     token_dtype,
 )
+from data_pipeline.shards.packing import FIRST_COPY
 from data_pipeline.tokens.tokenization import special_token_ids
 
 # Starting a process takes as long as checking this many bytes.
@@ -239,7 +240,12 @@ def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> tuple[np.nda
     starts, answer_starts, ends, sources, input_rows, offsets = shard.spans.T
     require(name, sources < rules.num_sources, "a source has no name in the index", shard.piece_rows)
     if rules.rows_in is not None:
-        require(name, input_rows < rules.rows_in, "an input row is beyond the number of rows read", shard.piece_rows)
+        require(
+            name,
+            input_rows % FIRST_COPY < rules.rows_in,
+            "an input row is beyond the number of rows read",
+            shard.piece_rows,
+        )
     columns = np.arange(rules.seq_len)
     for first in range(0, len(shard.row_ends), ROWS_AT_ONCE):
         tokens = shard.tokens(first, first + ROWS_AT_ONCE)
@@ -287,9 +293,10 @@ def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardR
     if "rows_in" not in counts:
         return problems
     dropped = sum(counts["rows_dropped"].values())
-    if dropped + counts["documents"] + validation != counts["rows_in"]:
+    rows = counts["rows_in"] + counts.get("rows_copied", 0)
+    if dropped + counts["documents"] + validation != rows:
         problems.append(
-            f"{path / INDEX_NAME} says {counts['rows_in']} rows were read, {dropped} dropped and "
+            f"{path / INDEX_NAME} says {rows} rows were read or copied, {dropped} dropped and "
             f"{counts['documents'] + validation} kept, which does not add up: prepare the folder again"
         )
     return problems

@@ -52,6 +52,9 @@ def encode_chunk(job: Job, number: int) -> dict:
             empty = empty_frame(job.layout)
             parts = [_encode_rows(RowTexts.of(empty), empty["source"], job.settings, encoder, seconds)]
         sources = pl.concat([part.pop("source") for part in parts])
+        rows_before = np.cumsum([0, *(len(part["fate"]) for part in parts)])
+        for part, first in zip(parts, rows_before, strict=False):
+            part["origin"] += np.int32(first)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         arrays |= _numbered(sources)
         if (signature := arrays.pop("signature", None)) is not None:
@@ -80,11 +83,21 @@ def signature_file(chunk_file: Path) -> Path:
 def _encode_rows(
     texts: RowTexts, source: pl.Series, settings: Settings, encoder: DocumentEncoder, seconds: Seconds
 ) -> dict[str, np.ndarray]:
+    """Return the arrays of a frame of rows. The rows' copies come after them.
+
+    origin: int32, the place among these rows that a copy was made from, or a row's own place.
+    copy: uint8, 0 for a row; for a copy, the number of its augmentation from 1.
+    """
     with seconds.of("clean"):
         texts = texts.cleaned(settings.cleaning)
-    count, fate = len(texts), _fate_of_texts(texts, source, settings)
+    fate = _fate_of_texts(texts, source, settings)
     kept = np.flatnonzero(fate == 0)
     texts = texts.rows(kept)
+    count, copied, copies = len(fate), kept[:0], np.zeros(0, dtype=np.uint8)
+    if settings.augment:
+        texts, copied, copies = texts.augmented(settings.augment)
+        copied = kept[copied]
+    rows = np.concatenate([kept, count + np.arange(len(copies))])  # copies follow all rows of the frame
     with seconds.of("encode"):
         ids, turn_lengths, answer_starts = encoder.encode(texts.prompts, texts.answers)
     lengths, turns = texts.sums_per_row(turn_lengths), texts.turns_per_row
@@ -98,17 +111,27 @@ def _encode_rows(
     with seconds.of("decontaminate"):
         contaminated = evaluation_set(settings).contaminated(opening, rest) if settings.decontaminate else False
     special_tokens = turns * (SPECIAL_TOKENS_OF_TEXT if texts.prompts is None else SPECIAL_TOKENS_OF_TURN)
-    fate[kept] = np.select(
+    fate_of_texts = np.select(
         [
-            np.full(len(kept), contaminated),
+            np.full(len(texts), contaminated),
             (lengths > settings.seq_len) & (settings.long_documents == "drop"),
             lengths - special_tokens < settings.minimum_tokens,
         ],
         [FATE["contaminated"], FATE["too_long"], FATE["too_short"]],
         default=0,
     )
-    of_turns = {"turn_length": turn_lengths, "answer_start": answer_starts}
-    return {"fate": fate, "ids": ids, "source": source, **of_turns, **_spread(columns, kept, count)}
+    fate = np.concatenate([fate, np.zeros(len(copies), dtype=np.uint8)])
+    fate[rows] = fate_of_texts
+    return {
+        "fate": fate,
+        "origin": np.concatenate([np.arange(count), copied]).astype(np.int32),
+        "copy": np.concatenate([np.zeros(count, dtype=np.uint8), copies]),
+        "source": pl.concat([source, source.gather(copied)]),
+        "ids": ids,
+        "turn_length": turn_lengths,
+        "answer_start": answer_starts,
+        **_spread(columns, rows, len(fate)),
+    }
 
 
 def evaluation_set(settings: Settings) -> EvaluationSet:

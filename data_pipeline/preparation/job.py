@@ -17,7 +17,7 @@ from data_pipeline.sources.source import Chunk
 # What can happen to a row. Fates before FIRST_REASON keep it; the others are reasons to drop it.
 FATES = (
     "training", "validation", "empty", "too_short", "too_long", "excluded_source", "contaminated", "duplicate",
-    "near_duplicate",
+    "near_duplicate", "held_out_copy",
 )  # fmt: skip
 FATE = {name: number for number, name in enumerate(FATES)}
 FIRST_REASON = FATE["empty"]

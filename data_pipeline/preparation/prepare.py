@@ -70,6 +70,10 @@ def prepare(
     """
     out, seconds = Path(out), Seconds() if seconds is None else seconds
     opened = open_source(source, settings.layout)
+    if settings.augment and not opened.layout.has_one_turn:
+        raise DataError(
+            f"{opened.name} has the layout {opened.layout.name}: augmentations need one prompt and one answer in each row"
+        )
     if not opened.chunks:
         raise DataError(f"the source {opened.name} has no rows: check its files")
     if workers is not None and workers < 1:
@@ -202,7 +206,7 @@ class _Preparation:
             counts["packed_rows"] = sum(file["rows"] for file in files)
             if split == "training":
                 dropped = {reason: fates[reason] for reason in DROP_REASONS}
-                totals = {"rows_in": len(selection.fate), "rows_dropped": dropped}
+                totals = {"rows_in": selection.num_inputs, "rows_copied": selection.num_copies, "rows_dropped": dropped}
                 counts = totals | counts | {"validation_documents": fates["validation"]}
             elif not files:
                 continue

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import polars as pl
 
+from data_pipeline.augmentation.augmentations import copies_of
 from data_pipeline.cleaning.clean import CleaningOptions, clean
 
 SEPARATOR = "\0"  # between the texts of a conversation; cleaning removes it from texts
@@ -56,6 +58,18 @@ class RowTexts:
             places = np.flatnonzero(np.repeat(chosen, self.turns))
         prompts, answers = (None if column is None else column[places] for column in (self.prompts, self.answers))
         return RowTexts(prompts, answers, None if self.turns is None else self.turns[kept])
+
+    def augmented(self, names: Sequence[str]) -> tuple[RowTexts, np.ndarray, np.ndarray]:
+        """Append the copies that augmentations make of rows of one turn.
+
+        Returns the texts, and for each copy its row, int64, and the number of its augmentation from 1, uint8 `[copies]`.
+        """
+        copies = copies_of(self.prompts, self.answers, names)
+        prompts, answers = (
+            pl.concat([column.rename("text"), copied.rename("text")])
+            for column, copied in ((self.prompts, copies.prompts), (self.answers, copies.answers))
+        )
+        return RowTexts(prompts, answers), copies.rows, copies.numbers
 
     def __len__(self) -> int:
         return len(self.answers) if self.turns is None else len(self.turns)

@@ -12,7 +12,9 @@ from data_pipeline.deduplication.keys import repeated
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, duplicates
 from data_pipeline.preparation.encode_chunks import signature_file
 from data_pipeline.preparation.job import FATE, FIRST_REASON, Job
-from data_pipeline.preparation.scratch import as_texts, load_arrays, map_array, save_arrays, work_folder
+from data_pipeline.preparation.scratch import as_bytes, as_texts, load_arrays, map_array, save_arrays, work_folder
+from data_pipeline.preparation.select_copies import select_copies
+from data_pipeline.shards.packing import FIRST_COPY
 
 SPLITS = ("validation", "training")  # validation first: the folder is complete once training is
 # A group ends with the chunk that reaches either limit; the limit on tokens bounds the memory of packing.
@@ -34,14 +36,16 @@ class Group:
 class Selection:
     """The fate of every row, the names of the sources, and the groups.
 
-    fate: uint8 `[rows]`, indices into FATES.
+    fate: uint8 `[rows]`, indices into FATES. Copies are rows here.
     first_rows: int64 `[chunks + 1]`, the first row of each chunk, and the number of rows at the end.
+    first_inputs: int64 `[chunks + 1]`, the same without copies.
     sources: names, in the order in which they first appear among the kept rows.
     unknown_sources: names in the settings that no row has.
     """
 
     fate: np.ndarray
     first_rows: np.ndarray
+    first_inputs: np.ndarray
     sources: list[str]
     unknown_sources: list[str]
     groups: list[Group]
@@ -49,6 +53,21 @@ class Selection:
     def chunk(self, number: int) -> slice:
         """Return the rows of a chunk."""
         return slice(int(self.first_rows[number]), int(self.first_rows[number + 1]))
+
+    @property
+    def num_inputs(self) -> int:
+        """The number of rows that were read."""
+        return int(self.first_inputs[-1])
+
+    @property
+    def num_copies(self) -> int:
+        """The number of copies that augmentations made."""
+        return len(self.fate) - self.num_inputs
+
+    def input_rows(self, chunk: int, origin: np.ndarray, copy: np.ndarray) -> np.ndarray:
+        """Return the numbers that the rows of a chunk have in spans, int64 `[rows]`; origin, copy: as in the chunk."""
+        in_chunk = np.cumsum(copy == 0) - 1
+        return self.first_inputs[chunk] + in_chunk[origin] + copy.astype(np.int64) * FIRST_COPY
 
 
 def selection_file(out: Path) -> Path:
@@ -61,28 +80,36 @@ def select_rows(job: Job) -> None:
 
     Needs memory for the arrays of one chunk and about 60 bytes per row.
     """
-    columns = [load_arrays(path, "fate", "key", "opening_key", "length") for path in job.chunk_files()]
+    names = ("fate", "key", "opening_key", "length", "origin", "copy")
+    columns = [load_arrays(path, *names) for path in job.chunk_files()]
     first_rows = np.cumsum([0, *(len(column["fate"]) for column in columns)])
     fate = np.concatenate([column.pop("fate") for column in columns])
     keys = np.concatenate([column.pop("key") for column in columns])
     openings = np.concatenate([column.pop("opening_key") for column in columns])
     lengths = np.concatenate([column.pop("length") for column in columns]).astype(np.int64)
-    fate[repeated(keys, fate == 0)] = FATE["duplicate"]
-    del keys
+    copies = np.flatnonzero(np.concatenate([column["copy"] for column in columns]))
+    origins = np.concatenate([column.pop("origin") + first for column, first in zip(columns, first_rows, strict=False)])
+    inputs = [int(np.count_nonzero(column.pop("copy") == 0)) for column in columns]
+    is_copy = np.zeros(len(fate), dtype=bool)
+    is_copy[copies] = True
+    fate[repeated(keys, (fate == 0) & ~is_copy)] = FATE["duplicate"]
     if job.settings.near_duplicates is not None:
         found = [map_array(signature_file(path), path) for path in job.chunk_files()]
         settings = NearDuplicateSettings(job.settings.near_duplicates)
-        fate[duplicates(found, fate == 0, settings)] = FATE["near_duplicate"]
+        fate[duplicates(found, (fate == 0) & ~is_copy, settings)] = FATE["near_duplicate"]
     # The hash of the first prompt alone decides, so no prompt is in both splits, whatever the rest of the corpus is.
     below = openings < np.uint64(int(job.settings.validation_share * 2**64))
-    fate[(fate == 0) & below] = FATE["validation"]
+    fate[(fate == 0) & below & ~is_copy] = FATE["validation"]
+    if len(copies):
+        select_copies(fate, copies, origins[copies], below, keys)
     kept, every = _source_names(job, fate, first_rows)
     unknown = sorted({*job.settings.sources, *job.settings.exclude_sources} - every)
     arrays = {
         "fate": fate,
         "first_rows": first_rows,
-        "sources": np.array(kept, dtype=np.str_),
-        "unknown_sources": np.array(unknown, dtype=np.str_),
+        "first_inputs": np.cumsum([0, *inputs]),
+        "sources": as_bytes(kept),
+        "unknown_sources": as_bytes(unknown),
         "groups": np.array([group for split in SPLITS for group in _groups(split, fate, lengths, first_rows)]).reshape(
             -1, 4
         ),
@@ -100,7 +127,12 @@ def load_selection(out: Path) -> Selection:
         groups.append(Group(split, counts[split], range(first, end), rows))
         counts[split] += 1
     return Selection(
-        arrays["fate"], arrays["first_rows"], arrays["sources"].tolist(), arrays["unknown_sources"].tolist(), groups
+        arrays["fate"],
+        arrays["first_rows"],
+        arrays["first_inputs"],
+        as_texts(arrays["sources"]),
+        as_texts(arrays["unknown_sources"]),
+        groups,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from data_pipeline.augmentation.augmentations import AUGMENTATIONS
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
 from data_pipeline.errors import DataError
 from data_pipeline.sources.layout_choice import LayoutChoice
@@ -23,6 +24,7 @@ class Settings:
     long_documents: `split` or `drop` documents that are longer than a row.
     validation_share: the share of questions whose rows go to the validation folder.
     near_duplicates: Jaccard similarity from which two rows count as the same; None drops exact duplicates only.
+    augment: names of augmentations; each adds a copy of every row that it applies to.
     layout: how columns become texts, as far as the user says; `prepare` finds the rest.
     decontaminate: files of evaluation texts; rows that share an n-gram with them are dropped.
     Raises DataError for values that cannot work.
@@ -39,6 +41,7 @@ class Settings:
     validation_share: float = 0.0
     near_duplicates: float | None = None
     decontaminate: tuple[str, ...] = ()
+    augment: tuple[str, ...] = ()
     layout: LayoutChoice = field(default_factory=LayoutChoice)
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
@@ -55,6 +58,8 @@ class Settings:
             raise DataError(f"validation_share is {self.validation_share}: give at least 0 and less than 1")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise DataError(f"near_duplicates is {self.near_duplicates}: give a similarity above 0 and at most 1")
+        if unknown := [name for name in self.augment if name not in AUGMENTATIONS]:
+            raise DataError(f"there is no augmentation {unknown[0]!r}: give some of {', '.join(AUGMENTATIONS)}")
         if both := set(self.sources) & set(self.exclude_sources):
             raise DataError(f"the source {min(both)} is both in sources and in exclude_sources: name it in one of them")
 
@@ -64,6 +69,7 @@ class Settings:
         del values["tokenizer"], values["vocab_size"], values["decontaminate"], values["layout"]
         return values | {
             "sources": sorted(self.sources),
+            "augment": list(self.augment),
             "exclude_sources": sorted(self.exclude_sources),
             "cleaning": {**asdict(self.cleaning), "rules": rule_names(self.cleaning)},
         }

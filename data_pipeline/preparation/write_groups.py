@@ -16,7 +16,7 @@ from data_pipeline.shards.format import TOKENIZER_FOLDER, VALIDATION_FOLDER, wri
 from data_pipeline.shards.packing import Documents, PackedRows, pack
 from data_pipeline.tokens.encoding import DocumentEncoder
 
-ENCODED = ("ids", "length", "turns", "turn_length", "answer_start", "source", "source_list")
+ENCODED = ("ids", "length", "turns", "turn_length", "answer_start", "source", "source_list", "origin", "copy")
 
 
 def group_files(out: Path, selection: Selection) -> list[Path]:
@@ -66,7 +66,7 @@ def _documents(job: Job, selection: Selection, group: Group) -> Documents:
                 np.array([numbers.get(name, -1) for name in as_texts(arrays["source_list"])], dtype=np.int64)[
                     arrays["source"][kept]
                 ],
-                rows.start + np.flatnonzero(kept),
+                selection.input_rows(chunk, arrays["origin"], arrays["copy"])[kept],
                 arrays["turns"][kept],
             )
         )

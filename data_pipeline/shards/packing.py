@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 SPAN_COLUMNS = ("start", "answer_start", "end", "source", "input_row", "offset")
+# Copy n of input row r, which an augmentation made, has the input row r + n · FIRST_COPY.
+FIRST_COPY = 2**40
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,11 @@ class TemplateLayout:
         prompt = self.prompt.text if self.prompt else None
         return {"name": self.name, "prompt": prompt, "answer": self.answer.text, "source": self.source}
 
+    @property
+    def has_one_turn(self) -> bool:
+        """Whether every row has one prompt and one answer."""
+        return self.prompt is not None
+
     def row(self, row: dict, where: str) -> dict:
         """Return the texts of one row by field. Raises DataError if a value is no text."""
         return {name: text_of(value_at(row, name), f"{where} {name}") for name in self.fields}
@@ -109,6 +114,11 @@ class ChatLayout:
     def config(self) -> dict:
         """Return what decides the documents, as JSON values."""
         return {"name": self.name, "messages": self.messages, "source": self.source}
+
+    @property
+    def has_one_turn(self) -> bool:
+        """Whether every row has one prompt and one answer."""
+        return False
 
     def row(self, row: dict, where: str) -> dict:
         """Return the prompts and answers of one row. Raises DataError for a conversation in a form that is not known."""

@@ -72,6 +72,9 @@ def add_prepare(commands) -> None:
         "value is given); exact duplicates are always dropped")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
         help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)")  # fmt: skip
+    add("--augment", nargs="+", default=(), metavar="NAME",
+        help="add a copy of each training row in other words, for each of these that applies to it: request, number-words, "
+        "swapped-operands, reversed-fact, without-courtesy (see data_pipeline/README.md)")  # fmt: skip
     text = parser.add_argument_group("cleaning")
     text.add_argument("--newlines", default="keep", choices=("keep", "space"),
         help="keep line breaks, or replace them with spaces (default: %(default)s)")  # fmt: skip
@@ -97,6 +100,7 @@ def prepare(options: argparse.Namespace) -> None:
         validation_share=_given(options.validation_share, 0.0 if is_sample else 0.005),
         near_duplicates=options.near_duplicates,
         decontaminate=tuple(options.decontaminate),
+        augment=tuple(options.augment),
         layout=LayoutChoice(
             options.layout, options.columns, options.prompt_template, options.answer_template, options.task
         ),
@@ -140,7 +144,9 @@ def print_counts(folder: str, index: dict) -> None:
     validation = counts.get("validation_documents", 0)
     filled = counts["tokens"] / (counts["packed_rows"] * index["seq_len"])
     print(
-        f"{folder}: {counts['rows_in']:,} rows = {counts['documents']:,} packed"
+        f"{folder}: {counts['rows_in']:,} rows"
+        + (f" + {counts['rows_copied']:,} copies" if counts.get("rows_copied") else "")
+        + f" = {counts['documents']:,} packed"
         + (f" + {validation:,} for validation" if validation else "")
         + f" + {sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else "")

@@ -1,0 +1,1 @@
+"""Augmentation: copies of rows in other words."""
