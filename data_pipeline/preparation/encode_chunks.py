@@ -61,7 +61,7 @@ def encode_chunk(job: Job, number: int) -> dict:
             # A separate file can be memory-mapped: the signatures of all chunks together may not fit into memory.
             write_scratch(signature_file(path), lambda file: np.save(file, signature))
         save_arrays(path, arrays)
-    return {"rows": len(arrays["fate"]), "bytes": text_bytes, "seconds": dict(seconds)}
+    return {"rows": int(np.count_nonzero(arrays["copy"] == 0)), "bytes": text_bytes, "seconds": dict(seconds)}
 
 
 def _fate_of_texts(texts: RowTexts, source: pl.Series, settings: Settings) -> np.ndarray:
