@@ -35,6 +35,7 @@ from launcher.training.engine import (
     set_learning_rate,
     start_process_group,
 )
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.monitor import Monitor
 from launcher.training.monitoring.reduction import add_up
 from launcher.training.monitoring.start_summary import start_summary
@@ -206,9 +207,9 @@ def train_step(
     balance_experts(engine, state, config, totals)
     loss = total_loss(totals, config.loss, batch.supervised, batch.tokens).item()
     values = engine_values(engine) | guard.observe(state, loss)
-    values["balance/bias_max"] = torch.tensor(state.balancing_bias).abs().max().item()
-    values["data/bad_shard_rows"] = batch.bad_rows
-    values["perf/data_seconds"] = batches.seconds_waited
+    values[tags.BIAS_MAX] = torch.tensor(state.balancing_bias).abs().max().item()
+    values[tags.BAD_SHARD_ROWS] = batch.bad_rows
+    values[tags.DATA_SECONDS] = batches.seconds_waited
     monitor.step_ended(state.step, totals, batch.supervised, batch.tokens, values)
 
 

@@ -22,6 +22,7 @@ from launcher.training.checkpoints.checkpoint import TrainState, find_checkpoint
 from launcher.training.checkpoints.going_back import make_newest
 from launcher.training.checkpoints.restore import load_checkpoint
 from launcher.training.checkpoints.universal import for_ranks
+from launcher.training.monitoring import tags
 
 if TYPE_CHECKING:  # importing this module must not import DeepSpeed
     import deepspeed
@@ -105,7 +106,7 @@ class Guard:
         self._spike = finite and not skipped and self._spikes(state, loss)
         if finite and not (self._spike and self.config.on_spike == "rollback"):
             state.recent_losses = [*state.recent_losses, loss][-self.config.spike.window :]
-        return {"train/skipped_steps": state.skipped_steps, "train/spike": float(self._spike)}
+        return {tags.SKIPPED_STEPS: state.skipped_steps, tags.SPIKE: float(self._spike)}
 
     def may_save(self, state: TrainState) -> bool:
         """Return whether the weights may be saved; if not, report why.
