@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 
 from launcher.errors import ConfigurationError
+from launcher.exit_codes import HUNG
 from launcher.run_keys import check_values, key
 
 LONGEST_TIMEOUT = 30 * 24 * 3600  # seconds; much larger values overflow in the libraries that use it
@@ -166,7 +167,7 @@ class RunConfig:
     )  # fmt: skip
     spike: Spike = key(Spike, "when a loss counts as a spike")
     step_timeout_seconds: float = key(
-        1800.0, "a step, save or validation forward that takes longer ends the run with code 76 and writes all stacks to "
+        1800.0, f"a step, save or validation forward that takes longer ends the run with code {HUNG} and writes all stacks to "
         "`stacks/`; the first step may take three times as long", above=0, at_most=LONGEST_TIMEOUT,
     )  # fmt: skip
     monitor: Monitor = key(Monitor, "what is measured inside the model")

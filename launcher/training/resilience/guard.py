@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import RunConfig
+from launcher.deepspeed_json import expert_parallel_size
 from launcher.errors import ConfigurationError, TrainingError
 from launcher.run_folder import RunFolder
 from launcher.training.checkpoints.checkpoint import TrainState, find_checkpoint
@@ -225,8 +226,7 @@ class Guard:
         checkpoint, renamed = make_newest(self.run, checkpoint)
         for note in (*passed_over, *renamed):
             self.monitor.say(note)
-        experts_over = self.engine.config.get("expert_parallel", {}).get("autoep_size", 1)
-        return for_ranks(checkpoint, dist.get_world_size(), experts_over)[0]
+        return for_ranks(checkpoint, dist.get_world_size(), expert_parallel_size(self.engine.config))[0]
 
     def _newest(self) -> str | None:
         """Return the newest checkpoint's name as rank 0 sees it; a shared file system may show it to other ranks late."""
