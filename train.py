@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
-from data_pipeline.loading.prefetch import Prefetcher
 from launcher.config import RunConfig
 from launcher.config_file import add_run_arguments
 from launcher.environment import Environment, detect_environment
@@ -96,7 +95,7 @@ def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failur
     if plan.checkpoint is not None:
         state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
-    batches = AgreedBatches(Prefetcher(stream))
+    batches = AgreedBatches(stream)
 
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
     monitor.watch(engine, data.seq_len)

@@ -16,7 +16,7 @@ START, ANSWER_START, END, OFFSET = (SPAN_COLUMNS.index(name) for name in ("start
 
 
 class Rows(Protocol):
-    """Packed rows by number, the interface of `data_pipeline.loading.reader.RowReader`."""
+    """Packed rows by number, the interface of `data_pipeline.loading.row_reader.RowReader`."""
 
     num_rows: int
     pad_token_id: int

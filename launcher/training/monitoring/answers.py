@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.tokens.tokenization import decode_answer
 from launcher.held_out_questions import Question, questions_in, spread
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from launcher.config import RunConfig
 from launcher.deepspeed_json import expert_parallel_size, precision, zero_stage
 from launcher.environment import Environment

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from launcher.config import RunConfig
 from launcher.config_file import load_run_config
 from launcher.deepspeed_json import spreads_experts, zero_stage

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.loading.mixture import open_data
-from data_pipeline.loading.reader import RowReader
 from data_pipeline.loading.remote import ShardCache, default_cache_folder, is_remote
+from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from launcher.config import RunConfig
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
