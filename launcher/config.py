@@ -156,6 +156,10 @@ class RunConfig:
         1e-3, "how far a step moves the router's bias towards experts with less than their share; 0: off", at_least=0
     )
     activation_checkpointing: bool = key(True, "recompute activations in the backward pass")
+    attention: str = key(
+        "auto", "how attention is computed; `auto` is the model's default; all give the same results (`model/README.md`)",
+        one_of=("auto", "block_local", "sdpa", "eager", "flex_attention"),
+    )  # fmt: skip
     precision: Precision = key(Precision, "half precision on a CPU")
     max_skipped_in_a_row: int = key(
         10, "steps without a finite loss or gradient, or without a counted token, are skipped; more in a row end the run",

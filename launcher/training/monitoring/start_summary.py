@@ -34,7 +34,7 @@ def start_summary(
         "schedule": f"{config.max_steps:,} steps; learning rate up to {config.learning_rate:g} in {config.warmup_steps:,} "
         f"steps, then {cosine}",
         "engine": f"{precision(deepspeed)}, ZeRO stage {zero_stage(deepspeed)}, expert parallelism "
-        f"{expert_parallel_size(deepspeed)}, activations {recomputed}",
+        f"{expert_parallel_size(deepspeed)}, activations {recomputed}, attention {sizes._attn_implementation}",
         "devices": f"{environment.world_size} x {_device_name(environment)}",
         "run folder": config.output,
     }

@@ -15,7 +15,13 @@ from launcher.training.checkpoints.checkpoint import has_checkpoints
 from launcher.training.monitoring.validation import open_validation_data
 from launcher.training.preflight.findings import GREEN, RED, YELLOW, Finding, refused
 from launcher.training.preflight.gpus import check_gpus, check_ranks
-from launcher.training.preflight.machine import check_disk, check_memory, check_precision, check_versions
+from launcher.training.preflight.machine import (
+    check_attention,
+    check_disk,
+    check_memory,
+    check_precision,
+    check_versions,
+)
 from launcher.training.setup.data_source import open_run_data, will_be_prepared
 from launcher.training.setup.deepspeed_config import read_json, resolve_deepspeed_config
 from launcher.training.setup.json_keys import check_keys
@@ -30,6 +36,7 @@ def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environm
     """
     findings = [
         check_precision(resolved, environment),
+        check_attention(config.attention, environment),
         check_disk(sizes, config.output, config.keep_checkpoints),
         check_memory(sizes, resolved, environment, seq_len=0, activations=False),
         check_versions(),
@@ -153,7 +160,7 @@ def _check_settings(
     ]
     findings += _check_experts(config, resolved, world, sizes)
     return [
-        *findings, check_precision(resolved, world),
+        *findings, check_precision(resolved, world), check_attention(config.attention, world),
         check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
         check_disk(sizes, config.output, config.keep_checkpoints),
     ]  # fmt: skip

@@ -50,6 +50,15 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
     return Finding("precision", GREEN, f"{asked} on a CPU")
 
 
+def check_attention(attention: str, environment: Environment) -> Finding:
+    """Check that the device can train with the run's `attention`."""
+    if attention == "flex_attention" and environment.device.type == "cpu":
+        return Finding(
+            "attention", RED, "attention is flex_attention, which has no backward pass on a CPU", "set attention=auto"
+        )
+    return Finding("attention", GREEN, attention)
+
+
 def check_memory(
     sizes: LiquidConfig, resolved: dict, environment: Environment, seq_len: int, activations: bool, here: bool = True
 ) -> Finding:

@@ -128,6 +128,8 @@ def build_model(
             {name: read(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}, strict=False
         )
     model.loss_weights = config.loss
+    if config.attention != "auto":
+        model.set_attn_implementation(config.attention)
     return model
 
 
