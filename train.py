@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
-from data_pipeline.loading.prefetch import Prefetcher
 from launcher.config import RunConfig
 from launcher.config_file import add_run_arguments
 from launcher.environment import Environment, detect_environment
@@ -35,6 +34,7 @@ from launcher.training.engine import (
     set_learning_rate,
     start_process_group,
 )
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.monitor import Monitor
 from launcher.training.monitoring.reduction import add_up
 from launcher.training.monitoring.start_summary import start_summary
@@ -95,7 +95,7 @@ def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failur
     if plan.checkpoint is not None:
         state = load_checkpoint(engine, plan.checkpoint)
     stream.position = state.position
-    batches = AgreedBatches(Prefetcher(stream))
+    batches = AgreedBatches(stream)
 
     monitor = Monitor(run.tensorboard, state.step + 1, config, environment.is_main)
     monitor.watch(engine, data.seq_len)
@@ -206,9 +206,9 @@ def train_step(
     balance_experts(engine, state, config, totals)
     loss = total_loss(totals, config.loss, batch.supervised, batch.tokens).item()
     values = engine_values(engine) | guard.observe(state, loss)
-    values["balance/bias_max"] = torch.tensor(state.balancing_bias).abs().max().item()
-    values["data/bad_shard_rows"] = batch.bad_rows
-    values["perf/data_seconds"] = batches.seconds_waited
+    values[tags.BIAS_MAX] = torch.tensor(state.balancing_bias).abs().max().item()
+    values[tags.BAD_SHARD_ROWS] = batch.bad_rows
+    values[tags.DATA_SECONDS] = batches.seconds_waited
     monitor.step_ended(state.step, totals, batch.supervised, batch.tokens, values)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field
 
 from launcher.errors import ConfigurationError
+from launcher.exit_codes import HUNG
 from launcher.run_keys import check_values, key
 
 LONGEST_TIMEOUT = 30 * 24 * 3600  # seconds; much larger values overflow in the libraries that use it
@@ -155,6 +156,10 @@ class RunConfig:
         1e-3, "how far a step moves the router's bias towards experts with less than their share; 0: off", at_least=0
     )
     activation_checkpointing: bool = key(True, "recompute activations in the backward pass")
+    attention: str = key(
+        "auto", "how attention is computed; `auto` is the model's default; all give the same results (`model/README.md`)",
+        one_of=("auto", "block_local", "sdpa", "eager", "flex_attention"),
+    )  # fmt: skip
     precision: Precision = key(Precision, "half precision on a CPU")
     max_skipped_in_a_row: int = key(
         10, "steps without a finite loss or gradient, or without a counted token, are skipped; more in a row end the run",
@@ -166,7 +171,7 @@ class RunConfig:
     )  # fmt: skip
     spike: Spike = key(Spike, "when a loss counts as a spike")
     step_timeout_seconds: float = key(
-        1800.0, "a step, save or validation forward that takes longer ends the run with code 76 and writes all stacks to "
+        1800.0, f"a step, save or validation forward that takes longer ends the run with code {HUNG} and writes all stacks to "
         "`stacks/`; the first step may take three times as long", above=0, at_most=LONGEST_TIMEOUT,
     )  # fmt: skip
     monitor: Monitor = key(Monitor, "what is measured inside the model")

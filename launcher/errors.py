@@ -10,16 +10,34 @@ from data_pipeline.errors import DataError
 from launcher.exit_codes import FAILED, INTERRUPTED, LOST, WRONG_INPUT
 
 
-class ConfigurationError(Exception):
-    """A wrong configuration, run folder or argument; one sentence says what is wrong, where, and the fix. Exit code 2."""
+class OneSentenceError(Exception):
+    """An error whose message is one sentence: what is wrong, where, and the fix. It ends a program with `exit_code`."""
+
+    exit_code: int
 
 
-class TrainingError(Exception):
-    """A run that started but cannot continue; one sentence says why, and what to change. Exit code 1."""
+class ConfigurationError(OneSentenceError):
+    """A wrong configuration, run folder or argument."""
+
+    exit_code = WRONG_INPUT
 
 
-class HardwareError(Exception):
-    """A lost rank, machine or connection; starting again resumes the run. Exit code 77."""
+class DiskError(OneSentenceError):
+    """A result that could not be written, mostly because the disk is full."""
+
+    exit_code = WRONG_INPUT
+
+
+class TrainingError(OneSentenceError):
+    """A run that started but cannot continue."""
+
+    exit_code = FAILED
+
+
+class HardwareError(OneSentenceError):
+    """A lost rank, machine or connection; starting again resumes the run."""
+
+    exit_code = LOST
 
 
 @contextmanager
@@ -27,15 +45,9 @@ def one_sentence_errors() -> Iterator[None]:
     """End the program with one sentence for these errors and for Ctrl-C; other exceptions keep their traceback."""
     try:
         yield
-    except (ConfigurationError, DataError) as error:
+    except (OneSentenceError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(WRONG_INPUT)
+        sys.exit(WRONG_INPUT if isinstance(error, DataError) else error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(FAILED)
-    except HardwareError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(LOST)

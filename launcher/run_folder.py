@@ -20,8 +20,9 @@ from data_pipeline.errors import DataError
 from launcher.attempts import add_attempt, code_version, differences
 from launcher.config import RunConfig
 from launcher.config_file import as_dict
+from launcher.deepspeed_json import expert_parallel_size
 from launcher.environment import Environment
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, OneSentenceError
 from launcher.files import replace_text
 from model import LiquidConfig
 
@@ -91,7 +92,7 @@ class RunFolder:
                 return
             self._note_killed_attempt()
         reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, ConfigurationError | DataError):
+        if isinstance(error, OneSentenceError | DataError):
             reason = str(error)
         self.write_status("failed", self._last_status().get("step", 0), reason.splitlines()[0])
         self.release()
@@ -124,8 +125,8 @@ class RunFolder:
         for name in ("command", "commit", "uncommitted_changes", "world_size"):
             changed.pop(name, None)
         facts = {name: description[name] for name in ("world_size", "commit", "uncommitted_changes", "command")}
-        experts = deepspeed_config.get("expert_parallel", {}).get("autoep_size", 1)
-        facts |= {"expert_parallel_size": experts, "changed": changed, "checkpoint": checkpoint}
+        facts |= {"expert_parallel_size": expert_parallel_size(deepspeed_config)}
+        facts |= {"changed": changed, "checkpoint": checkpoint}
         add_attempt(self.path, "begins", _who() | facts)
         return changed
 

@@ -221,5 +221,10 @@ def eager_attention(
     return (weights.to(query.dtype) @ value).transpose(1, 2), weights
 
 
-AttentionInterface.register(BLOCK_LOCAL, block_local_attention)
-AttentionMaskInterface.register(BLOCK_LOCAL, block_local_mask)
+# This project's implementations by name: the attention function, and the function that makes its mask.
+OWN = {BLOCK_LOCAL: (block_local_attention, block_local_mask)}
+for name, (attention_function, mask_function) in OWN.items():
+    AttentionInterface.register(name, attention_function)
+    AttentionMaskInterface.register(name, mask_function)
+# All that compute this model's attention: causal, in a window, and within documents.
+IMPLEMENTATIONS = (*OWN, "sdpa", "eager", "flex_attention")

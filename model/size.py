@@ -13,9 +13,10 @@ from model.moe import Experts
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Counts: `total` is all parameters; `active` leaves out the routed experts that a token did not choose."""
+    """Counts: `total` is all parameters; `routed` is the routed experts'; `active` leaves out those a token did not choose."""
 
     total: int
+    routed: int
     active: int
 
 
@@ -28,7 +29,7 @@ def count_parameters(model: LiquidPreTrainedModel) -> ParameterCount:
     total = _elements(model.parameters())
     routed = sum(_elements(module.parameters()) for module in model.modules() if isinstance(module, Experts))
     unused = model.config.num_experts - model.config.num_experts_per_tok
-    return ParameterCount(total, total - routed * unused // model.config.num_experts)
+    return ParameterCount(total, routed, total - routed * unused // model.config.num_experts)
 
 
 def _elements(parameters: Iterable[nn.Parameter]) -> int:

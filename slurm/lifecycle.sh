@@ -4,6 +4,7 @@
 asked='' # the signal that asked this job to stop
 step=''  # the process id of the running srun
 code=0   # srun's exit code, after `run_step`
+readonly stopped=75 # as in launcher/exit_codes.py: the same command resumes
 suspects=() # hosts that the job must not get again
 # The job's id for SLURM's commands. The plain number of an array task may also mean the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -99,7 +100,7 @@ requeue() {
     say "requeueing job $job to resume"
     if ! of_slurm scontrol requeue "$job"; then
         echo "error: SLURM did not requeue this job; run the same sbatch line again to resume" >&2
-        exit 75
+        exit "$stopped"
     fi
     ((${#suspects[@]} > 0)) || exit 0
     # Only after the requeue, since SLURM rejects the list for a running job. The one list also holds earlier hosts.
@@ -123,7 +124,7 @@ hold() {
     say "holding job $job; when the cause is fixed: scontrol release $job"
     if ! of_slurm scontrol requeuehold "$job"; then
         echo "error: SLURM did not requeue this job; when the cause is fixed, run the same sbatch line again" >&2
-        exit 75
+        exit "$stopped"
     fi
     exit 0
 }

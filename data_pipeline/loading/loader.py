@@ -8,7 +8,7 @@ import torch
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.collate import ARRAYS, LOSS_ON, BatchMemory, collate, source_of_tokens
-from data_pipeline.loading.reader import NO_ROW, RowReader
+from data_pipeline.loading.row_reader import NO_ROW, RowReader
 
 # Reusable memory for this many groups; a step that needs more allocates new memory.
 GROUPS_KEPT = 64

@@ -3,15 +3,11 @@
 import contextlib
 import errno
 import hashlib
-import io
-import mmap
 import os
 import sys
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,96 +15,16 @@ import numpy as np
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.integrity import BadFileError, check_file, check_index, check_length, check_size
-from data_pipeline.loading.order import SHARDS_PER_BLOCK, MixtureOrder, RowOrder
+from data_pipeline.loading.open_shard import OpenShard
+from data_pipeline.loading.order import SHARDS_PER_BLOCK, RowOrder
 from data_pipeline.loading.remote import RemoteFolder, ShardCache, is_remote
-from data_pipeline.shards.format import TOKENIZER_FOLDER, read_index, token_dtype
-from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
+from data_pipeline.loading.row_reader import RowReader
+from data_pipeline.shards.format import TOKENIZER_FOLDER, read_index
 
 ON_BAD_SHARD = ("refuse", "skip")
-NO_ROW = -1  # a row number that stands for a row of padding
 # Per folder and process: a batch may span two blocks.
 MAX_OPEN_SHARDS = 2 * SHARDS_PER_BLOCK
-NPY_HEADER_BYTES = 128  # as numpy writes the arrays in a shard
-SPAN_BYTES = 8 * len(SPAN_COLUMNS)
 FETCHING_THREADS = 4  # per remote folder
-
-
-class RowReader(ABC):
-    """Packed rows by number, from one folder or from several folders as if they were one.
-
-    location: the name in messages.
-    seq_len, vocab_size, pad_token_id: the same for all rows.
-    sources: the names that spans refer to.
-    tokenizer_path, tokenizer_fingerprint: the tokenizer that made the rows.
-    fingerprint: changes with any token or span, with the tokenizer and with the mixture.
-    num_rows: the number of rows of all folders.
-    """
-
-    location: str
-    seq_len: int
-    vocab_size: int
-    pad_token_id: int
-    sources: list[str]
-    tokenizer_path: Path
-    tokenizer_fingerprint: str
-    fingerprint: str
-    num_rows: int
-    _first_rows: np.ndarray  # the first row of each shard, and num_rows at the end
-
-    @abstractmethod
-    def order(self, seed: int) -> RowOrder | MixtureOrder:
-        """Return the endless order of the rows."""
-
-    @abstractmethod
-    def open_shard(self, shard: int) -> "OpenShard | None":
-        """Open a shard after checking its hash. Return None if it is bad and bad shards are skipped."""
-
-    @abstractmethod
-    def look_ahead(self, shards: Iterable[int]) -> None:
-        """Start fetching and checking shards in the background, in the order in which they will be needed."""
-
-    def gather(self, rows: np.ndarray) -> PackedRows:
-        """Read rows by number, int64 `[n]`. NO_ROW and the rows of skipped shards become padding.
-
-        Raises DataError if a shard differs from the index (unless bad shards are skipped), or breaks the format.
-        """
-        if not NO_ROW <= rows.min() <= rows.max() < self.num_rows:
-            raise IndexError(f"rows {rows.min()} to {rows.max()} are not all among the {self.num_rows} rows")
-        shards = np.where(rows == NO_ROW, -1, np.searchsorted(self._first_rows, rows, side="right") - 1)
-        shards_of_rows, rows_in_shards = shards.tolist(), (rows - self._first_rows[shards]).tolist()
-        opened = {shard: self.open_shard(shard) for shard in dict.fromkeys(shards_of_rows) if shard >= 0}
-        dtype = np.dtype(token_dtype(self.vocab_size))
-        header, padding = _blank_row(self.seq_len, dtype, self.pad_token_id)
-        tokens, spans, pieces = [], [], []
-        for shard, row in zip(shards_of_rows, rows_in_shards, strict=True):
-            source = opened.get(shard)
-            if source is None:
-                tokens.append(padding)
-                pieces.append(0)
-                continue
-            tokens_at, spans_at = source.offsets[row]
-            tokens.append(source.data[tokens_at : tokens_at + len(padding)])
-            count = source.count_spans(spans_at)
-            spans_at += NPY_HEADER_BYTES
-            spans.append(source.data[spans_at : spans_at + count * SPAN_BYTES])
-            pieces.append(count)
-        # One copy for the whole batch; per row, Python only makes the slices above.
-        all_tokens, all_spans = b"".join(tokens), b"".join(spans)
-        members = np.frombuffer(all_tokens, dtype=np.uint8)
-        if (
-            len(members) != len(rows) * len(padding)
-            or len(all_spans) != sum(pieces) * SPAN_BYTES
-            or (members.reshape(len(rows), -1)[:, : len(header)] != header).any()
-        ):
-            names = ", ".join(shard.name for shard in opened.values() if shard)
-            raise DataError(
-                f"a row in one of {names} is not {self.seq_len} tokens of {dtype.name} with spans: prepare the data again"
-            )
-        return PackedRows(
-            members.reshape(len(rows), -1)[:, len(header) :].view(dtype),
-            np.frombuffer(all_spans, dtype=np.int64).reshape(-1, len(SPAN_COLUMNS)),
-            np.array(pieces, dtype=np.int64),
-        )
 
 
 class ShardFolder(RowReader):
@@ -179,7 +95,7 @@ class ShardFolder(RowReader):
         tokens_at, spans_at = opened.offsets[row - int(self._first_rows[shard])]
         return opened.read_npy(tokens_at), opened.read_npy(spans_at)
 
-    def open_shard(self, shard: int) -> "OpenShard | None":
+    def open_shard(self, shard: int) -> OpenShard | None:
         if self._is_good(shard):
             try:
                 opened = self._open(shard)
@@ -285,7 +201,7 @@ class ShardFolder(RowReader):
         entry = self.index["files"][shard]
         return entry, entry["offsets"]
 
-    def _open(self, shard: int) -> "OpenShard":
+    def _open(self, shard: int) -> OpenShard:
         with self._shard_locks[shard]:
             with self._lock:
                 if shard in self._open_shards:
@@ -304,75 +220,6 @@ class ShardFolder(RowReader):
             return opened
 
 
-class OpenShard:
-    """The memory-mapped tar of one shard, and the positions in it of each row's two members.
-
-    A lock on the tar is held as long as this object exists. Raises DataError if tar and offsets do not fit together.
-    """
-
-    def __init__(self, tar: BinaryIO, offsets: BinaryIO, name: str, rows: int) -> None:
-        self.name = name
-        self._map = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)  # the map has its own file descriptor
-        self.data = memoryview(self._map)
-        try:
-            at = np.load(offsets, allow_pickle=False)
-        except ValueError as error:
-            raise DataError(f"the offsets of {name} are not a numpy array: copy or prepare the folder again") from error
-        if at.shape != (rows, 2) or at.dtype != np.uint64 or at.max() > len(self.data) - NPY_HEADER_BYTES:
-            raise DataError(f"the offsets of {name} do not fit it: copy or prepare the folder again")
-        self.offsets: list[list[int]] = at.tolist()  # Python integers are faster than numpy's one at a time
-
-    def check_length(self) -> None:
-        """Raise BadFileError if the file has been truncated: reading past its end would kill the process."""
-        if self._map.size() < len(self._map):
-            size = self._map.size()
-            raise BadFileError(f"{self.name} was truncated to {size} bytes while it was read: copy it again")
-
-    def count_spans(self, at: int) -> int:
-        """Return the number of spans of a row. at: where the data of its spans member begins."""
-        try:
-            return _count_spans(bytes(self.data[at : at + NPY_HEADER_BYTES]))
-        except ValueError as error:
-            raise DataError(f"{self.name} has invalid spans ({error}): prepare the data again") from error
-
-    def read_npy(self, at: int) -> np.ndarray:
-        """Return a read-only view of the array of a member. at: where the data of the member begins."""
-        header_end = at + 10 + int.from_bytes(self.data[at + 8 : at + 10], "little")
-        try:
-            shape, dtype = _parse_npy_header(bytes(self.data[at:header_end]))
-            size = dtype.itemsize * int(np.prod(shape))
-            return np.frombuffer(self.data[header_end : header_end + size], dtype=dtype).reshape(shape)
-        except ValueError as error:
-            raise DataError(f"{self.name} is corrupt ({error}): copy or prepare the folder again") from error
-
-
 def _folder_fingerprint(index: dict) -> str:
     parts = [shard["sha256"] for shard in index["files"]] + [index["tokenizer"]["fingerprint"]]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-@lru_cache(maxsize=64)
-def _blank_row(seq_len: int, dtype: np.dtype, pad_token_id: int) -> tuple[np.ndarray, bytes]:
-    """Return the npy header that the tokens of every row have, uint8, and the bytes of a whole row of padding."""
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.full(seq_len, pad_token_id, dtype=dtype), version=(1, 0), allow_pickle=False)
-    member = buffer.getvalue()
-    return np.frombuffer(member, dtype=np.uint8)[: len(member) - seq_len * dtype.itemsize], member
-
-
-@lru_cache(maxsize=4096)  # few headers are distinct, and parsing one costs more than reading a row
-def _count_spans(header: bytes) -> int:
-    shape, dtype = _parse_npy_header(header)
-    if dtype != np.int64 or len(shape) != 2 or shape[1] != len(SPAN_COLUMNS) or header[-1:] != b"\n":
-        raise ValueError(f"{dtype} {shape}")
-    return shape[0]
-
-
-@lru_cache(maxsize=4096)
-def _parse_npy_header(header: bytes) -> tuple[tuple[int, ...], np.dtype]:
-    stream = io.BytesIO(header)
-    np.lib.format.read_magic(stream)
-    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    if dtype.hasobject:
-        raise ValueError("pickled objects, which are never read")
-    return shape, dtype

@@ -32,7 +32,7 @@ from launcher.exit_codes import HUNG, LOST
 FRUITLESS_STARTS = 3  # in a row, without a new checkpoint between them
 
 
-class Attempts:
+class JobLog:
     """The log of starts and ends of batch jobs in a run folder: `jobs.jsonl`, one line for each."""
 
     def __init__(self, folder: Path, job: str, restart: int) -> None:
@@ -76,22 +76,22 @@ class Attempts:
         return [event for event in map(_event, lines) if event.get("job") == self.job]
 
 
-def begin(attempts: Attempts, hosts: list[str]) -> str:
+def begin(log: JobLog, hosts: list[str]) -> str:
     """Return `hold` if the last starts of this job made no progress, for example if a node died each time; else `go`."""
-    if attempts.fruitless() >= FRUITLESS_STARTS:
-        return _hold(attempts, "begins", hosts=hosts)
-    attempts.note("begins", hosts=hosts)
-    _preflight_report(attempts).unlink(missing_ok=True)
+    if log.fruitless() >= FRUITLESS_STARTS:
+        return _hold(log, "begins", hosts=hosts)
+    log.note("begins", hosts=hosts)
+    _preflight_report(log).unlink(missing_ok=True)
     return "go"
 
 
-def check(attempts: Attempts, code: int, hosts: list[str]) -> str:
+def check(log: JobLog, code: int, hosts: list[str]) -> str:
     """Decide from preflight's report and srun's exit `code` whether training may begin.
 
     A red line about settings ends the job, since another start would fail in the same way. A red line about machines
     requeues the job on other machines. If preflight did not finish, there is no report, and training begins.
     """
-    file = _preflight_report(attempts)
+    file = _preflight_report(log)
     if not file.exists():
         _say(f"preflight did not finish (code {code}); training begins anyway")
         return "go"
@@ -100,19 +100,19 @@ def check(attempts: Attempts, code: int, hosts: list[str]) -> str:
         return "go"
     if report["suspects"] is None:
         _say("error: the run would fail; preflight's table above says what to change")
-        return _ended(attempts, "fail", code=code, signal="", state="preflight")
+        return _ended(log, "fail", code=code, signal="", state="preflight")
     suspects = _among(hosts, report["suspects"])
     _say(f"preflight found faulty machines (suspected: {', '.join(suspects) or 'no host'})")
-    return _ended(attempts, " ".join(["retry", *suspects]), code=code, signal="", state="preflight")
+    return _ended(log, " ".join(["retry", *suspects]), code=code, signal="", state="preflight")
 
 
-def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
+def end(log: JobLog, code: int, signal: str, hosts: list[str]) -> str:
     """Decide what happens to the job after srun's exit `code`, and the `signal` that asked for a stop (empty: none).
 
     srun's code is the highest of all ranks, including those that `--kill-on-bad-exit` killed, so it is unreliable.
     `status.json` counts instead, if this attempt wrote it, and the stacks that this attempt's watchdogs wrote.
     """
-    status = _own_status(attempts)
+    status = _own_status(log)
     state = status.get("state", "none")
     if state == "done":
         verdict = "done"
@@ -123,25 +123,25 @@ def end(attempts: Attempts, code: int, signal: str, hosts: list[str]) -> str:
         suspects = [] if signal else _among(hosts, status.get("suspects", ()))
         _say(f"communication or a device failed (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
-    elif code == HUNG or _has_hung(attempts):
-        _say(f"the run hung; the stacks of the ranks are in {attempts.folder}/stacks")
+    elif code == HUNG or _has_hung(log):
+        _say(f"the run hung; the stacks of the ranks are in {log.folder}/stacks")
         verdict = "retry"
     else:
         _say(f"error: the run ended with code {code} and state '{state}'; the ranks' output above has the cause")
         verdict = "fail"
-    return _ended(attempts, verdict, code=code, signal=signal, state=state)
+    return _ended(log, verdict, code=code, signal=signal, state=state)
 
 
-def _ended(attempts: Attempts, verdict: str, **facts) -> str:
-    if verdict.startswith("retry") and attempts.fruitless() >= FRUITLESS_STARTS:
-        return _hold(attempts, "ended", **facts)
-    _note_verdict(attempts, "ended", verdict, **facts)
+def _ended(log: JobLog, verdict: str, **facts) -> str:
+    if verdict.startswith("retry") and log.fruitless() >= FRUITLESS_STARTS:
+        return _hold(log, "ended", **facts)
+    _note_verdict(log, "ended", verdict, **facts)
     return verdict
 
 
-def _note_verdict(attempts: Attempts, event: str, verdict: str, **facts) -> None:
+def _note_verdict(log: JobLog, event: str, verdict: str, **facts) -> None:
     try:
-        attempts.note(event, verdict=verdict, **facts)
+        log.note(event, verdict=verdict, **facts)
     except ConfigurationError as error:  # for example a full disk: the verdict matters more than its log line
         _say(f"warning: {error}")
 
@@ -157,8 +157,8 @@ def _is_same_host(one: str, other: str) -> bool:
     return one == other or (is_short and one.partition(".")[0] == other.partition(".")[0])
 
 
-def _preflight_report(attempts: Attempts) -> Path:
-    return attempts.folder / "preflight.json"
+def _preflight_report(log: JobLog) -> Path:
+    return log.folder / "preflight.json"
 
 
 def _event(line: str) -> dict:
@@ -169,9 +169,9 @@ def _event(line: str) -> dict:
         return {}
 
 
-def _hold(attempts: Attempts, event: str, **facts) -> str:
-    _note_verdict(attempts, event, "hold", **facts)
-    newest = attempts.newest_checkpoint() or "the beginning"
+def _hold(log: JobLog, event: str, **facts) -> str:
+    _note_verdict(log, event, "hold", **facts)
+    newest = log.newest_checkpoint() or "the beginning"
     _say(
         f"error: {FRUITLESS_STARTS} starts in a row got no further than {newest}, so the job is held; "
         "the log above says what ended them"
@@ -179,11 +179,11 @@ def _hold(attempts: Attempts, event: str, **facts) -> str:
     return "hold"
 
 
-def _own_status(attempts: Attempts) -> dict:
+def _own_status(log: JobLog) -> dict:
     """Return `status.json` if this attempt wrote it; it may be left over from an earlier attempt."""
-    file = attempts.folder / "status.json"
+    file = log.folder / "status.json"
     status = json.loads(file.read_text()) if file.exists() else {}
-    own = (status.get("job"), status.get("restart")) == (attempts.job, attempts.restart)
+    own = (status.get("job"), status.get("restart")) == (log.job, log.restart)
     return status if own else {}
 
 
@@ -192,10 +192,10 @@ def _ended_before_training(state: str, code: int, signal: str) -> bool:
     return state in ("none", "starting") and signal != "" and (code == 0 or code > 128)
 
 
-def _has_hung(attempts: Attempts) -> bool:
+def _has_hung(log: JobLog) -> bool:
     """Whether a watchdog of this attempt wrote stacks; rank 0's `status.json` does not cover the other ranks."""
-    stacks = [file.stat() for file in (attempts.folder / "stacks").glob("rank-*.txt")]
-    return any(stat.st_size > 0 and stat.st_mtime >= attempts.began_at() for stat in stacks)
+    stacks = [file.stat() for file in (log.folder / "stacks").glob("rank-*.txt")]
+    return any(stat.st_size > 0 and stat.st_mtime >= log.began_at() for stat in stacks)
 
 
 def _say(sentence: str) -> None:
@@ -219,14 +219,14 @@ def main(arguments: list[str]) -> str:
     if command == "folder":
         return run_folder(rest)
     folder, *rest = rest
-    attempts = Attempts(Path(folder), os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
+    log = JobLog(Path(folder), os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", 0)))
     if command == "begins":
-        return begin(attempts, rest)
+        return begin(log, rest)
     if command == "checked":
         code, *hosts = rest
-        return check(attempts, int(code), hosts)
+        return check(log, int(code), hosts)
     code, signal, *hosts = rest
-    return end(attempts, int(code), signal, hosts)
+    return end(log, int(code), signal, hosts)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from launcher.cluster.sbatch import Submission, check_setting, of_script, site_options
 from launcher.errors import ConfigurationError
+from launcher.training.monitoring import tags
 
-LOSSES = {"train loss": "train/loss", "held-out loss": "validation/cross_entropy"}
+LOSSES = {"train loss": tags.LOSS, "held-out loss": tags.HELD_OUT_CROSS_ENTROPY}
 
 
 def sweep(

@@ -52,7 +52,7 @@ def _evaluate(options) -> None:
     environment = detect_environment()
     export_for_torch(environment)
 
-    from launcher.tools.evaluation.evaluation import Team, evaluate
+    from launcher.tools.evaluation.evaluation import Ranks, evaluate
     from launcher.tools.evaluation.held_out import data_of_run, open_held_out
     from launcher.tools.evaluation.results import print_table, write_results
     from launcher.tools.evaluation.text_metrics import NO_WORDNET
@@ -63,9 +63,9 @@ def _evaluate(options) -> None:
     model, tokenizer = load_model(options.model, environment.device)
     longest = model.config.max_position_embeddings
     held_out = open_held_out(data, options.questions, tokenizer, longest, options.limit)
-    team = Team(environment)
+    ranks = Ranks(environment)
     progress = _progress if environment.is_main else lambda what, total: lambda done: None
-    result = evaluate(model, tokenizer, held_out, decoding, team, options.batch_size, options.answers, progress)
+    result = evaluate(model, tokenizer, held_out, decoding, ranks, options.batch_size, options.answers, progress)
     if result is not None:
         folder = options.out or _default_folder(Path(options.model))
         write_results(folder, result, _evaluated(options, model, held_out, decoding, environment), options.samples)
@@ -76,7 +76,7 @@ def _evaluate(options) -> None:
         print(f"metrics.json and samples.jsonl are in {folder}")
         right, total = sum(answered.is_right for answered in result.answers), len(result.answers)
         print(f"{right} of {total} held-out answers are exactly right ({right / max(1, total):.0%})")
-    team.part()
+    ranks.part()
 
 
 def _default_folder(model: Path) -> Path:
@@ -88,9 +88,11 @@ def _evaluated(options, model, held_out, decoding, environment) -> dict:
     """Return what was evaluated, with all settings that affect the metrics."""
     from dataclasses import asdict
 
+    from model.size import count_parameters
+
     return {
         "model": str(Path(options.model).resolve()),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model).total,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": environment.device.type,
         "data": held_out.rows.location,

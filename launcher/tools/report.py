@@ -9,32 +9,32 @@ import base64
 import html
 import io
 import json
-import re
+from dataclasses import fields
 from pathlib import Path
 
-# The title and the TensorBoard tags of each plot; `*` matches any text. A plot without data is left out.
+from launcher.config import Loss
+from launcher.training.monitoring import tags
+
+# The title and the TensorBoard tags of each plot. A plot without data is left out.
 PLOTS = (
-    ("Loss", ("train/loss", "train/cross_entropy", "validation/cross_entropy")),
-    ("Loss terms", ("train/focal", "train/reconstruction", "train/budget", "train/expert_usage", "train/z_loss")),
-    ("Validation loss by source", ("validation/by_source/*",)),
-    (
-        "Held-out accuracy",
-        ("validation/token_accuracy", "validation/top5_accuracy", "validation/sequence_accuracy"),
-    ),
-    ("Learning rate", ("train/learning_rate",)),
-    ("Gradient norm", ("train/grad_norm",)),
-    ("Gradient norm by group", ("grad_norm/*",)),
-    ("Loss scale", ("train/loss_scale",)),
-    ("Tokens per second", ("perf/tokens_per_second",)),
-    ("Utilisation", ("perf/mfu", "perf/hfu")),
+    ("Loss", (tags.LOSS, tags.CROSS_ENTROPY, tags.HELD_OUT_CROSS_ENTROPY)),
+    ("Loss terms", tuple(tags.LOSS_TERM.format(term=weight.name) for weight in fields(Loss))),
+    ("Validation loss by source", (tags.SOURCE_CROSS_ENTROPY,)),
+    ("Held-out accuracy", (tags.TOKEN_ACCURACY, tags.TOP5_ACCURACY, tags.SEQUENCE_ACCURACY)),
+    ("Learning rate", (tags.LEARNING_RATE,)),
+    ("Gradient norm", (tags.GRADIENT_NORM,)),
+    ("Gradient norm by group", (tags.GROUP_NORM,)),
+    ("Loss scale", (tags.LOSS_SCALE,)),
+    ("Tokens per second", (tags.TOKENS_PER_SECOND,)),
+    ("Utilisation", (tags.MFU, tags.HFU)),
     (
         "Seconds per step",
-        ("perf/data_seconds", "perf/forward_seconds", "perf/backward_seconds", "perf/optimizer_seconds"),
+        (tags.DATA_SECONDS, *(tags.PART_SECONDS.format(part=part) for part in ("forward", "backward", "optimizer"))),
     ),
-    ("Memory, gigabytes", ("perf/memory_gigabytes",)),
-    ("Load of the busiest expert over the mean", (r"moe/layer_*load_max_over_mean",)),
-    ("Router entropy", (r"moe/layer_*router_entropy",)),
-    ("Retained embedding ratio", ("model/retained_ratio",)),
+    ("Memory, gigabytes", (tags.MEMORY,)),
+    ("Load of the busiest expert over the mean", (tags.LOAD_MAX_OVER_MEAN,)),
+    ("Router entropy", (tags.ROUTER_ENTROPY,)),
+    ("Retained embedding ratio", (tags.RETAINED_RATIO,)),
 )
 LOGARITHMIC = {"Gradient norm", "Gradient norm by group", "Loss scale"}
 LEGEND_AT_MOST = 12  # curves
@@ -64,16 +64,16 @@ def write_report(run: Path, out: Path) -> Path:
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 1, "tensors": 0})
     if (run / "tensorboard").is_dir():
         events.Reload()
-    tags = events.Tags()
-    if "train/loss" not in tags["scalars"]:
+    found = events.Tags()
+    if tags.LOSS not in found["scalars"]:
         raise ConfigurationError(f"{run} has not completed a step yet, so there is nothing to report")
-    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags["scalars"]}
+    scalars = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in found["scalars"]}
     sections = [
         f"<h1>{html.escape(run.name)}</h1>",
         _state(run),
         "<h2>Curves</h2><div class=plots>" + "".join(_plots(scalars)) + "</div>",
-        *_expert_load(events, tags),
-        *_answers(events, tags),
+        *_expert_load(events, found),
+        *_answers(events, found),
         "<h2>Environment and configuration</h2><pre>" + html.escape((run / "run.yaml").read_text()) + "</pre>",
     ]
     page = f"<!doctype html><meta charset=utf-8><title>{html.escape(run.name)}</title><style>{STYLE}</style>"
@@ -102,7 +102,7 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
     from matplotlib.ticker import LogFormatter, MaxNLocator
 
     for title, wanted in PLOTS:
-        patterns = [re.compile(re.escape(tag).replace(r"\*", ".*")) for tag in wanted]
+        patterns = map(tags.pattern, wanted)
         chosen = [tag for pattern in patterns for tag in sorted(scalars) if pattern.fullmatch(tag)]
         if not chosen:
             continue
@@ -131,21 +131,21 @@ def _plots(scalars: dict[str, list[tuple[int, float]]]):
 
 def _short(tag: str) -> str:
     """Return the name of a curve in the legend."""
-    layer = re.fullmatch(r"moe/layer_(\d+)/.*", tag)
-    if layer:
-        return f"layer {int(layer[1])}"
-    for group in ("validation/by_source/", "grad_norm/"):  # the rest is a name and stays unchanged
-        if tag.startswith(group):
-            return tag.removeprefix(group)
+    for of_layers in (tags.LOAD_MAX_OVER_MEAN, tags.ROUTER_ENTROPY):
+        if layer := tags.pattern(of_layers).fullmatch(tag):
+            return f"layer {int(layer[1])}"
+    for of_names in (tags.SOURCE_CROSS_ENTROPY, tags.GROUP_NORM):  # names stay unchanged
+        if name := tags.pattern(of_names).fullmatch(tag):
+            return name[1]
     return tag.removeprefix("train/").removeprefix("perf/").removesuffix("_seconds").replace("/", " ").replace("_", " ")
 
 
-def _expert_load(events, tags) -> list[str]:
-    if "moe/load" not in tags["images"]:
+def _expert_load(events, found) -> list[str]:
+    if tags.LOAD not in found["images"]:
         return []
     from launcher.training.monitoring.expert_load import LEGEND
 
-    image = events.Images("moe/load")[-1]
+    image = events.Images(tags.LOAD)[-1]
     data = base64.b64encode(image.encoded_image_string).decode()
     return [
         f"<h2>Expert load at step {image.step:,}</h2><p>{LEGEND}</p>"
@@ -153,10 +153,10 @@ def _expert_load(events, tags) -> list[str]:
     ]
 
 
-def _answers(events, tags) -> list[str]:
+def _answers(events, found) -> list[str]:
     """Return the newest sampled answers as HTML; TensorBoard stores them as a Markdown table."""
-    tag = "validation/answers/text_summary"
-    if tag not in tags["tensors"]:
+    tag = f"{tags.ANSWERS}/text_summary"
+    if tag not in found["tensors"]:
         return []
     newest = events.Tensors(tag)[-1]
     lines = newest.tensor_proto.string_val[0].decode().splitlines()

@@ -21,6 +21,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.training.adam import forget_earlier_steps
+from launcher.training.monitoring import tags
 from launcher.training.weight_broadcast import return_freed_memory
 from model import LiquidForCausalLM
 
@@ -111,9 +112,9 @@ def engine_values(engine: deepspeed.DeepSpeedEngine) -> dict[str, float]:
     The gradient norm is infinite if fp16 overflowed and the step was skipped.
     """
     values = {
-        "train/learning_rate": engine.optimizer.param_groups[0]["lr"],
-        "train/grad_norm": float(engine.get_global_grad_norm()),
+        tags.LEARNING_RATE: engine.optimizer.param_groups[0]["lr"],
+        tags.GRADIENT_NORM: float(engine.get_global_grad_norm()),
     }
     if engine.fp16_enabled():
-        values["train/loss_scale"] = float(engine.optimizer.loss_scale)
+        values[tags.LOSS_SCALE] = float(engine.optimizer.loss_scale)
     return values

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from data_pipeline.loading.remote import is_remote
-from launcher.config import RunConfig
+from launcher.config import Prepare, RunConfig
 from launcher.config_file import load_run_config
+from launcher.deepspeed_json import expert_parallel_size, precision, zero_stage
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
@@ -24,7 +24,7 @@ from launcher.training.checkpoints.states import check_states
 from launcher.training.checkpoints.universal import for_ranks
 from launcher.training.monitoring.validation import open_validation_data
 from launcher.training.preflight.checks import check_start
-from launcher.training.setup.data_source import open_run_data
+from launcher.training.setup.data_source import open_run_data, will_be_prepared
 from launcher.training.setup.deepspeed_config import SHARED_NUMBERS, resolve_deepspeed_config
 from launcher.training.setup.model_source import model_config
 from model.configuration import LiquidConfig, own_fields
@@ -67,8 +67,8 @@ def make_plan(
 
 
 def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: Environment) -> Plan:
-    if isinstance(config.data, str) and not is_remote(config.data):
-        _prepare_if_missing(config)
+    if will_be_prepared(config):
+        _prepare(config.prepare, config.data)
     data = open_run_data(config)
     open_validation_data(config, data)
     sizes = model_config(config, data, run if has_checkpoints(run) else None)
@@ -106,8 +106,7 @@ def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: E
     run.keep_model_files(sizes, data.tokenizer_path)
     # After `describe`, which records the checkpoint itself: only this start needs it in another form.
     if checkpoint is not None:
-        experts_over = resolved.get("expert_parallel", {}).get("autoep_size", 1)
-        checkpoint, converted = for_ranks(checkpoint, environment.world_size, experts_over)
+        checkpoint, converted = for_ranks(checkpoint, environment.world_size, expert_parallel_size(resolved))
         check_states(checkpoint)
         notes += [converted] if converted else []
     return Plan(config, resolved, checkpoint, step, notes)
@@ -162,7 +161,7 @@ def _check_resumable(
 def _check_engine(run: RunFolder, resolved: dict) -> None:
     """Raise `ConfigurationError` if DeepSpeed could not load the run's checkpoints under this resolved JSON."""
     before = run.read_description().get("deepspeed", {})
-    for what, read in (("ZeRO stage", _stage), ("precision", _precision), ("optimizer", _optimizer)):
+    for what, read in (("ZeRO stage", zero_stage), ("precision", precision), ("optimizer", _optimizer)):
         if before and read(before) != read(resolved):
             hint = " (precision.force=true keeps a JSON's precision on a CPU)" if what == "precision" else ""
             raise ConfigurationError(
@@ -172,29 +171,16 @@ def _check_engine(run: RunFolder, resolved: dict) -> None:
             )
 
 
-def _stage(resolved: dict) -> int:
-    return resolved["zero_optimization"]["stage"]
-
-
-def _precision(resolved: dict) -> str:
-    return next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), "fp32")
-
-
 def _optimizer(resolved: dict) -> str:
     name = str(resolved["optimizer"]["type"])
     return "AdamW" if name.lower() == "adam" else name  # both have the same moments
 
 
-def _prepare_if_missing(config: RunConfig) -> None:
-    """Prepare the data folder if it does not exist yet and the configuration has a `prepare` section."""
-    if config.prepare is not None and not (Path(config.data) / "index.json").exists():
-        # Imported here because polars and the tokenizers are slow to import, and most starts find their data.
-        from data_pipeline.preparation.prepare import prepare
-        from data_pipeline.preparation.settings import Settings
+def _prepare(wanted: Prepare, folder: str) -> None:
+    # Imported here because polars and the tokenizers are slow to import, and most starts find their data.
+    from data_pipeline.preparation.prepare import prepare
+    from data_pipeline.preparation.settings import Settings
 
-        print(f"preparing {config.prepare.source} into {config.data}", flush=True)
-        wanted = config.prepare
-        settings = Settings(
-            tokenizer=wanted.tokenizer, seq_len=wanted.seq_len, validation_share=wanted.validation_share
-        )
-        prepare(wanted.source, config.data, settings)
+    print(f"preparing {wanted.source} into {folder}", flush=True)
+    settings = Settings(tokenizer=wanted.tokenizer, seq_len=wanted.seq_len, validation_share=wanted.validation_share)
+    prepare(wanted.source, folder, settings)

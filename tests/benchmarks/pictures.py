@@ -11,6 +11,8 @@ from xml.sax.saxutils import escape
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launcher.training.monitoring import tags
+
 PROJECT = Path(__file__).parents[2]
 STYLE = """<style>
 text { font: 14px system-ui, sans-serif; fill: #1f2328 } .small { font-size: 12px; fill: #59636e }
@@ -100,8 +102,8 @@ def run_picture(run: Path) -> str:
     """Training loss, and the share of right held-out tokens, over a run's steps."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
-    loss = [(event.step, event.value) for event in events.Scalars("train/cross_entropy")]
-    right = [(event.step, event.value) for event in events.Scalars("validation/token_accuracy")]
+    loss = [(event.step, event.value) for event in events.Scalars(tags.CROSS_ENTROPY)]
+    right = [(event.step, event.value) for event in events.Scalars(tags.TOKEN_ACCURACY)]
     steps, highest = (0, loss[-1][0]), max(value for _, value in loss)
     grid = []
     for part in range(5):

@@ -13,7 +13,8 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import BatchStream, ValidationBatches
-from data_pipeline.loading.reader import NO_ROW, ShardFolder
+from data_pipeline.loading.reader import ShardFolder
+from data_pipeline.loading.row_reader import NO_ROW
 from tests.data_pipeline.shard_folders import FIRST_ID, PAD, flip_bit, make_folder
 
 NAMES = ("input_ids", "labels", "position_ids")

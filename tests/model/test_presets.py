@@ -9,10 +9,10 @@ from model.size import ParameterCount, count_parameters
 
 LED_VOCABULARY = 50_266
 PARAMETERS = {
-    "tiny": ParameterCount(total=13_219_651, active=12_334_915),
-    "base": ParameterCount(total=209_873_155, active=96_626_947),
-    "1b": ParameterCount(total=1_017_607_171, active=312_964_099),
-    "8b-a1b": ParameterCount(total=7_902_519_299, active=1_107_746_819),
+    "tiny": ParameterCount(total=13_219_651, routed=1_769_472, active=12_334_915),
+    "base": ParameterCount(total=209_873_155, routed=150_994_944, active=96_626_947),
+    "1b": ParameterCount(total=1_017_607_171, routed=805_306_368, active=312_964_099),
+    "8b-a1b": ParameterCount(total=7_902_519_299, routed=7_247_757_312, active=1_107_746_819),
 }
 
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from launcher.environment import Environment
-from launcher.tools.evaluation.held_out import HeldOut, Question
+from launcher.held_out_questions import Question
+from launcher.tools.evaluation.held_out import HeldOut
 from launcher.tools.evaluation.likelihood import bytes_of_tokens, likelihood_metrics, score_rows
 from launcher.tools.evaluation.text_metrics import is_exact, rouge, text_metrics
 from launcher.tools.inference.generation import Decoding, answer_prompts, batches_of_like_length, check_room
@@ -59,7 +60,7 @@ class Evaluation:
     answers: list[Answered]
 
 
-class Team:
+class Ranks:
     """The processes of one evaluation."""
 
     def __init__(self, environment: Environment):
@@ -93,7 +94,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     held_out: HeldOut,
     decoding: Decoding,
-    team: Team,
+    ranks: Ranks,
     batch_size: int,
     max_answers: int | None,
     progress: Callable[[str, int], Progress],
@@ -108,8 +109,8 @@ def evaluate(
     questions = held_out.questions[:max_answers]
     for question in questions:
         check_room(model, question.prompt, 1, f"the question {shorten(question.question, 80)!r}")
-    scores = _score(model, tokenizer, held_out, team, batch_size, progress)
-    given = _answer(model, tokenizer, questions, decoding, team, batch_size, progress)
+    scores = _score(model, tokenizer, held_out, ranks, batch_size, progress)
+    given = _answer(model, tokenizer, questions, decoding, ranks, batch_size, progress)
     if scores is None or given is None:
         return None
     documents = list(chain.from_iterable(scores))
@@ -132,35 +133,35 @@ def evaluate(
     )
 
 
-def _score(model, tokenizer, held_out: HeldOut, team: Team, batch_size: int, progress) -> list | None:
+def _score(model, tokenizer, held_out: HeldOut, ranks: Ranks, batch_size: int, progress) -> list | None:
     """Score the documents of each row; the result is in the order of the rows."""
     rows, numbers = held_out.rows, held_out.numbers
     seq_len = rows.gather(numbers[:1]).tokens.shape[1]
     size = max(1, min(batch_size, LOGITS_AT_ONCE // (seq_len * model.config.vocab_size)))
     bytes_of = bytes_of_tokens(tokenizer, model.config.vocab_size)
-    batches = team.share([numbers[begin : begin + size] for begin in range(0, len(numbers), size)])
+    batches = ranks.share([numbers[begin : begin + size] for begin in range(0, len(numbers), size)])
     advance = progress("rows scored", sum(map(len, batches)))
     found = []
     for batch in batches:
         found.append(score_rows(model, rows.gather(batch), rows.pad_token_id, bytes_of))
         advance(len(batch))
-    return _joined(team.gather(found))
+    return _joined(ranks.gather(found))
 
 
 def _answer(
-    model, tokenizer, questions: list[Question], decoding: Decoding, team: Team, batch_size: int, progress
+    model, tokenizer, questions: list[Question], decoding: Decoding, ranks: Ranks, batch_size: int, progress
 ) -> list[str] | None:
     """Answer the questions; the result is in the order of the questions."""
     prompts = [question.prompt for question in questions]
     batches = batches_of_like_length(prompts, batch_size)
-    mine = team.share(batches)
+    mine = ranks.share(batches)
     advance = progress("questions answered", sum(map(len, mine)))
     found = []
     for batch in mine:
         chosen = [prompts[index] for index in batch]
         found.append(answer_prompts(model, tokenizer, chosen, decoding.within(model, max(map(len, chosen)))))
         advance(len(batch))
-    texts = _joined(team.gather(found))
+    texts = _joined(ranks.gather(found))
     if texts is None:
         return None
     by_question = dict(zip(chain.from_iterable(batches), texts, strict=True))

@@ -9,45 +9,24 @@ from __future__ import annotations
 import hashlib
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.loading.collate import END, START
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
-from data_pipeline.shards.packing import SPAN_COLUMNS, Documents, PackedRows, pack
-from data_pipeline.tokens.tokenization import decode_answer, encode_answer, encode_prompt, fingerprint
+from data_pipeline.shards.packing import Documents, PackedRows, pack
+from data_pipeline.tokens.tokenization import encode_answer, encode_prompt, fingerprint
 from launcher.errors import ConfigurationError
+from launcher.held_out_questions import Question, Rows, questions_in, spread
 from launcher.run_folder import RunFolder
 from launcher.tools.inference.questions import cleaned, read_objects, told_if_changed
 from launcher.training.setup.data_source import held_out_location
 
-ANSWER_START, OFFSET = (SPAN_COLUMNS.index(name) for name in ("answer_start", "offset"))
 SHORTEST_ROW = 256  # minimum tokens per row for questions that are packed here
-
-
-class Rows(Protocol):
-    """Packed rows by number, the interface of `data_pipeline.loading.reader.ShardFolder`."""
-
-    num_rows: int
-    pad_token_id: int
-    fingerprint: str
-    location: str
-
-    def gather(self, rows: np.ndarray) -> PackedRows: ...
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question, its expected answer, and the prompt's token ids: `<s> question <sep>`."""
-
-    question: str
-    expected: str
-    prompt: list[int]
 
 
 @dataclass(frozen=True)
@@ -137,12 +116,6 @@ def data_of_run(model: Path) -> str:
     return data
 
 
-def spread(count: int, limit: int | None) -> np.ndarray:
-    """Return `limit` evenly spaced numbers below `count`, or all of them. Neighbouring rows tend to be alike."""
-    wanted = count if limit is None else min(limit, count)
-    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
-
-
 def read_questions(source: str) -> list[dict]:
     """Read rows with `question` and `answer` from the sample's held-out split (`sample`) or a JSON-lines file."""
     if source == "sample":
@@ -171,21 +144,8 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int,
             f"{folder} has no rows; prepare it from more data, or with a larger --validation-share"
         )
     numbers = spread(rows.num_rows, limit)
-    return HeldOut(rows, numbers, _questions_in(rows, numbers, tokenizer))
-
-
-def _questions_in(rows: ShardFolder, numbers: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Question]:
-    """Return the documents that lie completely within one row; of the others, part of the answer is missing."""
-    found = []
-    for number in numbers:
-        read = rows.gather(np.array([number]))
-        tokens = read.tokens[0].tolist()
-        for span in read.spans:
-            start, answer, end = (int(span[column]) for column in (START, ANSWER_START, END))
-            if span[OFFSET] == 0 and start < answer < end and tokens[end - 1] == tokenizer.eos_token_id:
-                question = decode_answer(tokenizer, tokens[start + 1 : answer - 1])
-                found.append(Question(question, decode_answer(tokenizer, tokens[answer:end]), tokens[start:answer]))
-    return found
+    questions = chain.from_iterable(questions_in(rows, number, tokenizer) for number in numbers)
+    return HeldOut(rows, numbers, list(questions))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pair: dict) -> tuple[np.ndarray, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, DiskError
 from launcher.run_folder import RunFolder
 from launcher.tools.export.custom_code import AUTO_MAP, FILES, write_custom_code
 from launcher.tools.export.model_card import model_card
@@ -43,8 +43,8 @@ def export(
     """Write the checkpoint `tag` of a run (by default its newest) as a Hugging Face folder, and return the folder.
 
     Holds at most one parameter in memory and, while gathering a layer's experts, one rank's share of them.
-    Raises `ConfigurationError` if the run has no whole checkpoint, if `out` contains other files or cannot be written,
-    or if the weights do not fit `dtype`.
+    Raises `ConfigurationError` if the run has no whole checkpoint, if `out` contains other files, or if the
+    weights do not fit `dtype`; raises `DiskError` if `out` cannot be written.
     """
     out = Path(out).resolve()  # the partial folder must be beside `out` and never in it, even for `out/.`
     _check_target(out)
@@ -64,7 +64,7 @@ def export(
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        raise ConfigurationError(f"cannot write the model to {out}: {error.strerror or error}") from error
+        raise DiskError(f"cannot write the model to {out}: {error.strerror or error}") from error
     return out
 
 

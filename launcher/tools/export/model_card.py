@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from launcher.run_folder import RunFolder
 from launcher.training.checkpoints.checkpoint import TrainState
+from launcher.training.monitoring import tags
 from model import LiquidForCausalLM
 from model.size import count_parameters
 
@@ -111,10 +112,10 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
     events.Reload()
     found = {}
     for tag in events.Tags()["scalars"]:
-        if tag.startswith("validation/"):
+        if tag.startswith(tags.VALIDATION):
             earlier = [event for event in events.Scalars(tag) if event.step <= state.step]
             if earlier:
-                found[_label(tag.removeprefix("validation/"))] = earlier[-1]
+                found[_label(tag)] = earlier[-1]
     if not found:
         return ["This run was not validated up to this checkpoint."]
     step = max(event.step for event in found.values())
@@ -128,12 +129,12 @@ def _validation(run: RunFolder, state: TrainState) -> list[str]:
     return [f"On held-out questions, at step {step:,}.{other}{best}", "", *_table(values)]
 
 
-def _label(figure: str) -> str:
+def _label(tag: str) -> str:
     """Describe a validation metric in words."""
-    if figure.startswith("by_source/"):
-        return f"cross entropy of the questions from `{figure.removeprefix('by_source/')}`"
-    units = {"cross_entropy": ", nats per token", "perplexity": " per token"}
-    return figure.replace("_", " ") + units.get(figure, "")
+    if of_source := tags.pattern(tags.SOURCE_CROSS_ENTROPY).fullmatch(tag):
+        return f"cross entropy of the questions from `{of_source['source']}`"
+    units = {tags.HELD_OUT_CROSS_ENTROPY: ", nats per token", tags.HELD_OUT_PERPLEXITY: " per token"}
+    return tag.removeprefix(tags.VALIDATION).replace("_", " ") + units.get(tag, "")
 
 
 def _use(custom_code: bool) -> list[str]:

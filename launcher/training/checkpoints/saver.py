@@ -27,7 +27,8 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from data_pipeline.files import sync_folder
-from launcher.errors import ConfigurationError
+from launcher.deepspeed_json import expert_parallel_size
+from launcher.errors import DiskError
 from launcher.files import replace_text
 from launcher.run_folder import RunFolder
 from launcher.training.checkpoints.checkpoint import TrainState, best_checkpoint, complete_checkpoints
@@ -136,7 +137,7 @@ class CheckpointSaver:
             "train_state": asdict(state),
             "data_fingerprint": self._fingerprint,
             "world_size": dist.get_world_size(),
-            "expert_parallel_size": self._engine.config.get("expert_parallel", {}).get("autoep_size", 1),
+            "expert_parallel_size": expert_parallel_size(self._engine.config),
         }
         described = self._thread.submit(_describe_written, partial, writer)
         self._pending = PendingSave(tag, manifest, described)
@@ -202,13 +203,13 @@ class CheckpointSaver:
             self._say(f"checkpoint {pending.tag} is saved; training waited {self.seconds_blocked:.2f} s for it")
 
     def finish(self) -> None:
-        """Wait for the last save. Raises `ConfigurationError` if it failed, because the run's end would be lost."""
+        """Wait for the last save. Raises `DiskError` if it failed, because the run's end would be lost."""
         self.settle(last=True)
         self._thread.shutdown()
         if self._failure:
             complete = complete_checkpoints(self._run)
             newest = f"the newest one is {complete[0].name}" if complete else "there is none yet"
-            raise ConfigurationError(
+            raise DiskError(
                 f"the last checkpoint {self._failure}; {newest}; free disk space there and start again to resume"
             )
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launcher.errors import ConfigurationError
+from launcher.errors import ConfigurationError, DiskError
 from launcher.training.checkpoints.checkpoint import universal_folder
 from launcher.training.checkpoints.manifest import (
     MANIFEST,
@@ -24,7 +24,7 @@ from launcher.training.checkpoints.states import check_states, load_state
 def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> tuple[Path, str | None]:
     """Return the form of a checkpoint that `world_size` processes can load, and a message if it is the universal one.
 
-    Raises `ConfigurationError` as `keep_universal` does.
+    Raises as `keep_universal` does.
     """
     manifest = read_manifest(checkpoint)
     wrote = (manifest["world_size"], manifest["expert_parallel_size"])
@@ -44,8 +44,9 @@ def for_ranks(checkpoint: Path, world_size: int, expert_parallel_size: int) -> t
 def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
     """Create the universal form of a checkpoint beside it, with its own manifest and the same train state.
 
-    If a whole universal form of this checkpoint exists, it is reused. Returns its folder, and whether it is new. Raises
-    `ConfigurationError` if the checkpoint holds no optimizer state yet, or if the folder cannot be written.
+    If a whole universal form of this checkpoint exists, it is reused. Returns its folder, and whether it is new.
+    Raises `ConfigurationError` if the checkpoint holds no optimizer state yet, and `DiskError` if the folder cannot be
+    written.
     """
     folder = universal_folder(checkpoint)
     source = _source_of(checkpoint)
@@ -63,7 +64,7 @@ def keep_universal(checkpoint: Path) -> tuple[Path, bool]:
         inner.rename(folder)
         shutil.rmtree(partial)
     except OSError as error:
-        raise ConfigurationError(
+        raise DiskError(
             f"cannot write the universal form of {checkpoint} to {folder}: {error.strerror or error}; free about as much "
             "disk space there as the checkpoint takes"
         ) from error

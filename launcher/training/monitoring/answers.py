@@ -4,28 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from data_pipeline.loading.reader import RowReader
-from data_pipeline.shards.packing import SPAN_COLUMNS
+from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.tokens.tokenization import decode_answer
+from launcher.held_out_questions import Question, questions_in, spread
 
 LONGEST = 48  # tokens; longer answers are cut off
-START, ANSWER_START, END, OFFSET = (SPAN_COLUMNS.index(name) for name in ("start", "answer_start", "end", "offset"))
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out question.
-
-    prompt: the tokens that the model reads, up to and including the separator.
-    """
-
-    prompt: list[int]
-    question: str
-    expected: str
 
 
 @dataclass(frozen=True)
@@ -40,21 +26,10 @@ class SampledAnswer:
 def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Question]:
     """Choose up to `count` questions from rows spread evenly over the folder; the same on every rank.
 
-    Each row gives its first document that has both a question and an answer in the row.
+    Each row gives its first document that lies whole in it.
     """
-    chosen = []
-    for row in np.unique(np.linspace(0, data.num_rows - 1, count).round().astype(np.int64)) if count else ():
-        read = data.gather(np.array([row]))
-        for span in read.spans:
-            start, answer, end = (int(span[column]) for column in (START, ANSWER_START, END))
-            if span[OFFSET] == 0 and start < answer < end:
-                tokens = read.tokens[0].tolist()
-                question, expected = (
-                    decode_answer(tokenizer, tokens[a:b]) for a, b in ((start, answer), (answer, end))
-                )
-                chosen.append(Question(tokens[start:answer], question, expected))
-                break
-    return chosen
+    found = (next(questions_in(data, row, tokenizer), None) for row in spread(data.num_rows, count))
+    return [question for question in found if question is not None]
 
 
 @torch.no_grad()

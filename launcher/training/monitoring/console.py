@@ -10,6 +10,8 @@ from datetime import timedelta
 from rich.console import Console
 from rich.text import Text
 
+from launcher.training.monitoring import tags
+
 LINES = 50  # step lines of a whole run without a terminal, roughly
 BAR = 12  # width of the progress bar in characters
 
@@ -40,10 +42,10 @@ class RunConsole:
         taken = max(1, step - self.last)
         left = (time.perf_counter() - self.begun) / taken * (self.max_steps - step)
         eta = f"ETA {_clock(left)}"
-        loss, cross_entropy = values["train/loss"], values["train/cross_entropy"]
+        loss, cross_entropy = values[tags.LOSS], values[tags.CROSS_ENTROPY]
         losses = f"loss {loss:.3f}  cross entropy {cross_entropy:.3f}"
-        speed = f"{values['perf/tokens_per_second']:,.0f} tokens/s"
-        rate = f"lr {values['train/learning_rate']:.2e}"
+        speed = f"{values[tags.TOKENS_PER_SECOND]:,.0f} tokens/s"
+        rate = f"lr {values[tags.LEARNING_RATE]:.2e}"
         if not self.is_terminal:
             if step % self.every == 0 or step in (1, self.max_steps):
                 print(f"step {step}/{self.max_steps}  {losses}  {speed}  {rate}  {eta}", flush=True)

@@ -6,9 +6,10 @@ from torch.utils.tensorboard.summary import hparams
 
 from launcher.config import RunConfig
 from launcher.config_file import as_dict
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.event_writer import EventWriter
 
-METRICS = ("train/loss", "train/cross_entropy", "validation/cross_entropy", "validation/sequence_accuracy")
+METRICS = (tags.LOSS, tags.CROSS_ENTROPY, tags.HELD_OUT_CROSS_ENTROPY, tags.SEQUENCE_ACCURACY)
 
 
 def write_hyperparameters(writer: EventWriter, config: RunConfig, step: int) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch.distributed as dist
 
 from launcher.config import Monitor
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.activation_monitor import ActivationMonitor
 from launcher.training.monitoring.gradient_norms import gradient_norms
+
+TAGS = {"activations": tags.ACTIVATIONS, "gradients": tags.GRADIENTS}  # by the kinds of activation_monitor.py
 
 
 class LayerWatch:
@@ -37,12 +40,13 @@ class LayerWatch:
         if not self._looks or not engine.is_gradient_accumulation_boundary():
             return
         self._looks = False
-        self.values = {f"grad_norm/{group}": norm for group, norm in gradient_norms(engine).items()}
+        self.values = {tags.GROUP_NORM.format(group=group): norm for group, norm in gradient_norms(engine).items()}
         loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
         # The training loop multiplies the loss by the number of ranks and of micro-batches. DeepSpeed divides it by the
         # number of micro-batches and multiplies it by the loss scale. So loss scale times ranks is left.
         found = self._activations.collect(loss_scale * dist.get_world_size())
         for kind, layers in found.items():
-            for name, statistics in layers.items():
-                self.values |= {f"{kind}/{name}/{what}": value for what, value in vars(statistics).items()}
+            for layer, statistics in layers.items():
+                for name, value in vars(statistics).items():
+                    self.values[TAGS[kind].format(layer=layer, statistic=name)] = value
         self.warnings = self._activations.warnings(found, loss_scaled=engine.fp16_enabled())

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import RunConfig
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.answers import SampledAnswer, answers_as_text
 from launcher.training.monitoring.console import RunConsole
 from launcher.training.monitoring.event_writer import EventWriter
@@ -74,7 +75,7 @@ class Monitor:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time of the `with` block to `perf/PART_seconds`."""
+        """Add the time of the `with` block to `tags.PART_SECONDS`."""
         # Ranks that don't display timings must not collect them, or CUDA events pile up.
         with self.timer.timed(part) if self.active else nullcontext():
             yield
@@ -95,23 +96,23 @@ class Monitor:
             return
         seconds = time.perf_counter() - self.started
         values = {**self._losses(totals, supervised, tokens), **values}
-        values["model/retained_ratio"] = totals["retained_ratio"].item() / tokens
-        values["perf/tokens_per_second"] = tokens / seconds
-        values["perf/step_seconds"] = seconds
-        values |= {f"perf/{part}_seconds": spent for part, spent in self.timer.take().items()}
-        values["perf/memory_gigabytes"] = memory_used(self.device) / 1e9
+        values[tags.RETAINED_RATIO] = totals["retained_ratio"].item() / tokens
+        values[tags.TOKENS_PER_SECOND] = tokens / seconds
+        values[tags.STEP_SECONDS] = seconds
+        values |= {tags.PART_SECONDS.format(part=part): spent for part, spent in self.timer.take().items()}
+        values[tags.MEMORY] = memory_used(self.device) / 1e9
         if self.peak is not None:
             recomputes = self.config.activation_checkpointing
             values |= utilisation(self.flops, recomputes, tokens / seconds, dist.get_world_size(), self.peak)
-        values["train/perplexity"] = math.exp(min(values["train/cross_entropy"], 700.0))
+        values[tags.PERPLEXITY] = math.exp(min(values[tags.CROSS_ENTROPY], 700.0))
         for layer, imbalance in enumerate(load_max_over_mean(totals["load"]).tolist()):
-            values[f"moe/layer_{layer:02d}/load_max_over_mean"] = imbalance
+            values[tags.LOAD_MAX_OVER_MEAN.format(layer=layer)] = imbalance
         for layer, entropy in enumerate((totals["router_entropy"] / tokens).tolist()):
-            values[f"moe/layer_{layer:02d}/router_entropy"] = entropy
+            values[tags.ROUTER_ENTROPY.format(layer=layer)] = entropy
         for tag, value in (values | self.layers.values).items():
             self.writer.add_scalar(tag, value, step)
         if self.layers.looks_at(step):
-            self.writer.add_image("moe/load", load_image(totals["load"]), step)
+            self.writer.add_image(tags.LOAD, load_image(totals["load"]), step)
         self.console.step(step, values)
         for warning in self.layers.warnings:
             self.say(f"step {step}: {warning}")
@@ -124,23 +125,30 @@ class Monitor:
         """Show a validation's results, its duration, and the model's answers to a few held-out questions."""
         if not self.active:
             return
-        self.writer.add_scalar("perf/validation_seconds", seconds, step)
+        self.writer.add_scalar(tags.VALIDATION_SECONDS, seconds, step)
         shares = {
-            "token_accuracy": result.token_accuracy,
-            "top5_accuracy": result.top5_accuracy,
-            "sequence_accuracy": result.sequence_accuracy,
+            tags.TOKEN_ACCURACY: result.token_accuracy,
+            tags.TOP5_ACCURACY: result.top5_accuracy,
+            tags.SEQUENCE_ACCURACY: result.sequence_accuracy,
         }
-        values = {"cross_entropy": result.cross_entropy, "perplexity": result.perplexity}
-        values |= {name: share for name, share in shares.items() if share is not None}
-        values |= {f"by_source/{name}": loss for name, (loss, _) in list(result.by_source.items())[:SOURCES]}
-        for name, value in values.items():
-            self.writer.add_scalar(f"validation/{name}", value, step)
+        shares = {tag: share for tag, share in shares.items() if share is not None}
+        values = {
+            tags.HELD_OUT_CROSS_ENTROPY: result.cross_entropy,
+            tags.HELD_OUT_PERPLEXITY: result.perplexity,
+            **shares,
+        }
+        for source, (loss, _) in list(result.by_source.items())[:SOURCES]:
+            values[tags.SOURCE_CROSS_ENTROPY.format(source=source)] = loss
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
         rows = [f"| {name} | {loss:.4f} | {tokens:,} |" for name, (loss, tokens) in result.by_source.items()]
         table = "\n".join(["| source | cross entropy | tokens |", "|---|---|---|", *rows])
-        self.writer.add_text("validation/by_source", table, step)
+        self.writer.add_text(tags.SOURCES, table, step)
         if answers:
-            self.writer.add_text("validation/answers", answers_as_text(answers), step)
-        said = "  ".join(f"{name.replace('_', ' ')} {share:.1%}" for name, share in shares.items() if share is not None)
+            self.writer.add_text(tags.ANSWERS, answers_as_text(answers), step)
+        said = "  ".join(
+            f"{tag.removeprefix(tags.VALIDATION).replace('_', ' ')} {share:.1%}" for tag, share in shares.items()
+        )
         best = "  (the best so far)" if is_best else ""
         self.say(
             f"validation at step {step}: cross entropy {result.cross_entropy:.4f}  perplexity {result.perplexity:.2f}  "
@@ -163,7 +171,7 @@ class Monitor:
     def saved(self, step: int, seconds: float | None) -> None:
         """Record how long training waited for a save (None if nothing was saved), and flush all points so far."""
         if self.active and seconds is not None:
-            self.writer.add_scalar("perf/save_seconds", seconds, step)
+            self.writer.add_scalar(tags.SAVE_SECONDS, seconds, step)
         self.flush()
 
     def flush(self) -> None:
@@ -178,8 +186,8 @@ class Monitor:
     def _describe(self, step: int) -> None:
         """Write the run's constant texts at `step`; `goes_back_to` writes them again if it hides that step."""
         self.described_at = step
-        self.writer.add_text("run/run.yaml", self.run_file, step)
-        self.writer.add_text("moe/load/legend", LEGEND, step)
+        self.writer.add_text(tags.RUN_FILE, self.run_file, step)
+        self.writer.add_text(tags.LOAD_LEGEND, LEGEND, step)
         write_hyperparameters(self.writer, self.config, step)
 
     def _losses(self, totals: dict[str, torch.Tensor], supervised: float, tokens: float) -> dict[str, float]:
@@ -187,7 +195,7 @@ class Monitor:
         terms = {term: totals[term].item() / supervised for term in PER_SUPERVISED_TOKEN}
         terms |= {term: totals[term].item() / tokens for term in PER_TOKEN}
         loss = sum(weight_of(term, self.config.loss) * value for term, value in terms.items())
-        return {"train/loss": loss, **{f"train/{term}": value for term, value in terms.items()}}
+        return {tags.LOSS: loss, **{tags.LOSS_TERM.format(term=term): value for term, value in terms.items()}}
 
 
 def memory_used(device: torch.device) -> float:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from launcher.config import RunConfig
+from launcher.deepspeed_json import expert_parallel_size, precision, zero_stage
 from launcher.environment import Environment
 from model import LiquidConfig, LiquidForCausalLM
 from model.size import count_parameters
@@ -21,11 +22,8 @@ def start_summary(
     steps = deepspeed["gradient_accumulation_steps"]
     rows = config.global_batch_rows
     schedule = config.schedule
-    precision = next((name for name in ("fp16", "bf16") if deepspeed.get(name, {}).get("enabled")), "fp32")
-    experts = deepspeed.get("expert_parallel", {}).get("autoep_size", 1)
     cycles = f" in {schedule.cycles} cycles" if schedule.cycles > 1 else ""
     cosine = f"a cosine{cycles} down to {config.learning_rate * schedule.minimum_ratio:g}"
-    stage = deepspeed["zero_optimization"]["stage"]
     recomputed = "recomputed" if config.activation_checkpointing else "kept"
     facts = {
         "model": f"{count.total:,} parameters, {count.active:,} of them active for a token; "
@@ -35,7 +33,8 @@ def start_summary(
         f"micro-batches {steps} x rows {micro}",
         "schedule": f"{config.max_steps:,} steps; learning rate up to {config.learning_rate:g} in {config.warmup_steps:,} "
         f"steps, then {cosine}",
-        "engine": f"{precision}, ZeRO stage {stage}, expert parallelism {experts}, activations {recomputed}",
+        "engine": f"{precision(deepspeed)}, ZeRO stage {zero_stage(deepspeed)}, expert parallelism "
+        f"{expert_parallel_size(deepspeed)}, activations {recomputed}, attention {sizes._attn_implementation}",
         "devices": f"{environment.world_size} x {_device_name(environment)}",
         "run folder": config.output,
     }

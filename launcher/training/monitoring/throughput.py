@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from launcher.training.monitoring import tags
 from model.configuration import LiquidConfig
 
 # TFLOP/s of dense 16-bit matrix products, from the manufacturers' data sheets. The longest matching name counts.
@@ -94,6 +95,6 @@ def utilisation(
     """
     share = tokens_per_second / (world_size * peak)
     return {
-        "perf/mfu": share * flops.training,
-        "perf/hfu": share * (flops.training + flops.recomputed(checkpointing)),
+        tags.MFU: share * flops.training,
+        tags.HFU: share * (flops.training + flops.recomputed(checkpointing)),
     }

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import ValidationBatches
 from data_pipeline.loading.mixture import open_data
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
 from launcher.training.monitoring.answers import SampledAnswer, choose_questions, sample_answers

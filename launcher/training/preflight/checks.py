@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoTokenizer
 
-from data_pipeline.loading.reader import RowReader
-from data_pipeline.loading.remote import is_remote
+from data_pipeline.loading.row_reader import RowReader
 from launcher.config import RunConfig
 from launcher.config_file import load_run_config
+from launcher.deepspeed_json import spreads_experts, zero_stage
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.run_folder import RunFolder
@@ -17,11 +15,17 @@ from launcher.training.checkpoints.checkpoint import has_checkpoints
 from launcher.training.monitoring.validation import open_validation_data
 from launcher.training.preflight.findings import GREEN, RED, YELLOW, Finding, refused
 from launcher.training.preflight.gpus import check_gpus, check_ranks
-from launcher.training.preflight.machine import check_disk, check_memory, check_precision, check_versions
-from launcher.training.setup.data_source import open_run_data
+from launcher.training.preflight.machine import (
+    check_attention,
+    check_disk,
+    check_memory,
+    check_precision,
+    check_versions,
+)
+from launcher.training.setup.data_source import open_run_data, will_be_prepared
 from launcher.training.setup.deepspeed_config import read_json, resolve_deepspeed_config
-from launcher.training.setup.json_keys import check_keys, spreads_experts, zero_stage
-from launcher.training.setup.model_source import model_config
+from launcher.training.setup.json_keys import check_keys
+from launcher.training.setup.model_source import model_config, preset_sizes
 from model import LiquidConfig
 
 
@@ -32,6 +36,7 @@ def check_start(config: RunConfig, resolved: dict, sizes: LiquidConfig, environm
     """
     findings = [
         check_precision(resolved, environment),
+        check_attention(config.attention, environment),
         check_disk(sizes, config.output, config.keep_checkpoints),
         check_memory(sizes, resolved, environment, seq_len=0, activations=False),
         check_versions(),
@@ -82,7 +87,7 @@ def _check_json_keys(content: dict, path: str) -> list[Finding]:
 
 def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
     """Open the rows as training will, which checks the index and the size of each file, and check the vocabulary."""
-    if _will_be_prepared(config):
+    if will_be_prepared(config):
         found = Finding(
             "data", YELLOW, f"{config.data} does not exist yet: training prepares it from {config.prepare.source} first",
             f"lfm prepare {config.prepare.source} --out {config.data}",
@@ -106,11 +111,6 @@ def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
     return data, [*findings, *(found or [Finding("validation data", GREEN, rows)])]
 
 
-def _will_be_prepared(config: RunConfig) -> bool:
-    local = isinstance(config.data, str) and not is_remote(config.data)
-    return config.prepare is not None and local and not (Path(config.data) / "index.json").exists()
-
-
 def _seq_len(config: RunConfig, data: RowReader | None) -> int:
     return data.seq_len if data else config.prepare.seq_len
 
@@ -122,8 +122,8 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
         goes_on = run if has_checkpoints(run) else None
         sizes, found = refused("model", lambda: model_config(config, data, goes_on))
         words = f"{data.vocab_size:,} tokens in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
-    elif _will_be_prepared(config) and config.init_from is None:
-        sizes, found = refused("model", lambda: _preset(config.model))
+    elif will_be_prepared(config) and config.init_from is None:
+        sizes, found = refused("model", lambda: preset_sizes(config.model))
         words = "a vocabulary of {}, {} positions"
     else:
         return None, []
@@ -144,13 +144,6 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
     ]
 
 
-def _preset(name: str) -> LiquidConfig:
-    try:
-        return LiquidConfig.from_preset(name)
-    except (ValueError, TypeError) as error:  # the strict dataclass raises one of these for a value of the wrong type
-        raise ConfigurationError(f"model {name}: {' '.join(str(error).split())}") from error
-
-
 def _check_settings(
     config: RunConfig, deepspeed_path: str, world: Environment, sizes: LiquidConfig, seq_len: int, here: bool
 ) -> list[Finding]:
@@ -167,7 +160,7 @@ def _check_settings(
     ]
     findings += _check_experts(config, resolved, world, sizes)
     return [
-        *findings, check_precision(resolved, world),
+        *findings, check_precision(resolved, world), check_attention(config.attention, world),
         check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
         check_disk(sizes, config.output, config.keep_checkpoints),
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from launcher.deepspeed_json import expert_parallel_size, precision
 from launcher.environment import Environment
 from launcher.training.preflight.findings import GREEN, RED, YELLOW, Finding
 from launcher.training.preflight.memory_estimate import Activations, Sizes, state_bytes
@@ -29,7 +30,7 @@ ZERO_DEFAULTS = {"reduce_bucket_size": 500_000_000, "stage3_max_live_parameters"
 
 def check_precision(resolved: dict, environment: Environment) -> Finding:
     """Check that the device supports the precision of the resolved JSON."""
-    asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), "fp32")
+    asked = precision(resolved)
     device = environment.device
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -47,6 +48,15 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
                 "remove precision.force, or train on a device with native fp16",
             )  # fmt: skip
     return Finding("precision", GREEN, f"{asked} on a CPU")
+
+
+def check_attention(attention: str, environment: Environment) -> Finding:
+    """Check that the device can train with the run's `attention`."""
+    if attention == "flex_attention" and environment.device.type == "cpu":
+        return Finding(
+            "attention", RED, "attention is flex_attention, which has no backward pass on a CPU", "set attention=auto"
+        )
+    return Finding("attention", GREEN, attention)
 
 
 def check_memory(
@@ -71,8 +81,8 @@ def check_memory(
                 "write it as a number without quotes",
             )  # fmt: skip
     counted = Sizes.of(sizes)
-    experts = resolved.get("expert_parallel", {}).get("autoep_size", 1)
-    needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts)
+    experts_over = expert_parallel_size(resolved)
+    needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts_over)
     available, where = _device_memory(environment)
     message = f"{counted.total / 1e6:,.1f} million parameters need {needed / 1e9:.1f} GB per rank"
     here = here or environment.device.type == "cuda"

@@ -1,6 +1,6 @@
 """Estimate the memory that a GPU needs.
 
-`python -m launcher.training.preflight.memory_estimate` prints the tables of ds_configs/README.md. The estimate adds up:
+The estimate adds up:
 
 - model states, by DeepSpeed's own estimators, corrected for experts that are distributed over ranks
 - what ZeRO-3 gathers, and the buckets of ZeRO-1 and ZeRO-3, up to the limits in the JSON
@@ -12,26 +12,18 @@ from __future__ import annotations
 import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from launcher.training.setup.deepspeed_config import read_json
 from model import LiquidConfig, LiquidForCausalLM
 from model.loss import CHUNK_TOKENS
-from model.moe import Experts
+from model.size import count_parameters
 
-PRESETS = ("tiny", "base", "1b", "8b-a1b")
-GPUS = (8, 16, 64)
 GPUS_PER_NODE = 8
-TOKENS = 8192  # in a micro-batch: 4 rows of 2,048
-LED_WORDS = 50266
 COUNTED_TOKENS = 128
 HALF = 2  # bytes of an fp16 or bf16 number
-# Bytes per parameter at the start: rank 0 creates all weights of a fresh model at once, in fp32.
-START = 4
 
 
 @dataclass(frozen=True)
@@ -47,21 +39,9 @@ class Sizes:
     def of(cls, config: LiquidConfig) -> Sizes:
         with torch.device("meta"):
             model = LiquidForCausalLM(config)
-        experts = sum(
-            p.numel() for module in model.modules() if isinstance(module, Experts) for p in module.parameters()
-        )
+        count = count_parameters(model)
         largest = max(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
-        return cls(sum(p.numel() for p in model.parameters()), experts, largest, config.num_hidden_layers)
-
-
-def preset(name: str) -> LiquidConfig:
-    """Return a preset with the vocabulary size of LED's tokenizer."""
-    return LiquidConfig.from_preset(name).sized_for(LED_WORDS, pad_token_id=1, bos_token_id=0, eos_token_id=2)
-
-
-def expert_parallel_size(num_experts: int, gpus: int) -> int:
-    """Return the largest size that fits and stays inside a node, where all-to-all is fast."""
-    return max(n for n in range(1, min(gpus, GPUS_PER_NODE) + 1) if gpus % n == 0 and num_experts % n == 0)
+        return cls(count.total, count.routed, largest, config.num_hidden_layers)
 
 
 def state_bytes(sizes: Sizes, deepspeed: dict, gpus: int, expert_parallel: int) -> tuple[int, int]:
@@ -144,37 +124,3 @@ def saved_bytes(model: LiquidForCausalLM, tokens: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(input_ids=ids, labels=ids)
     return sum(storage.nbytes() for storage in saved.values())
-
-
-def states_table(folder: Path) -> str:
-    """Return a Markdown table of the model states by preset and JSON: GB per GPU, and GB of host memory."""
-    names = ("zero3", "zero3_offload", "zero1_ep")  # zero3_bf16 needs as much as zero3
-    lines = [
-        "| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"
-    ]
-    lines.append("|---|---|" + "---|" * (len(GPUS) + 2))
-    for name in PRESETS:
-        config = preset(name)
-        sizes = Sizes.of(config)
-        for file in names:
-            deepspeed = read_json(folder / f"{file}.json")
-            both = [state_bytes(sizes, deepspeed, n, expert_parallel_size(config.num_experts, n)) for n in GPUS]
-            host = " / ".join(f"{host / 1e9:.1f}" for _, host in both) if any(host for _, host in both) else "-"
-            cells = " | ".join(f"{gpu / 1e9:.1f}" for gpu, _ in both)
-            lines.append(f"| `{name}` | `{file}.json` | {cells} | {host} | {START * sizes.total / 1e9:.1f} |")
-    return "\n".join(lines)
-
-
-def activations_table() -> str:
-    """Return a Markdown table of the GB of activations of a micro-batch of `TOKENS`, by preset."""
-    lines = ["| preset | activations kept | recomputed |", "|---|---|---|"]
-    for name in PRESETS:
-        config = preset(name)
-        activations = Activations.of(config)
-        kept, recomputed = (activations.peak(config, TOKENS, recompute) / 1e9 for recompute in (False, True))
-        lines.append(f"| `{name}` | {kept:.1f} | {recomputed:.1f} |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(states_table(Path("ds_configs")), activations_table(), sep="\n\n")

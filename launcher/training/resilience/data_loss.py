@@ -9,33 +9,23 @@ from data_pipeline.loading.prefetch import Prefetcher
 from launcher.training.monitoring.reading import first_error
 
 
-class AgreedBatches:
-    """Wrap a `Prefetcher` and turn a read error into a number that ranks can add up.
+class AgreedBatches(Prefetcher):
+    """A `Prefetcher` that turns a read error into a number that ranks can add up.
 
     If one rank raised instead, the others would wait in a collective, and the steps since the last checkpoint would be
     lost.
     """
 
-    def __init__(self, batches: Prefetcher) -> None:
-        self._batches = batches
-        self._error: str | None = None
-
-    @property
-    def position(self) -> int:
-        return self._batches.position
-
-    @property
-    def seconds_waited(self) -> float:
-        return self._batches.seconds_waited
+    _error: str | None = None
 
     def next_step(self) -> list[dict[str, torch.Tensor]]:
         """Return this rank's micro-batches like `Prefetcher.next_step`; if they cannot be read, one batch of padding only."""
         try:
-            return self._batches.next_step()
+            return super().next_step()
         except (DataError, OSError) as error:
             self._error = str(error)
-            stream = self._batches.stream
-            row = torch.full((1, stream.data.seq_len), stream.data.pad_token_id)
+            data = self.stream.data
+            row = torch.full((1, data.seq_len), data.pad_token_id)
             return [{"input_ids": row, "labels": torch.full_like(row, -100), "position_ids": torch.zeros_like(row)}]
 
     def lost(self, device: torch.device) -> torch.Tensor:
@@ -48,6 +38,3 @@ class AgreedBatches:
             raise DataError(
                 f"{told}; training stopped before the step that needs this data and resumes there when it is started again"
             )
-
-    def close(self) -> None:
-        self._batches.close()

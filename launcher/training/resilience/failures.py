@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.errors import DataError
-from launcher.errors import ConfigurationError, HardwareError, TrainingError
+from launcher.errors import HardwareError, OneSentenceError, TrainingError
 from launcher.files import replace_text
 from launcher.run_folder import RunFolder
 
@@ -172,6 +172,6 @@ def _read_note(path: Path) -> dict:
 
 
 def _first_line(error: BaseException) -> str:
-    if isinstance(error, ConfigurationError | DataError | HardwareError | TrainingError):
+    if isinstance(error, OneSentenceError | DataError):
         return str(error)  # already one sentence
     return f"{type(error).__name__}: {error}".splitlines()[0]

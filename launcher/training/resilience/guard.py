@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 
 from launcher.config import RunConfig
+from launcher.deepspeed_json import expert_parallel_size
 from launcher.errors import ConfigurationError, TrainingError
 from launcher.run_folder import RunFolder
 from launcher.training.checkpoints.checkpoint import TrainState, find_checkpoint
 from launcher.training.checkpoints.going_back import make_newest
 from launcher.training.checkpoints.restore import load_checkpoint
 from launcher.training.checkpoints.universal import for_ranks
+from launcher.training.monitoring import tags
 
 if TYPE_CHECKING:  # importing this module must not import DeepSpeed
     import deepspeed
@@ -105,7 +107,7 @@ class Guard:
         self._spike = finite and not skipped and self._spikes(state, loss)
         if finite and not (self._spike and self.config.on_spike == "rollback"):
             state.recent_losses = [*state.recent_losses, loss][-self.config.spike.window :]
-        return {"train/skipped_steps": state.skipped_steps, "train/spike": float(self._spike)}
+        return {tags.SKIPPED_STEPS: state.skipped_steps, tags.SPIKE: float(self._spike)}
 
     def may_save(self, state: TrainState) -> bool:
         """Return whether the weights may be saved; if not, report why.
@@ -224,8 +226,7 @@ class Guard:
         checkpoint, renamed = make_newest(self.run, checkpoint)
         for note in (*passed_over, *renamed):
             self.monitor.say(note)
-        experts_over = self.engine.config.get("expert_parallel", {}).get("autoep_size", 1)
-        return for_ranks(checkpoint, dist.get_world_size(), experts_over)[0]
+        return for_ranks(checkpoint, dist.get_world_size(), expert_parallel_size(self.engine.config))[0]
 
     def _newest(self) -> str | None:
         """Return the newest checkpoint's name as rank 0 sees it; a shared file system may show it to other ranks late."""

@@ -7,9 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data_pipeline.loading.mixture import open_data
-from data_pipeline.loading.reader import RowReader
 from data_pipeline.loading.remote import ShardCache, default_cache_folder, is_remote
-from data_pipeline.shards.format import VALIDATION_FOLDER
+from data_pipeline.loading.row_reader import RowReader
+from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
 from launcher.config import RunConfig
 
 
@@ -20,6 +20,13 @@ def open_run_data(config: RunConfig) -> RowReader:
     """
     data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
     return open_data(data, config.on_bad_shard, shard_cache(config))
+
+
+def will_be_prepared(config: RunConfig) -> bool:
+    """Return whether a start prepares the data: `prepare` is given, and the folder `data` is not finished yet."""
+    if config.prepare is None or not isinstance(config.data, str) or is_remote(config.data):
+        return False
+    return not Path(config.data, INDEX_NAME).exists()
 
 
 def held_out_location(data: str | list, validation_data: str | None) -> str | None:

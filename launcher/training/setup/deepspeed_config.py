@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
 import torch
 
 from launcher.config import RunConfig
+from launcher.deepspeed_json import PRECISIONS, precision, value_at
 from launcher.environment import Environment
 from launcher.errors import ConfigurationError
 from launcher.training.setup.json_keys import AUTOEP, OPTIMIZERS, SECTIONS, check_keys
@@ -53,7 +53,8 @@ def resolve_deepspeed_config(
     _resolve_optimizer(resolved, environment, notes)
     _resolve_batch(resolved, config, environment)
     _resolve_experts(resolved, config, environment, num_experts, notes)
-    filled = [f"{'.'.join(keys)} {_at(resolved, keys)}" for keys in automatic if keys[0] in resolved]
+    places = [".".join(keys) for keys in automatic if keys[0] in resolved]
+    filled = [f"{place} {json.dumps(value_at(resolved, place))}" for place in places]
     return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
 
 
@@ -62,10 +63,6 @@ def _automatic(content, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     if isinstance(content, dict):
         return [place for key, value in content.items() for place in _automatic(value, (*keys, key))]
     return [keys] if content == "auto" else []
-
-
-def _at(content: dict, keys: tuple[str, ...]) -> str:
-    return json.dumps(functools.reduce(dict.__getitem__, keys, content))
 
 
 def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> None:
@@ -84,12 +81,12 @@ def _check_keys(content: dict, automatic: list[tuple[str, ...]], path: str) -> N
         raise ConfigurationError(
             f"optimizer.type is {json.dumps(kind)} in {path}; only {' and '.join(OPTIMIZERS.values())} are supported"
         )
-    if content.get("zero_optimization", {}).get("stage") not in (1, 2, 3):
+    if value_at(content, "zero_optimization.stage") not in (1, 2, 3):
         raise ConfigurationError(
             f"{path} has no zero_optimization.stage of 1, 2 or 3, and without ZeRO DeepSpeed does not skip steps with "
             "non-finite gradients; set one of these stages"
         )
-    if all(content.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
+    if all(value_at(content, f"{name}.enabled") for name in PRECISIONS):
         raise ConfigurationError(f"fp16 and bf16 are both enabled in {path}; disable one of them")
 
 
@@ -169,8 +166,8 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
 
 def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
     """Replace a half precision that a CPU does not support natively: by bf16 if that is native, otherwise by fp32."""
-    asked = next((name for name in ("fp16", "bf16") if resolved.get(name, {}).get("enabled")), None)
-    if environment.device.type != "cpu" or asked is None or config.precision.force:
+    asked = precision(resolved)
+    if environment.device.type != "cpu" or asked == "fp32" or config.precision.force:
         return
     native = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
     if asked == native:

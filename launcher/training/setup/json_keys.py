@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 
+from launcher.deepspeed_json import value_at
 from launcher.errors import ConfigurationError
 
 SECTIONS = ("optimizer", "zero_optimization", "fp16", "bf16", "expert_parallel", "activation_checkpointing")
@@ -136,22 +137,3 @@ def _refusal(location: str, section: str, known: tuple[str, ...], path: str) -> 
     if near:
         return f"{path} has {location}, which is not a key that it may have; did you mean {f'{section}.{near[0]}'.lstrip('.')}?"
     return f"{path} has {location}, which is not supported: it is untested with this training loop; remove it"
-
-
-def value_at(content: dict, location: str):
-    """Return the value at `section.key`; None if there is none."""
-    for part in location.split("."):
-        if not isinstance(content, dict) or part not in content:
-            return None
-        content = content[part]
-    return content
-
-
-def zero_stage(content: dict) -> int:
-    """Return the ZeRO stage of a JSON; DeepSpeed's default is 0."""
-    return value_at(content, "zero_optimization.stage") or 0
-
-
-def spreads_experts(content: dict) -> bool:
-    """Return whether a JSON enables AutoEP."""
-    return bool(value_at(content, "expert_parallel.enabled"))

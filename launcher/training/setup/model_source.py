@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from transformers import AutoTokenizer
 
-from data_pipeline.loading.reader import RowReader
+from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.tokens.tokenization import fingerprint
 from launcher.config import RunConfig
 from launcher.errors import ConfigurationError
@@ -36,13 +37,9 @@ def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None =
     else:
         tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
         special = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        try:
-            sizes = LiquidConfig.from_preset(config.model).sized_for(data.vocab_size, **special)
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # the strict dataclass raises one of these for a value of the wrong type
-            raise ConfigurationError(f"model {config.model}: {' '.join(str(error).split())}") from error
+        preset = preset_sizes(config.model)
+        with _model_errors(f"model {config.model}"):
+            sizes = preset.sized_for(data.vocab_size, **special)
     if data.seq_len > sizes.max_position_embeddings:
         raise ConfigurationError(
             f"{data.location} has rows of {data.seq_len} tokens, but the model has {sizes.max_position_embeddings} "
@@ -51,11 +48,26 @@ def model_config(config: RunConfig, data: RowReader, goes_on: RunFolder | None =
     return sizes
 
 
+def preset_sizes(name_or_path: str) -> LiquidConfig:
+    """Return the sizes of a preset or YAML file as it stands. Raises `ConfigurationError` if it is unknown or invalid."""
+    with _model_errors(f"model {name_or_path}"):
+        return LiquidConfig.from_preset(name_or_path)
+
+
+@contextmanager
+def _model_errors(what: str) -> Iterator[None]:
+    """Turn the errors of a model's configuration into a `ConfigurationError` that names `what`."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # the strict dataclass raises one of these for a value of the wrong type
+        raise ConfigurationError(f"{what}: {' '.join(str(error).split())}") from error
+
+
 def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
     """Return the configuration of an exported folder, after checking that its weights and tokenizer fit it and the data."""
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         raise ConfigurationError(f"init_from={folder} is not a model folder; create one with `lfm export`")
-    try:
+    with _model_errors(f"init_from={folder}"):
         kind = json.loads((folder / "config.json").read_text()).get("model_type")
         if kind != LiquidConfig.model_type:
             raise ConfigurationError(
@@ -63,8 +75,6 @@ def _exported_sizes(folder: Path, data: RowReader) -> LiquidConfig:
                 f"(model_type {LiquidConfig.model_type!r})"
             )
         sizes = LiquidConfig.from_pretrained(folder)
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"init_from={folder}: {' '.join(str(error).split())}") from error
     if not (folder / "tokenizer.json").is_file():
         raise ConfigurationError(
             f"init_from={folder} has no tokenizer.json, so the meaning of its token ids is unknown; export it again"
@@ -118,6 +128,8 @@ def build_model(
             {name: read(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}, strict=False
         )
     model.loss_weights = config.loss
+    if config.attention != "auto":
+        model.set_attn_implementation(config.attention)
     return model
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launcher.cluster.batch_job import Attempts, begin, check, end, run_folder
+from launcher.cluster.batch_job import JobLog, begin, check, end, run_folder
 from launcher.config_file import load_run_config
 from launcher.errors import ConfigurationError
 from train import parse_arguments
@@ -18,15 +18,15 @@ HOSTS = ["node1", "node2"]
 
 
 @pytest.fixture
-def attempts(tmp_path) -> Attempts:
-    attempts = Attempts(tmp_path / "run", "7", 1)
-    assert begin(attempts, HOSTS) == "go"
-    return attempts
+def log(tmp_path) -> JobLog:
+    log = JobLog(tmp_path / "run", "7", 1)
+    assert begin(log, HOSTS) == "go"
+    return log
 
 
-def status(attempts: Attempts, state: str, **facts) -> None:
+def status(log: JobLog, state: str, **facts) -> None:
     facts = {"state": state, "step": 3, "reason": "", "job": "7", "restart": 1, **facts}
-    (attempts.folder / "status.json").write_text(json.dumps(facts))
+    (log.folder / "status.json").write_text(json.dumps(facts))
 
 
 @pytest.mark.parametrize(
@@ -56,13 +56,13 @@ def status(attempts: Attempts, state: str, **facts) -> None:
         ("stopped", {"restart": 0}, 2, "USR1", "fail"),
     ],
 )
-def test_the_runs_own_word_counts_before_sruns(attempts, state, facts, code, signal, verdict):
-    status(attempts, state, **facts)
-    assert end(attempts, code, signal, HOSTS) == verdict
+def test_the_runs_own_word_counts_before_sruns(log, state, facts, code, signal, verdict):
+    status(log, state, **facts)
+    assert end(log, code, signal, HOSTS) == verdict
 
 
-def preflight(attempts: Attempts, level: str, suspects: list[str] | None) -> None:
-    (attempts.folder / "preflight.json").write_text(json.dumps({"level": level, "suspects": suspects, "checks": []}))
+def preflight(log: JobLog, level: str, suspects: list[str] | None) -> None:
+    (log.folder / "preflight.json").write_text(json.dumps({"level": level, "suspects": suspects, "checks": []}))
 
 
 @pytest.mark.parametrize(
@@ -75,77 +75,77 @@ def preflight(attempts: Attempts, level: str, suspects: list[str] | None) -> Non
         ("red", [], "retry"),
     ],
 )
-def test_preflight_ends_a_job_for_its_settings_alone(attempts, level, suspects, verdict):
-    preflight(attempts, level, suspects)
-    assert check(attempts, 1, HOSTS) == verdict
+def test_preflight_ends_a_job_for_its_settings_alone(log, level, suspects, verdict):
+    preflight(log, level, suspects)
+    assert check(log, 1, HOSTS) == verdict
 
 
-def test_a_preflight_that_was_cut_short_ends_nothing(attempts, capsys):
-    preflight(attempts, "red", None)
-    assert begin(attempts, HOSTS) == "go"  # and what an earlier start found does not count
-    assert check(attempts, 137, HOSTS) == "go"
+def test_a_preflight_that_was_cut_short_ends_nothing(log, capsys):
+    preflight(log, "red", None)
+    assert begin(log, HOSTS) == "go"  # and what an earlier start found does not count
+    assert check(log, 137, HOSTS) == "go"
     assert "did not finish (code 137)" in capsys.readouterr().err
 
 
-def test_three_sets_of_broken_machines_are_enough(attempts):
+def test_three_sets_of_broken_machines_are_enough(log):
     for verdict in ("retry node2", "retry node2", "hold"):
-        preflight(attempts, "red", ["node2"])
-        assert check(attempts, 1, HOSTS) == verdict
-        begin(attempts, HOSTS)
+        preflight(log, "red", ["node2"])
+        assert check(log, 1, HOSTS) == verdict
+        begin(log, HOSTS)
 
 
-def test_stacks_of_this_attempt_tell_of_a_hang(attempts, capsys):
-    status(attempts, "running")
-    stacks = attempts.folder / "stacks"
+def test_stacks_of_this_attempt_tell_of_a_hang(log, capsys):
+    status(log, "running")
+    stacks = log.folder / "stacks"
     stacks.mkdir()
     (stacks / "rank-0.txt").touch()  # a killed rank leaves an empty one
     (stacks / "rank-1.txt").write_text("Thread 1")
     os.utime(stacks / "rank-1.txt", (time.time() - 3600,) * 2)
-    assert end(attempts, 137, "", HOSTS) == "fail"
+    assert end(log, 137, "", HOSTS) == "fail"
     (stacks / "rank-1.txt").write_text("Thread 2")
     os.utime(stacks / "rank-1.txt", (time.time() + 1,) * 2)  # the kernel's own clock for files may lag by milliseconds
-    assert end(attempts, 137, "", HOSTS) == "retry"
+    assert end(log, 137, "", HOSTS) == "retry"
     assert "the run hung" in capsys.readouterr().err
 
 
-def test_three_starts_without_a_new_checkpoint_are_the_last(attempts):
+def test_three_starts_without_a_new_checkpoint_are_the_last(log):
     for _ in range(2):  # of three starts; SLURM restarts a job whose node has died, and no end is noted
-        assert begin(attempts, HOSTS) == "go"
-    (attempts.folder / "latest").write_text("step-00000010\n")
-    assert end(attempts, 76, "", HOSTS) == "retry"  # the third has got on
+        assert begin(log, HOSTS) == "go"
+    (log.folder / "latest").write_text("step-00000010\n")
+    assert end(log, 76, "", HOSTS) == "retry"  # the third has got on
     for _ in range(2):
-        assert begin(attempts, HOSTS) == "go"
-        assert end(attempts, 76, "", HOSTS) == "retry"
-    other = Attempts(attempts.folder, "8", 0)
+        assert begin(log, HOSTS) == "go"
+        assert end(log, 76, "", HOSTS) == "retry"
+    other = JobLog(log.folder, "8", 0)
     assert begin(other, HOSTS) == "go"  # another job counts for itself
-    with open(attempts.folder / "jobs.jsonl", "a") as file:
+    with open(log.folder / "jobs.jsonl", "a") as file:
         file.write('{"event": "beg\n')  # a power cut
-    assert begin(attempts, HOSTS) == "go"
-    assert end(attempts, 76, "", HOSTS) == "hold"
-    assert begin(attempts, HOSTS) == "go"  # released, the job has three starts again
+    assert begin(log, HOSTS) == "go"
+    assert end(log, 76, "", HOSTS) == "hold"
+    assert begin(log, HOSTS) == "go"  # released, the job has three starts again
     for _ in range(2):
-        assert begin(attempts, HOSTS) == "go"
-    assert begin(attempts, HOSTS) == "hold"
+        assert begin(log, HOSTS) == "go"
+    assert begin(log, HOSTS) == "hold"
 
 
-def test_a_full_disk_does_not_keep_a_job_from_its_way_back(attempts, capsys):
-    status(attempts, "stopped")
+def test_a_full_disk_does_not_keep_a_job_from_its_way_back(log, capsys):
+    status(log, "stopped")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, ((attempts.folder / "jobs.jsonl").stat().st_size, limits[1]))
-        verdict = end(attempts, 75, "USR1", HOSTS)
+        resource.setrlimit(resource.RLIMIT_FSIZE, ((log.folder / "jobs.jsonl").stat().st_size, limits[1]))
+        verdict = end(log, 75, "USR1", HOSTS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert verdict == "retry"
     assert "warning: cannot write" in capsys.readouterr().err
 
 
-def test_a_run_that_is_done_or_wrong_is_not_held(attempts):
+def test_a_run_that_is_done_or_wrong_is_not_held(log):
     for _ in range(2):
-        begin(attempts, HOSTS)
-    assert end(attempts, 1, "", HOSTS) == "fail"
-    status(attempts, "done")
-    assert end(attempts, 0, "", HOSTS) == "done"
+        begin(log, HOSTS)
+    assert end(log, 1, "", HOSTS) == "fail"
+    status(log, "done")
+    assert end(log, 0, "", HOSTS) == "done"
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,11 @@ import sys
 import pytest
 import yaml
 
-from launcher.training.preflight.memory_estimate import (
-    Activations,
-    Sizes,
-    activations_table,
-    preset,
-    saved_bytes,
-    state_bytes,
-    states_table,
-)
+from launcher.deepspeed_json import value_at
+from launcher.training.preflight.memory_estimate import Activations, Sizes, saved_bytes, state_bytes
+from launcher.training.preflight.memory_tables import activations_table, preset, states_table
 from launcher.training.setup.deepspeed_config import read_json
-from launcher.training.setup.json_keys import AUTOEP, KEYS, value_at
+from launcher.training.setup.json_keys import AUTOEP, KEYS
 from model import LiquidConfig, LiquidForCausalLM
 from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import PROJECT, start

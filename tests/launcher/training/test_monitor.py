@@ -1,5 +1,6 @@
 """What TensorBoard and the console show of a run."""
 
+import ast
 import base64
 import json
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from urllib.error import URLError
 from xml.etree import ElementTree
 
@@ -20,6 +22,7 @@ from launcher.config import RunConfig
 from launcher.config_file import load_run_config
 from launcher.environment import free_port
 from launcher.errors import ConfigurationError
+from launcher.training.monitoring import tags
 from launcher.training.monitoring.expert_load import CELL, load_image
 from launcher.training.monitoring.monitor import Monitor
 from launcher.training.monitoring.step_timer import StepTimer
@@ -98,6 +101,32 @@ def test_tensorboard_shows_every_kind_of_figure(tensorboard):
     (page,) = (tag for tag in shown if tag.startswith("run/run.yaml"))
     text = tensorboard(f"plugin/text/text?run={run}&tag={page}")[0]["text"]
     assert "global_batch_rows: 4" in text and "world_size: 2" in text
+
+
+def test_every_figure_has_a_declared_tag_and_every_tag_a_figure(tensorboard):
+    shown = set()
+    for kind in ("scalars", "images", "text"):
+        (found,) = tensorboard(f"plugin/{kind}/tags").values()
+        shown |= {tag.removesuffix("/text_summary") for tag in found}
+    declared = {tag: tags.pattern(tag) for tag in tags.MEANINGS}
+    assert not [tag for tag in shown if not any(pattern.fullmatch(tag) for pattern in declared.values())]
+    without = [tag for tag, pattern in declared.items() if not any(map(pattern.fullmatch, shown))]
+    assert without == [tags.LOSS_SCALE]  # this run is not in fp16
+
+
+def test_the_page_of_figures_is_made_from_their_declarations():
+    page = Path(tags.__file__).with_name("README.md").read_text(encoding="utf-8")
+    assert page.endswith(f"\n\n{tags.table()}"), "put the output of `python -m launcher.training.monitoring.tags` there"
+
+
+def test_tags_are_written_in_one_file_only():
+    declared = [tags.pattern(tag) for tag in tags.MEANINGS]
+    launcher = Path(tags.__file__).parents[2]
+    for path in [launcher.parent / "train.py", *launcher.rglob("*.py")]:
+        if path != Path(tags.__file__):
+            constants = [node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)]
+            texts = [text for text in constants if isinstance(text, str)]
+            assert not [text for text in texts if any(pattern.fullmatch(text) for pattern in declared)], path
 
 
 def test_hyperparameters_stand_in_their_tab_beside_what_they_led_to(watched, tensorboard):
