@@ -42,11 +42,15 @@ def spread(count: int, limit: int | None) -> np.ndarray:
 
 
 def questions_in(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
-    """Yield the documents that lie whole in a row; of the others, a part of the question or of the answer is missing."""
+    """Yield the questions of a row: the first turn of each document that has it whole in the row.
+
+    Of the others, a part of the question or of the answer is missing. Plain texts ask nothing.
+    """
     read = rows.gather(np.array([number]))
     tokens = read.tokens[0].tolist()
     for span in read.spans:
         start, answer, end = (int(span[column]) for column in (START, ANSWER_START, END))
-        if span[OFFSET] == 0 and start < answer < end and tokens[end - 1] == tokenizer.eos_token_id:
+        is_asked = span[OFFSET] == 0 and start < answer < end and tokens[answer - 1] == tokenizer.sep_token_id
+        if is_asked and tokens[end - 1] == tokenizer.eos_token_id:
             question = decode_answer(tokenizer, tokens[start + 1 : answer - 1])
             yield Question(question, decode_answer(tokenizer, tokens[answer:end]), tokens[start:answer])

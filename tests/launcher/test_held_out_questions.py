@@ -1,5 +1,7 @@
 """Questions that are shown in training or evaluated are whole documents of the rows."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -45,6 +47,20 @@ def test_training_shows_questions_that_the_evaluation_asks(rows, tokenizer):
     shown = choose_questions(rows, tokenizer, 60)
     assert len(shown) > 10 and all(question in asked for question in shown)
     assert choose_questions(rows, tokenizer, 0) == []
+
+
+def test_a_conversation_asks_its_first_turn_and_a_plain_text_nothing(rows, tokenizer, tmp_path):
+    turns = [("Hi?", "Yes."), ("Why?", "So.")]
+    roles = ("user", "assistant")
+    chat = {
+        "messages": [{"role": role, "content": text} for turn in turns for role, text in zip(roles, turn, strict=True)]
+    }
+    for name, row, asked in (("chat", chat, [("Hi?", "Yes.")]), ("text", {"text": "Hi? Yes."}, [])):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        settings = Settings(tokenizer=str(rows.tokenizer_path), seq_len=64)
+        prepare(str(tmp_path / f"{name}.jsonl"), tmp_path / name, settings, progress=False)
+        found = questions_in(ShardFolder(tmp_path / name), 0, tokenizer)
+        assert [(question.question, question.expected) for question in found] == asked
 
 
 def test_numbers_are_spread_evenly_and_include_both_ends():
