@@ -24,6 +24,12 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerFast", question: str) -> list[i
     return [tokenizer.bos_token_id, *ids, tokenizer.sep_token_id]
 
 
+def encode_beginning(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Encode the beginning of a plain text, `<s> text`, for a model to continue."""
+    with special_tokens_as_text(tokenizer) as backend:
+        return [tokenizer.bos_token_id, *backend.encode(text, add_special_tokens=False).ids]
+
+
 def encode_answer(tokenizer: "PreTrainedTokenizerFast", answer: str) -> list[int]:
     """Encode an answer as `answer </s>`, the part of a document after the `<sep>`."""
     with special_tokens_as_text(tokenizer) as backend:

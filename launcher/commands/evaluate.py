@@ -74,8 +74,9 @@ def _evaluate(options) -> None:
         if result.text and result.text["meteor"] is None:
             print(NO_WORDNET)
         print(f"metrics.json and samples.jsonl are in {folder}")
-        right, total = sum(answered.is_right for answered in result.answers), len(result.answers)
-        print(f"{right} of {total} held-out answers are exactly right ({right / max(1, total):.0%})")
+        if total := len(result.answers):  # plain texts ask no questions
+            right = sum(answered.is_right for answered in result.answers)
+            print(f"{right} of {total} held-out answers are exactly right ({right / total:.0%})")
     ranks.part()
 
 

@@ -23,6 +23,11 @@ def add_generate(commands) -> None:
     # Not "*": it would match nothing if an option stands between the model and the questions.
     parser.add_argument("question", nargs="+", default=[], help="questions, each in quotes").required = False
     parser.add_argument("--file", help="text file with one question per line, or .jsonl with `question` in each object")
+    parser.add_argument(
+        "--complete",
+        action="store_true",
+        help="continue the texts instead of answering them, for a model that was trained on plain texts",
+    )
     parser.add_argument("--jsonl", action="store_true", help="print JSON lines with question and answer")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="maximum tokens per answer")
     parser.add_argument(
@@ -72,11 +77,11 @@ def _generate(options) -> None:
     model, tokenizer = load_model(options.model)
     torch.manual_seed(options.seed)
     if len(questions) == 1 and decoding.num_beams == 1 and sys.stdout.isatty() and not options.jsonl:
-        stream(model, tokenizer, questions[0], decoding)
+        stream(model, tokenizer, questions[0], decoding, options.complete)
         return
     few = len(questions) <= options.batch_size or not sys.stderr.isatty()
     with tqdm(total=len(questions), unit="question", disable=few) as bar:
-        answers = answer(model, tokenizer, questions, decoding, options.batch_size, bar.update)
+        answers = answer(model, tokenizer, questions, decoding, options.batch_size, bar.update, options.complete)
     for question, text in zip(questions, answers, strict=True):
         print(json.dumps({"question": question, "answer": text}, ensure_ascii=False) if options.jsonl else text)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
-from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
+from data_pipeline.tokens.tokenization import decode_answer, encode_beginning, encode_prompt
 from launcher.errors import ConfigurationError
 from launcher.tools.export.export import load_run
 from launcher.tools.inference.questions import cleaned
@@ -82,12 +82,13 @@ def load_model(
     raise ConfigurationError(f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, is_beginning: bool = False) -> list[int]:
     """Clean a question like the training data and encode it as `<s> question <sep>`.
 
+    is_beginning: the question is the beginning of a plain text instead, `<s> text`.
     Raises `ConfigurationError` if cleaning leaves nothing of the question.
     """
-    return encode_prompt(tokenizer, cleaned(question))
+    return (encode_beginning if is_beginning else encode_prompt)(tokenizer, cleaned(question))
 
 
 def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: int, name: str = "a question") -> None:
@@ -109,13 +110,14 @@ def answer(
     decoding: Decoding = Decoding(),
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    is_beginning: bool = False,
 ) -> list[str]:
-    """Return one answer per question.
+    """Return one answer per question, or the continuation of each if the questions are beginnings of plain texts.
 
     Raises `ConfigurationError` if cleaning leaves nothing of a question, or if a question with its answer needs more
     positions than the model has.
     """
-    prompts = [prompt_ids(tokenizer, question) for question in questions]
+    prompts = [prompt_ids(tokenizer, question, is_beginning) for question in questions]
     for prompt in prompts:
         check_room(model, prompt, decoding.max_new_tokens)
     answers = [""] * len(prompts)
@@ -150,11 +152,20 @@ def answer_prompts(
 
 
 @torch.inference_mode()
-def stream(model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, question: str, decoding: Decoding) -> None:
-    """Print the answer token by token. Raises `ConfigurationError` like `answer`, and for beam search."""
+def stream(
+    model: LiquidForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    question: str,
+    decoding: Decoding,
+    is_beginning: bool = False,
+) -> None:
+    """Print the answer, or the continuation of a plain text, token by token.
+
+    Raises `ConfigurationError` like `answer`, and for beam search.
+    """
     if decoding.num_beams > 1:
         raise ConfigurationError("beam search has no answer to stream until it ends; set num_beams to 1")
-    prompt = prompt_ids(tokenizer, question)
+    prompt = prompt_ids(tokenizer, question, is_beginning)
     check_room(model, prompt, decoding.max_new_tokens)
     ids = torch.tensor([prompt], device=model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

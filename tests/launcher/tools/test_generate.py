@@ -42,6 +42,16 @@ def test_questions_from_everywhere_get_the_same_answers(exported, small, tmp_pat
         assert rows == [{"question": q, "answer": a} for q, a in zip(QUESTIONS, expected, strict=True)]
 
 
+def test_a_plain_text_is_continued(small):
+    model, tokenizer = small
+    text = "the sum of two"
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]])
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+    (given,) = answer(*small, [text], Decoding(max_new_tokens=5), is_beginning=True)
+    assert given == tokenizer.decode(expected, skip_special_tokens=True)
+    assert given != answer(*small, [text], Decoding(max_new_tokens=5))[0]
+
+
 @pytest.mark.slow
 def test_one_question_on_a_terminal_is_answered_piece_by_piece(exported, small):
     (expected,) = answer(*small, QUESTIONS[:1], Decoding(max_new_tokens=40))
