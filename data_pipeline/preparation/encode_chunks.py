@@ -17,6 +17,7 @@ from data_pipeline.preparation.row_texts import RowTexts
 from data_pipeline.preparation.scratch import as_bytes, save_arrays, stamp, write_scratch
 from data_pipeline.preparation.settings import Settings
 from data_pipeline.shards.format import TOKENIZER_FOLDER
+from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.rows import empty_frame
 from data_pipeline.tokens.encoding import (
     SPECIAL_TOKENS_OF_TEXT,
@@ -34,7 +35,8 @@ def encode_chunk(job: Job, number: int) -> dict:
     path, seconds = job.chunk_file(number), Seconds()
     encoder = _encoder(job.out / TOKENIZER_FOLDER, job.fast_encoder, stamp(job.out / TOKENIZER_FOLDER))
     parts, text_bytes = [], 0
-    frames = job.chunks[number].frames(job.layout)
+    bad_rows = BadRows(job.settings.on_bad_row)
+    frames = job.chunks[number].frames(job.layout, bad_rows)
     while True:
         with seconds.of("read"):
             frame = next(frames, None)
@@ -57,6 +59,7 @@ def encode_chunk(job: Job, number: int) -> dict:
             part["origin"] += np.int32(first)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         arrays |= _numbered(sources)
+        arrays["bad_rows"] = as_bytes(bad_rows.summary())
         if (signature := arrays.pop("signature", None)) is not None:
             # A separate file can be memory-mapped: the signatures of all chunks together may not fit into memory.
             write_scratch(signature_file(path), lambda file: np.save(file, signature))
@@ -68,10 +71,11 @@ def _fate_of_texts(texts: RowTexts, source: pl.Series, settings: Settings) -> np
     """Return the fates of rows that follow from source and text alone, uint8 `[rows]`."""
     fate = np.zeros(len(texts), dtype=np.uint8)
     fate[texts.have_empty_text()] = FATE["empty"]
+    fate[texts.are_bad()] = FATE["bad_row"]
     excluded = source.is_in(settings.exclude_sources)
     if settings.sources:
         excluded |= ~source.is_in(settings.sources)
-    fate[excluded.to_numpy()] = FATE["excluded_source"]
+    fate[excluded.to_numpy() & (fate != FATE["bad_row"])] = FATE["excluded_source"]
     return fate
 
 

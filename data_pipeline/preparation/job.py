@@ -11,13 +11,13 @@ from pathlib import Path
 
 from data_pipeline.preparation.scratch import work_folder
 from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.chunk import Chunk
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.source import Chunk
 
 # What can happen to a row. Fates before FIRST_REASON keep it; the others are reasons to drop it.
 FATES = (
     "training", "validation", "empty", "too_short", "too_long", "excluded_source", "contaminated", "duplicate",
-    "near_duplicate", "held_out_copy",
+    "near_duplicate", "held_out_copy", "bad_row",
 )  # fmt: skip
 FATE = {name: number for number, name in enumerate(FATES)}
 FIRST_REASON = FATE["empty"]

@@ -26,7 +26,7 @@ from data_pipeline.preparation.folder import (
 )
 from data_pipeline.preparation.job import DROP_REASONS, FATE, Job, Seconds
 from data_pipeline.preparation.row_texts import RowTexts
-from data_pipeline.preparation.scratch import claims_folder, work_folder, write_scratch
+from data_pipeline.preparation.scratch import claims_folder, from_bytes, load_arrays, work_folder, write_scratch
 from data_pipeline.preparation.select_rows import (
     ROWS_PER_GROUP,
     SPLITS,
@@ -39,8 +39,8 @@ from data_pipeline.preparation.settings import Settings
 from data_pipeline.preparation.team import ALONE, FinishedElsewhere, Member, Team, available_cores
 from data_pipeline.preparation.write_groups import folder_of, group_files, write_group
 from data_pipeline.shards.format import FORMAT_VERSION, INDEX_NAME, TOKENIZER_FOLDER, write_file, write_index
-from data_pipeline.sources.jsonl import BYTES_PER_CHUNK
-from data_pipeline.sources.parquet import ROWS_PER_CHUNK
+from data_pipeline.sources.bad_rows import BadRows, merged
+from data_pipeline.sources.chunk import BYTES_PER_CHUNK, ROWS_PER_CHUNK
 from data_pipeline.sources.source import Source, open_source
 from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
 from data_pipeline.tokens.tokenizer import CorpusTokenizer, load_tokenizer, train_tokenizer
@@ -69,7 +69,7 @@ def prepare(
     Raises DataError for bad input, for a folder made with other settings, and if the disk refuses a write.
     """
     out, seconds = Path(out), Seconds() if seconds is None else seconds
-    opened = open_source(source, settings.layout)
+    opened = open_source(source, settings.layout, settings.files)
     if settings.augment and not opened.layout.has_one_turn:
         raise DataError(
             f"{opened.name} has the layout {opened.layout.name}: augmentations need one prompt and one answer in each row"
@@ -95,6 +95,9 @@ def prepare(
                     print(f"{out} has lost {missing}: preparing it again", file=sys.stderr)
                     (out / INDEX_NAME).unlink()
                 begin_or_continue(out, config, alone=member.count == 1)
+                if progress:
+                    for line in opened.report:
+                        print(line, file=sys.stderr)
                 job = Job(out.resolve(), settings, opened.chunks, opened.layout)
                 return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
     except FinishedElsewhere:
@@ -162,8 +165,10 @@ class _Preparation:
 
     def _clean_texts(self):
         with self._bar("fitting the tokenizer", self.source.num_rows) as bar:
-            for frame in self.source.frames():
-                for column in RowTexts.of(frame).cleaned(self.job.settings.cleaning).columns():
+            for frame in self.source.frames(BadRows(self.job.settings.on_bad_row)):
+                texts = RowTexts.of(frame)
+                texts = texts.rows(np.flatnonzero(~texts.are_bad()))
+                for column in texts.cleaned(self.job.settings.cleaning).columns():
                     yield from column
                 bar.update(len(frame))
 
@@ -199,6 +204,9 @@ class _Preparation:
         encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)
         tokenizer_entry = json.loads(self._tokenizer_entry_file.read_text())
         fates = _fates(selection)
+        bad_rows = merged(from_bytes(load_arrays(path, "bad_rows")["bad_rows"]) for path in self.job.chunk_files())
+        for reason, count, examples in bad_rows:
+            self._say(f"{count:,} bad rows ({reason}) were skipped: {'; '.join(examples)}")
         for split in SPLITS:
             entries = [entry for entry_split, entry in written if entry_split == split]
             files = [file for entry in entries for file in entry["files"]]
@@ -208,6 +216,8 @@ class _Preparation:
                 dropped = {reason: fates[reason] for reason in DROP_REASONS}
                 totals = {"rows_in": selection.num_inputs, "rows_copied": selection.num_copies, "rows_dropped": dropped}
                 counts = totals | counts | {"validation_documents": fates["validation"]}
+                # Without the examples: they have paths, which differ between machines.
+                counts["bad_rows"] = {reason: count for reason, count, _ in bad_rows}
             elif not files:
                 continue
             else:

@@ -86,11 +86,16 @@ class RowTexts:
         ends = np.concatenate([[0], np.cumsum(values)])
         return np.diff(ends[np.concatenate([[0], np.cumsum(self.turns)])])
 
+    def are_bad(self) -> np.ndarray:
+        """Tell which rows could not be read, bool `[rows]`: their texts are null."""
+        first = self.answers if self.turns is None else self.answers.gather(self._first_turns)
+        return first.is_null().to_numpy()
+
     def have_empty_text(self) -> np.ndarray:
         """Tell which rows have a turn with an empty prompt or answer, bool `[rows]`."""
         empty = np.zeros(len(self.answers), dtype=bool)
         for column in self.columns():
-            empty |= (column == "").to_numpy()
+            empty |= (column == "").fill_null(True).to_numpy()
         return self.sums_per_row(empty.astype(np.int64)) > 0
 
     @property

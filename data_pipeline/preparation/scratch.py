@@ -68,13 +68,13 @@ def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
         raise DataError(f"{path} was damaged and is removed: run again to create it anew ({error})") from error
 
 
-def as_bytes(texts: list[str]) -> np.ndarray:
-    """Return texts as an array of bytes. NumPy strings would each take the space of the longest one."""
-    return np.frombuffer(json.dumps(texts, ensure_ascii=False).encode(), dtype=np.uint8)
+def as_bytes(values: list) -> np.ndarray:
+    """Return JSON values as an array of bytes. NumPy strings would each take the space of the longest one."""
+    return np.frombuffer(json.dumps(values, ensure_ascii=False).encode(), dtype=np.uint8)
 
 
-def as_texts(array: np.ndarray) -> list[str]:
-    """Return the texts of an array made by `as_bytes`."""
+def from_bytes(array: np.ndarray) -> list:
+    """Return the values of an array made by `as_bytes`."""
     return json.loads(array.tobytes())
 
 

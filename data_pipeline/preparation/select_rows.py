@@ -12,7 +12,7 @@ from data_pipeline.deduplication.keys import repeated
 from data_pipeline.deduplication.near_duplicates import NearDuplicateSettings, duplicates
 from data_pipeline.preparation.encode_chunks import signature_file
 from data_pipeline.preparation.job import FATE, FIRST_REASON, Job
-from data_pipeline.preparation.scratch import as_bytes, as_texts, load_arrays, map_array, save_arrays, work_folder
+from data_pipeline.preparation.scratch import as_bytes, from_bytes, load_arrays, map_array, save_arrays, work_folder
 from data_pipeline.preparation.select_copies import select_copies
 from data_pipeline.shards.packing import FIRST_COPY
 
@@ -130,8 +130,8 @@ def load_selection(out: Path) -> Selection:
         arrays["fate"],
         arrays["first_rows"],
         arrays["first_inputs"],
-        as_texts(arrays["sources"]),
-        as_texts(arrays["unknown_sources"]),
+        from_bytes(arrays["sources"]),
+        from_bytes(arrays["unknown_sources"]),
         groups,
     )
 
@@ -157,7 +157,7 @@ def _source_names(job: Job, fate: np.ndarray, first_rows: np.ndarray) -> tuple[l
     every: set[str] = set()
     for path, (start, end) in zip(job.chunk_files(), pairwise(first_rows), strict=True):
         arrays = load_arrays(path, "source", "source_list")
-        names = as_texts(arrays["source_list"])
+        names = from_bytes(arrays["source_list"])
         every |= {names[number] for number in np.unique(arrays["source"])}
         numbers, first = np.unique(arrays["source"][fate[start:end] < FIRST_REASON], return_index=True)
         kept |= dict.fromkeys(names[number] for number in numbers[np.argsort(first)])

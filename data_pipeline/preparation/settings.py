@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from data_pipeline.augmentation.augmentations import AUGMENTATIONS
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
 from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import ON_BAD_ROW
+from data_pipeline.sources.files import FileChoice
 from data_pipeline.sources.layout_choice import LayoutChoice
 
 LONG_DOCUMENTS = ("split", "drop")
@@ -25,6 +27,8 @@ class Settings:
     validation_share: the share of questions whose rows go to the validation folder.
     near_duplicates: Jaccard similarity from which two rows count as the same; None drops exact duplicates only.
     augment: names of augmentations; each adds a copy of every row that it applies to.
+    files: which files of folders are read.
+    on_bad_row: `refuse` a row that cannot be read, or `skip` and count it.
     layout: how columns become texts, as far as the user says; `prepare` finds the rest.
     decontaminate: files of evaluation texts; rows that share an n-gram with them are dropped.
     Raises DataError for values that cannot work.
@@ -42,6 +46,8 @@ class Settings:
     near_duplicates: float | None = None
     decontaminate: tuple[str, ...] = ()
     augment: tuple[str, ...] = ()
+    files: FileChoice = field(default_factory=FileChoice)
+    on_bad_row: str = "refuse"
     layout: LayoutChoice = field(default_factory=LayoutChoice)
     cleaning: CleaningOptions = field(default_factory=CleaningOptions)
 
@@ -58,6 +64,8 @@ class Settings:
             raise DataError(f"validation_share is {self.validation_share}: give at least 0 and less than 1")
         if self.near_duplicates is not None and not 0 < self.near_duplicates <= 1:
             raise DataError(f"near_duplicates is {self.near_duplicates}: give a similarity above 0 and at most 1")
+        if self.on_bad_row not in ON_BAD_ROW:
+            raise DataError(f"on_bad_row is {self.on_bad_row!r}: give one of {', '.join(ON_BAD_ROW)}")
         if unknown := [name for name in self.augment if name not in AUGMENTATIONS]:
             raise DataError(f"there is no augmentation {unknown[0]!r}: give some of {', '.join(AUGMENTATIONS)}")
         if both := set(self.sources) & set(self.exclude_sources):
@@ -66,7 +74,7 @@ class Settings:
     def config(self) -> dict:
         """Return what determines the bytes, as JSON values; the caller adds the tokenizer and the evaluation texts."""
         values = asdict(self)
-        del values["tokenizer"], values["vocab_size"], values["decontaminate"], values["layout"]
+        del values["tokenizer"], values["vocab_size"], values["decontaminate"], values["layout"], values["files"]
         return values | {
             "sources": sorted(self.sources),
             "augment": list(self.augment),

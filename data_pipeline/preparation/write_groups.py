@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.preparation.job import FATE, Job, Seconds
-from data_pipeline.preparation.scratch import as_texts, load_arrays, stamp, work_folder, write_scratch
+from data_pipeline.preparation.scratch import from_bytes, load_arrays, stamp, work_folder, write_scratch
 from data_pipeline.preparation.select_rows import Group, Selection, load_selection, selection_file
 from data_pipeline.shards.format import TOKENIZER_FOLDER, VALIDATION_FOLDER, write_shard
 from data_pipeline.shards.packing import Documents, PackedRows, pack
@@ -63,7 +63,7 @@ def _documents(job: Job, selection: Selection, group: Group) -> Documents:
                 arrays["ids"][np.repeat(kept, arrays["length"])],
                 arrays["turn_length"][in_kept],
                 arrays["answer_start"][in_kept],
-                np.array([numbers.get(name, -1) for name in as_texts(arrays["source_list"])], dtype=np.int64)[
+                np.array([numbers.get(name, -1) for name in from_bytes(arrays["source_list"])], dtype=np.int64)[
                     arrays["source"][kept]
                 ],
                 selection.input_rows(chunk, arrays["origin"], arrays["copy"])[kept],

@@ -12,29 +12,31 @@ from pathlib import Path
 import polars as pl
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.layout_choice import LayoutChoice
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.rows import columns_of, frames, values_of
+from data_pipeline.sources.rows import Row, columns_of, frames
 
 WAITS = (1, 5, 30, 120)  # seconds before each further attempt; `datasets` itself retries single reads
 
 
 @dataclass(frozen=True)
 class HubChunk:
-    """File number `index` of the `count` files of the `train` split."""
+    """File number `index` of the `count` files of a split."""
 
     name: str
+    split: str
     revision: str | None
     index: int
     count: int
     rows: None = None  # unknown until it is read
 
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         """Yield the file's rows. After a network fault, reading resumes at the row where it stopped."""
         given = 0
         for wait in (*WAITS, None):
             try:
-                for frame in frames(self._rows(given, layout), layout):
+                for frame in frames(self._rows(given, layout), layout, self.name, bad_rows):
                     given += len(frame)
                     yield frame
                 return
@@ -48,16 +50,15 @@ class HubChunk:
                 print(f"{where} stopped after {given:,} rows ({reason}); retrying in {wait} s", file=sys.stderr)
                 time.sleep(wait)
 
-    def _rows(self, skip: int, layout: Layout) -> Iterator[dict]:
-        part = _open(self.name, self.revision).shard(num_shards=self.count, index=self.index).skip(skip)
+    def _rows(self, skip: int, layout: Layout) -> Iterator[Row]:
+        part = _open(self.name, self.revision, self.split).shard(num_shards=self.count, index=self.index).skip(skip)
         if part.column_names is not None:
             part = part.select_columns(columns_of(layout, part.column_names))
-        where = f"the hub dataset {self.name!r}"
-        for row in part:
-            yield values_of(row, where, self.name, layout)
+        for number, row in enumerate(part, skip):
+            yield row, lambda number=number: f"row {number} of file {self.index} of the hub dataset {self.name!r}"
 
 
-def hub_chunks(name: str, choice: LayoutChoice) -> tuple[dict, tuple[HubChunk, ...], Layout]:
+def hub_chunks(name: str, choice: LayoutChoice, split: str = "train") -> tuple[dict, tuple[HubChunk, ...], Layout]:
     """Return the identity of the dataset, which is its name and revision, its chunks and its layout.
 
     Raises DataError if there is no such dataset, or if required columns are missing.
@@ -66,17 +67,17 @@ def hub_chunks(name: str, choice: LayoutChoice) -> tuple[dict, tuple[HubChunk, .
 
     try:
         revision = _newest_revision(name)
-        dataset = _open(name, revision)
+        dataset = _open(name, revision, split)
     except (ValueError, RuntimeError, datasets.exceptions.DatasetsError, *_network_faults()) as error:
         raise DataError(
-            f"the source {name!r} is neither a path here nor a reachable hub dataset with a `train` split: "
+            f"the source {name!r} is neither a path here nor a reachable hub dataset with a `{split}` split: "
             f"check the spelling, or the network ({str(error).strip().splitlines()[0]})"
         ) from error
     columns = dataset.column_names or list(next(iter(dataset), {}))
     layout = choice.resolve(columns, f"the hub dataset {name!r}")
     count = dataset.num_shards
-    identity = {"name": name} | ({"revision": revision} if revision else {})
-    return identity, tuple(HubChunk(name, revision, index, count) for index in range(count)), layout
+    identity = {"name": name, "split": split} | ({"revision": revision} if revision else {})
+    return identity, tuple(HubChunk(name, split, revision, index, count) for index in range(count)), layout
 
 
 def _newest_revision(name: str) -> str | None:
@@ -89,10 +90,10 @@ def _newest_revision(name: str) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _open(name: str, revision: str | None):
+def _open(name: str, revision: str | None, split: str):
     import datasets
 
-    return datasets.load_dataset(name, split="train", streaming=True, revision=revision)
+    return datasets.load_dataset(name, split=split, streaming=True, revision=revision)
 
 
 def _network_faults() -> tuple[type[Exception], ...]:

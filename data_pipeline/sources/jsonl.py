@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,29 +12,37 @@ from typing import BinaryIO
 import polars as pl
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources import chunk
+from data_pipeline.sources.bad_rows import BadRows, columns_of_rows
+from data_pipeline.sources.compression import FAULTS, is_compressed, open_bytes
+from data_pipeline.sources.file_names import shown
+from data_pipeline.sources.json_rows import parse_row
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.rows import frames, values_of
+from data_pipeline.sources.rows import Row, frames
+from data_pipeline.sources.values import column_of
 
-BYTES_PER_CHUNK = 2**23
 COPY_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class JsonlChunk:
-    """The lines that begin at or after byte `start` and before byte `end`; for a gzip file, all lines."""
+    """The lines that begin at or after byte `start` and before byte `end`; for a compressed file, all lines."""
 
     file: Path
     start: int = 0
     end: int | None = None
     rows: None = None  # unknown until it is read
 
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
-        yield from frames(self._rows(partial(values_of, layout=layout, default_source=self.file.name)), layout)
+    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
+        columns = {column_of(field, ()) for field in (*layout.fields, layout.source)}
+        keys = [json.dumps(column, ensure_ascii=False).encode() for column in columns]
+        yield from frames(self.parsed(keys), layout, shown(self.file.name), bad_rows)
 
-    def _rows(self, values: Callable[[dict, str], dict]) -> Iterator[dict]:
+    def parsed(self, keys: list[bytes]) -> Iterator[Row]:
+        """Yield every row, or why it cannot be read, and its name. keys: quoted names that must not occur twice in a row."""
         number = 0
         try:
-            with gzip.open(self.file) if self.file.suffix.lower() == ".gz" else self.file.open("rb") as lines:
+            with open_bytes(self.file) as lines:
                 if self.start:
                     lines.seek(self.start - 1)
                     lines.readline()  # the rest of the line that began earlier, if any
@@ -47,28 +53,17 @@ class JsonlChunk:
                         break
                     number += 1
                     if line.strip():
-                        yield self._row(line, number, values)
+                        yield parse_row(line, keys), partial(self._where, number)
                     position += len(line)
-        except (OSError, EOFError, zlib.error) as error:
+        except FAULTS as error:
             raise DataError(
-                f"{self.file} cannot be read after line {self._lines_before() + number}: download it again or leave it out "
-                f"({error})"
+                f"{shown(self.file)} cannot be read after line {self._lines_before() + number}: download it again or leave it "
+                f"out ({error})"
             ) from error
 
-    def _row(self, line: bytes, number: int, values: Callable[[dict, str], dict]) -> dict:
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise DataError("{where} is not a JSON object: every line must hold one row")
-            return values(row, "{where},")
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self._where(number)} is not valid JSON: correct or remove it ({error})") from error
-        except DataError as error:
-            # The line number is filled in only for an error, because it requires reading everything before this chunk.
-            raise DataError(str(error).replace("{where}", self._where(number))) from error
-
     def _where(self, number: int) -> str:
-        return f"{self.file}, line {self._lines_before() + number}"
+        # Counting the lines before requires reading them, so it is done only for an error.
+        return f"{shown(self.file)}, line {self._lines_before() + number}"
 
     def _lines_before(self) -> int:
         if not self.start:
@@ -77,17 +72,17 @@ class JsonlChunk:
             return _newlines(file, self.start) + (0 if _byte_before(file, self.start) == b"\n" else 1)
 
 
-def jsonl_chunks(file: Path) -> list[JsonlChunk]:
+def jsonl_chunks(file: Path, layout: Layout) -> list[JsonlChunk]:
     """Divide a file into ranges of bytes. A compressed file is one chunk, because it is readable only from its start."""
-    if file.suffix.lower() == ".gz":
+    if is_compressed(file):
         return [JsonlChunk(file)]
-    size = file.stat().st_size
-    return [JsonlChunk(file, start, min(start + BYTES_PER_CHUNK, size)) for start in range(0, size, BYTES_PER_CHUNK)]
+    size, step = file.stat().st_size, chunk.BYTES_PER_CHUNK
+    return [JsonlChunk(file, start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def jsonl_columns(file: Path) -> list[str] | None:
-    """Return the keys of a file's first row, or None if it has no row."""
-    return next(JsonlChunk(file)._rows(lambda row, where: list(row)), None)
+    """Return the keys of a file's first good row, or None if it has no row."""
+    return columns_of_rows(JsonlChunk(file).parsed([]))
 
 
 def _newlines(file: BinaryIO, end: int) -> int:

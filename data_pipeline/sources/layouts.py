@@ -83,12 +83,19 @@ class TemplateLayout:
         """Whether every row has one prompt and one answer."""
         return self.prompt is not None
 
-    def row(self, row: dict, where: str) -> dict:
-        """Return the texts of one row by field. Raises DataError if a value is no text."""
-        return {name: text_of(value_at(row, name), f"{where} {name}") for name in self.fields}
+    def row(self, row: dict) -> dict[str, str]:
+        """Return the texts of one row by field. Raises BadRowError if a value is no text."""
+        return {name: text_of(value_at(row, name), name) for name in self.fields}
+
+    def bad_row(self) -> dict[str, None]:
+        """Return what stands for a row that cannot be read."""
+        return dict.fromkeys(self.fields)
 
     def turns(self, rows: list[dict] | pl.DataFrame) -> pl.DataFrame:
-        """Return prompt and answer, two columns of strings, from the texts by field; plain texts have no prompt."""
+        """Return prompt and answer, two columns of strings, from the texts by field; plain texts have no prompt.
+
+        Both are null for a row that cannot be read.
+        """
         frame = pl.DataFrame(rows, schema=dict.fromkeys(self.fields, pl.String)) if isinstance(rows, list) else rows
         prompt = {"prompt": self.prompt.render()} if self.prompt else {}
         return frame.select(**prompt, answer=self.answer.render())
@@ -120,10 +127,14 @@ class ChatLayout:
         """Whether every row has one prompt and one answer."""
         return False
 
-    def row(self, row: dict, where: str) -> dict:
-        """Return the prompts and answers of one row. Raises DataError for a conversation in a form that is not known."""
-        prompts, answers = turns_of(row.get(self.messages), f"{where} {self.messages}")
+    def row(self, row: dict) -> dict[str, list[str]]:
+        """Return the prompts and answers of one row. Raises BadRowError for a conversation that cannot be read."""
+        prompts, answers = turns_of(row.get(self.messages), self.messages)
         return {"prompt": prompts, "answer": answers}
+
+    def bad_row(self) -> dict[str, list[None]]:
+        """Return what stands for a row that cannot be read."""
+        return {"prompt": [None], "answer": [None]}
 
     def turns(self, rows: list[dict]) -> pl.DataFrame:
         """Return prompt and answer, two columns of lists with one string per turn."""

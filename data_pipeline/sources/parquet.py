@@ -9,10 +9,11 @@ from pathlib import Path
 import polars as pl
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import BadRows
+from data_pipeline.sources.chunk import whole_groups
+from data_pipeline.sources.file_names import shown
 from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, text_frame
-
-ROWS_PER_CHUNK = 8192  # exceeded only by a single larger row group
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,10 @@ class ParquetChunk:
     groups: int
     rows: int
 
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         import pyarrow as pa
 
+        name, source = shown(self.file), shown(self.file.name)
         with _open(self.file) as parquet:
             columns = columns_of(layout, parquet.schema_arrow.names)
             first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(self.first_group))
@@ -36,11 +38,11 @@ class ParquetChunk:
                     for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
                         batch.validate(full=True)  # parquet readers trust text to be valid UTF-8, and it may not be
                         table = pa.Table.from_batches([batch])
-                        yield text_frame(table, str(self.file), self.file.name, layout, first_row)
+                        yield text_frame(table, name, source, layout, first_row, bad_rows)
                         first_row += len(table)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
-                        f"{self.file} is corrupt in row group {group}: download it again or leave it out ({error})"
+                        f"{name} is corrupt in row group {group}: download it again or leave it out ({error})"
                     ) from error
 
 
@@ -51,22 +53,12 @@ def _rows_per_frame(group) -> int:
 def parquet_chunks(file: Path, layout: Layout) -> list[ParquetChunk]:
     """Divide a file into chunks of whole row groups.
 
-    A row group of more than ROWS_PER_CHUNK rows is a chunk of its own.
-    Raises DataError if the file is not a parquet file, or if required columns are missing.
+    Raises DataError if the file is not a parquet file, or if its columns do not fit the layout.
     """
     with _open(file) as parquet:
-        check_columns(parquet.schema_arrow, str(file), layout)
+        check_columns(parquet.schema_arrow, shown(file), layout)
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
-    chunks: list[ParquetChunk] = []
-    first, rows = 0, 0
-    for group, size in enumerate(sizes):
-        if rows and rows + size > ROWS_PER_CHUNK:
-            chunks.append(ParquetChunk(file, first, group - first, rows))
-            first, rows = group, 0
-        rows += size
-    if rows:
-        chunks.append(ParquetChunk(file, first, len(sizes) - first, rows))
-    return chunks
+    return [ParquetChunk(file, *group) for group in whole_groups(sizes)]
 
 
 def parquet_columns(file: Path) -> list[str]:
@@ -80,9 +72,9 @@ def _open(file: Path):
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        # Opened here, because pyarrow cannot encode a name that is not UTF-8.
+        return pq.ParquetFile(pa.PythonFile(file.open("rb"), mode="r"), pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{file} is not a readable parquet file: download it again or leave it out ({error})"
+            f"{shown(file)} is not a readable parquet file: download it again or leave it out ({error})"
         ) from error
-    return parquet

@@ -1,17 +1,18 @@
 """The common form of rows from any source: frames with prompt, answer and source.
 
-Readers that see one row at a time pass each through `values_of` and all of them through `frames`. Readers of whole columns
-check a file's columns with `check_columns` and pass its tables through `text_frame`.
+Readers that see one row at a time pass them through `frames`. Readers of whole columns check a file's columns with
+`check_columns`, and pass its tables through `text_frame`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING
 
 import polars as pl
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import BadRowError, BadRows
 from data_pipeline.sources.layouts import ChatLayout, Layout, TemplateLayout
 from data_pipeline.sources.values import column_of, text_of
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 ROWS_PER_FRAME = 8192
 BYTES_PER_FRAME = 2**24
 
+# A row, or why there is none, and a function that returns its name for errors.
+Row = tuple["dict | BadRowError", Callable[[], str]]
+
 
 def columns_of(layout: Layout, found: Collection[str]) -> list[str]:
     """List the columns of a source that a layout reads."""
@@ -29,50 +33,64 @@ def columns_of(layout: Layout, found: Collection[str]) -> list[str]:
     return [column for column in wanted if column in found]
 
 
-def require_columns(layout: Layout, found: Collection[str], where: str) -> None:
-    """Raise DataError if a column that the layout needs is missing."""
+def missing_columns(layout: Layout, found: Collection[str]) -> list[str]:
+    """List the columns that a layout needs and that are not among those found."""
     needed = [column_of(field, found) for field in layout.fields if field not in layout.optional]
-    missing = [column for column in needed if column not in found]
-    if missing:
-        raise DataError(
-            f"{where} has no column {' and no column '.join(dict.fromkeys(missing))}: it has {', '.join(found) or 'none'}, "
-            f"and the layout {layout.name} needs {' and '.join(layout.fields)}"
-        )
+    return list(dict.fromkeys(column for column in needed if column not in found))
 
 
 # Rows one at a time
 
 
-def values_of(row: dict, where: str, default_source: str, layout: Layout) -> dict:
-    """Return the texts of one row. Raises DataError if a column is missing or holds no text."""
-    require_columns(layout, row, where)
-    source = row.get(layout.source, default_source)
-    return {**layout.row(row, where), "source": text_of(source, f"{where} source")}
+def frames(rows: Iterator[Row], layout: Layout, default_source: str, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
+    """Collect rows into frames of ROWS_PER_FRAME rows, or fewer if the rows are long.
 
-
-def frames(values: Iterator[dict], layout: Layout) -> Iterator[pl.DataFrame]:
-    """Collect rows into frames of ROWS_PER_FRAME rows, or fewer if the rows are long."""
-    batch, size = [], 0
-    for row in values:
-        batch.append(row)
-        size += sum(_characters(value) for value in row.values())
+    default_source: the source of rows that name none.
+    """
+    batch: list[dict] = []
+    bad: list[tuple[BadRowError, Callable[[], str]]] = []
+    size = 0
+    for row, where in rows:
+        try:
+            texts = _texts(row, layout, default_source)
+        except BadRowError as error:
+            if bad_rows.on_bad_row == "refuse":
+                bad_rows.add(error, where)
+            bad.append((error, where))
+            texts = {**layout.bad_row(), "source": default_source}
+        batch.append(texts)
+        size += sum(map(_characters, texts.values()))
         if len(batch) >= ROWS_PER_FRAME or size >= BYTES_PER_FRAME:
-            yield _frame(batch, layout)
-            batch, size = [], 0
+            yield _frame(batch, layout, bad, bad_rows)
+            batch, bad, size = [], [], 0
     if batch:
-        yield _frame(batch, layout)
+        yield _frame(batch, layout, bad, bad_rows)
 
 
 def empty_frame(layout: Layout) -> pl.DataFrame:
     """Return a frame without rows."""
-    return _frame([], layout)
+    return _frame([], layout, [], BadRows())
 
 
-def _characters(value: str | list[str]) -> int:
-    return len(value) if isinstance(value, str) else sum(map(len, value))
+def _texts(row: dict | BadRowError, layout: Layout, default_source: str) -> dict:
+    if isinstance(row, BadRowError):
+        raise row
+    if missing := missing_columns(layout, row):
+        names = " and no column ".join(missing)
+        raise BadRowError(
+            f"no column {names}", f"there is no column {names}; the columns are {', '.join(row) or 'none'}"
+        )
+    return {**layout.row(row), "source": text_of(row.get(layout.source, default_source), layout.source)}
 
 
-def _frame(rows: list[dict], layout: Layout) -> pl.DataFrame:
+def _characters(value: str | list | None) -> int:
+    return len(value or "") if not isinstance(value, list) else sum(len(text or "") for text in value)
+
+
+def _frame(rows: list[dict], layout: Layout, bad: list, bad_rows: BadRows) -> pl.DataFrame:
+    # Counted with the frame: a reader that begins again after a network fault reads the rows of an unfinished frame twice.
+    for error, where in bad:
+        bad_rows.add(error, where)
     source = pl.Series("source", [row.pop("source") for row in rows], dtype=pl.String)
     return layout.turns(rows).with_columns(source)
 
@@ -82,11 +100,16 @@ def _frame(rows: list[dict], layout: Layout) -> pl.DataFrame:
 
 def check_columns(schema: pa.Schema, where: str, layout: Layout) -> None:
     """Raise DataError if a column that the layout needs is missing, occurs twice, or cannot hold texts."""
-    require_columns(layout, schema.names, where)
-    if twice := [column for column in columns_of(layout, schema.names) if schema.names.count(column) > 1]:
+    names = schema.names
+    if missing := missing_columns(layout, names):
+        raise DataError(
+            f"{where} has no column {' and no column '.join(missing)}: it has {', '.join(names) or 'none'}, and the layout "
+            f"{layout.name} needs {' and '.join(layout.fields)}"
+        )
+    if twice := [column for column in columns_of(layout, names) if names.count(column) > 1]:
         raise DataError(f"{where} has more than one column named {twice[0]}: rename the others")
     for name in [*layout.fields, layout.source]:
-        if column_of(name, schema.names) not in schema.names:
+        if column_of(name, names) not in names:
             continue  # it is optional
         kind = _type_at(schema, name)
         is_chat = isinstance(layout, ChatLayout) and name == layout.messages
@@ -98,11 +121,12 @@ def check_columns(schema: pa.Schema, where: str, layout: Layout) -> None:
             )
 
 
-def text_frame(table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int = 0) -> pl.DataFrame:
+def text_frame(
+    table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int, bad_rows: BadRows
+) -> pl.DataFrame:
     """Return the rows of a table whose columns were checked.
 
     where: names the file in errors. first_row: number of the table's first row in the file.
-    Raises DataError for a row that the layout cannot read.
     """
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
@@ -113,11 +137,19 @@ def text_frame(table: pa.Table, where: str, default_source: str, layout: Layout,
     if isinstance(layout, TemplateLayout):
         turns = layout.turns(frame.select(_text(field, frame.columns).alias(field) for field in layout.fields))
     else:
-        messages = frame[layout.messages].to_list()
-        turns = layout.turns([
-            layout.row({layout.messages: value}, f"{where}, row {number},") for number, value in enumerate(messages, first_row)
-        ])  # fmt: skip
+        turns = layout.turns(_conversations(frame[layout.messages].to_list(), where, layout, first_row, bad_rows))
     return turns.with_columns(source.to_series())
+
+
+def _conversations(values: list, where: str, layout: ChatLayout, first_row: int, bad_rows: BadRows) -> list[dict]:
+    rows: list[dict] = []
+    for number, value in enumerate(values, first_row):
+        try:
+            rows.append(layout.row({layout.messages: value}))
+        except BadRowError as error:
+            bad_rows.add(error, lambda number=number: f"{where}, row {number}")
+            rows.append(layout.bad_row())
+    return rows
 
 
 def _text(field: str, columns: Collection[str]) -> pl.Expr:

@@ -1,4 +1,4 @@
-"""Sources of rows: the built-in sample, parquet and jsonl files, or a dataset on the hub.
+"""Sources of rows: the built-in sample, files, or a dataset on the hub.
 
 A source is a list of chunks. A chunk is a range of rows and the unit of work. Only the source and the constants in these
 modules determine the chunks.
@@ -9,43 +9,29 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import polars as pl
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
+from data_pipeline.sources.bad_rows import BadRows, NoGoodRowError
+from data_pipeline.sources.chunk import Chunk
+from data_pipeline.sources.compression import is_compressed
+from data_pipeline.sources.file_names import shown
+from data_pipeline.sources.files import FileChoice, find_files
+from data_pipeline.sources.formats import format_of
 from data_pipeline.sources.layout_choice import LayoutChoice
 from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.origin import origin_of
-from data_pipeline.sources.parquet import parquet_chunks, parquet_columns
-from data_pipeline.sources.rows import frames, values_of
+from data_pipeline.sources.rows import frames
 
-FILE_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 BLOCK_BYTES, BLOCKS = 2**16, 64
-BY_COLUMNS = LayoutChoice()
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-
-
-class Chunk(Protocol):
-    """A range of rows of a source. The object is small, because it is sent to the process that reads the rows.
-
-    rows: the number of rows, or None if it is unknown until they are read.
-    """
-
-    rows: int | None
-
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
-        """Yield frames with the columns prompt, answer and source, as `Layout.turns` makes them, in a fixed order.
-
-        Raises DataError for a bad row, and if the chunk cannot be read.
-        """
+TRAIN, BY_COLUMNS = FileChoice(), LayoutChoice()
 
 
 @dataclass(frozen=True)
@@ -68,12 +54,12 @@ class FileState:
             now = FileState.of(self.file)
         except OSError as error:
             raise DataError(
-                f"{self.file} was removed while it was read: put it back and run again ({error})"
+                f"{shown(self.file)} was removed while it was read: put it back and run again ({error})"
             ) from error
         if now != self:
             raise DataError(
-                f"{self.file} changed while it was read ({self.size:,} bytes before, {now.size:,} now): wait until nothing "
-                "writes to it, delete the unfinished output folder, and run again"
+                f"{shown(self.file)} changed while it was read ({self.size:,} bytes before, {now.size:,} now): wait until "
+                "nothing writes to it, delete the unfinished output folder, and run again"
             )
 
 
@@ -88,9 +74,9 @@ class FileChunk:
     def rows(self) -> int | None:
         return self.chunk.rows
 
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
+    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         try:
-            yield from self.chunk.frames(layout)
+            yield from self.chunk.frames(layout, bad_rows)
         except DataError:
             self.state.check_unchanged()  # a changed file is the likelier cause
             raise
@@ -105,6 +91,7 @@ class Source:
     identity: JSON values that distinguish this input from others; it contains no paths, so it is the same on every machine.
     layout: how columns become texts.
     files: the files of the source; empty if it does not consist of files.
+    report: lines that say which files are read and which are left out.
     """
 
     name: str
@@ -112,6 +99,7 @@ class Source:
     chunks: tuple[Chunk, ...]
     layout: Layout
     files: tuple[FileState, ...] = ()
+    report: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int | None:
@@ -124,58 +112,74 @@ class Source:
         for state in self.files:
             state.check_unchanged()
 
-    def frames(self) -> Iterator[pl.DataFrame]:
+    def frames(self, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         """Yield the frames of all chunks."""
         for chunk in self.chunks:
-            yield from chunk.frames(self.layout)
+            yield from chunk.frames(self.layout, bad_rows)
 
 
-def open_source(source: str | list[str], choice: LayoutChoice = BY_COLUMNS) -> Source:
-    """Open `sample`, parquet or jsonl files (paths, folders, globs), or a dataset on the hub by its name.
+def open_source(source: str | list[str], layout: LayoutChoice = BY_COLUMNS, files: FileChoice = TRAIN) -> Source:
+    """Open `sample`, files (paths, folders, patterns), or a dataset on the hub by its name.
 
-    choice: what is said about the layout; the columns tell the rest.
+    layout: what is said about the layout; the columns tell the rest. files: which files of folders are read.
     Raises DataError if the source is none of these, or if its columns fit no layout.
     """
     parts = [source] if isinstance(source, str) else list(source)
     if parts == ["sample"]:
-        return sample_source(choice)
+        return sample_source(layout)
     if len(parts) == 1 and not _is_local(parts[0]) and HUB_NAME.fullmatch(parts[0]):
         from data_pipeline.sources.hub import hub_chunks
 
-        identity, chunks, layout = hub_chunks(parts[0], choice)
-        return Source(parts[0], [identity], chunks, layout)
-    return file_source(parts, choice)
+        identity, chunks, its_layout = hub_chunks(parts[0], layout, files.split)
+        return Source(parts[0], [identity], chunks, its_layout)
+    return file_source(parts, layout, files)
 
 
-def file_source(parts: list[str], choice: LayoutChoice = BY_COLUMNS) -> Source:
-    """Open parquet and jsonl files as one source, in sorted order; every chunk lies within one file."""
-    files = sorted({file.resolve(): file for part in parts for file in _files_of(part)}.values())
+def file_source(parts: list[str], layout: LayoutChoice = BY_COLUMNS, choice: FileChoice = TRAIN) -> Source:
+    """Open files as one source, in sorted order; every chunk lies within one file."""
+    found = find_files(parts, choice)
+    files = found.taken
     if not files:
         raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
     states = [FileState.of(file) for file in files]
-    first, last = files[0].name, files[-1].name
     identity = [
-        {"name": file.name, "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)} for file in files
+        {"name": shown(file.name), "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)}
+        for file in files
     ]
-    layout = _layout_of(files, choice)
-    chunks = []
+    its_layout = _layout_of(files, layout)
+    chunks: list[Chunk] = []
     for file, state in zip(files, states, strict=True):
-        of_file = parquet_chunks(file, layout) if _is_parquet(file) else jsonl_chunks(file)
-        chunks += [FileChunk(chunk, state) for chunk in of_file]
-    return Source(first if len(files) == 1 else f"{first} … {last}", identity, tuple(chunks), layout, tuple(states))
+        kind = format_of(file)
+        assert kind is not None  # find_files has refused other files
+        chunks += [FileChunk(chunk, state) for chunk in kind.chunks(file, its_layout)]
+    first, last = shown(files[0].name), shown(files[-1].name)
+    name = first if len(files) == 1 else f"{first} … {last}"
+    return Source(name, identity, tuple(chunks), its_layout, tuple(states), (*found.report(), *_notes(files)))
+
+
+def _notes(files: list[Path]) -> list[str]:
+    """Say which files only one process can read."""
+    whole = [file for file in files if is_compressed(file) or not format_of(file).is_divided]
+    if not whole:
+        return []
+    more = f" and {len(whole) - 1:,} more" if len(whole) > 1 else ""
+    return [f"{shown(whole[0])}{more} cannot be divided: one process reads a whole file"]
 
 
 def _layout_of(files: list[Path], choice: LayoutChoice) -> Layout:
     """Find the layout of the first file that has columns; the other files have to fit it."""
+    fault = DataError(f"{shown(files[0])} and all other files of the source have no rows: check them")
     for file in files:
-        columns = parquet_columns(file) if _is_parquet(file) else jsonl_columns(file)
+        kind = format_of(file)
+        assert kind is not None  # find_files has refused other files
+        try:
+            columns = kind.columns(file)
+        except NoGoodRowError as error:
+            fault = error
+            continue
         if columns is not None:
-            return choice.resolve(columns, str(file))
-    raise DataError(f"{files[0]} and all other files of the source have no rows: check them")
-
-
-def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() == ".parquet"
+            return choice.resolve(columns, shown(file))
+    raise fault
 
 
 def _digest(file: Path) -> str:
@@ -195,8 +199,8 @@ class SampleChunk:
 
     rows: int
 
-    def frames(self, layout: Layout) -> Iterator[pl.DataFrame]:
-        yield from frames((values_of(row, "the sample,", "sample", layout) for row in _sample_rows()), layout)
+    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
+        yield from frames(((row, lambda: "the sample") for row in _sample_rows()), layout, "sample", bad_rows)
 
 
 def sample_source(choice: LayoutChoice = BY_COLUMNS) -> Source:
@@ -219,35 +223,5 @@ def _sample_rows() -> list[dict[str, str]]:
 
 
 def _is_local(part: str) -> bool:
-    looks_like_path = glob.has_magic(part) or part.startswith((".", "/", "~")) or part.endswith(FILE_SUFFIXES)
+    looks_like_path = glob.has_magic(part) or part.startswith((".", "/", "~")) or format_of(Path(part)) is not None
     return looks_like_path or Path(part).exists()
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield every file below a folder, following linked folders. Visit each folder once, because links can form loops."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(parent, name) for name in names)
-
-
-def _files_of(part: str) -> list[Path]:
-    """List the files that a path, folder or glob stands for. Raises DataError if there are none."""
-    path = Path(part).expanduser()
-    if path.is_dir():
-        found = [file for file in _files_below(path) if file.is_file()]
-    elif path.exists():
-        if not path.name.lower().endswith(FILE_SUFFIXES):
-            raise DataError(f"{part} is of an unknown kind: give {', '.join(FILE_SUFFIXES)} files")
-        return [path]
-    else:
-        found = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
-    files = [file for file in found if file.name.lower().endswith(FILE_SUFFIXES)]
-    if not files:
-        fault = "contains" if path.is_dir() else "does not exist, or matches"
-        raise DataError(f"the source {part} {fault} no {', '.join(FILE_SUFFIXES)} file: check the path")
-    return files

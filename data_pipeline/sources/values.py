@@ -5,19 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import BadRowError
 
 HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
-def text_of(value: object, where: str) -> str:
+def text_of(value: object, name: str) -> str:
     """Return a value as text: numbers as they are written, `true` and `false`, and an empty text for a missing value.
 
-    where: names the value in errors. Raises DataError for lists and objects, and for half a surrogate pair.
+    name: of the field, for errors. Raises BadRowError for lists and objects, and for half a surrogate pair.
     """
     if isinstance(value, str):
         if not value.isascii() and HALF_A_PAIR.search(value):
-            raise DataError(f"{where} has half a surrogate pair, which is not a character: remove it")
+            raise BadRowError("half a surrogate pair", f"{name} has half a surrogate pair, which is not a character")
         return value
     if value is None:
         return ""
@@ -25,7 +25,7 @@ def text_of(value: object, where: str) -> str:
         return "true" if value else "false"
     if isinstance(value, int | float):
         return str(value)
-    raise DataError(f"{where} is of type {type(value).__name__}, not text: make it a string")
+    raise BadRowError(f"{name} is no text", f"{name} is of type {type(value).__name__}, not text")
 
 
 def column_of(field: str, columns: Collection[str]) -> str:

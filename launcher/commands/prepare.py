@@ -34,7 +34,7 @@ def add_prepare(commands) -> None:
     parser.set_defaults(run=prepare)
     add = parser.add_argument
     add("source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset, or parquet / jsonl files or folders")  # fmt: skip
+        help="'sample', a hub dataset, or files, folders and patterns: parquet, arrow, jsonl, json, csv, tar")  # fmt: skip
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
     add("--tokenizer", help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
         f"'train' for the sample, otherwise {LED})")  # fmt: skip
@@ -43,6 +43,13 @@ def add_prepare(commands) -> None:
     add("--rows-per-shard", type=int, default=4096, help="maximum packed rows per tar file (default: %(default)s)")
     add("--validation-share", type=float, metavar="SHARE",
         help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)")  # fmt: skip
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--split", default="train", help="the split of a hub dataset or of a folder to read (default: %(default)s)")
+    add("--exclude-files", nargs="+", default=(), metavar="PATTERN",
+        help="files of a folder to leave out, by name or by path, such as '*.txt' 'raw/*'")  # fmt: skip
+    add("--on-bad-row", default="refuse", choices=("refuse", "skip"),
+        help="end at a row that cannot be read, or skip it and count it by reason (default: %(default)s)")  # fmt: skip
     layout = parser.add_argument_group(
         "columns", "Without these options, the layout follows from the names of the columns."
     )
@@ -86,6 +93,7 @@ def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.cleaning.clean import CleaningOptions
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
+    from data_pipeline.sources.files import FileChoice
     from data_pipeline.sources.layout_choice import LayoutChoice
 
     is_sample = options.source == ["sample"]
@@ -101,6 +109,8 @@ def prepare(options: argparse.Namespace) -> None:
         near_duplicates=options.near_duplicates,
         decontaminate=tuple(options.decontaminate),
         augment=tuple(options.augment),
+        files=FileChoice(options.split, tuple(options.exclude_files)),
+        on_bad_row=options.on_bad_row,
         layout=LayoutChoice(
             options.layout, options.columns, options.prompt_template, options.answer_template, options.task
         ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.sample import training_rows
 from data_pipeline.sources.source import open_source
 from data_pipeline.tokens.tokenizer import train_tokenizer
@@ -43,7 +44,7 @@ def megabytes(rows: pl.DataFrame) -> float:
 
 def rows_of(data: str) -> pl.DataFrame:
     """Read rows with `question`, `answer` and `source`."""
-    return pl.concat(open_source(data).frames()).rename({"prompt": "question"})
+    return pl.concat(open_source(data).frames(BadRows())).rename({"prompt": "question"})
 
 
 def open_corpus(options: Options) -> Corpus:

@@ -19,6 +19,7 @@ from data_pipeline.loading.loader import BatchStream
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.settings import Settings
+from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.source import open_source
 from data_pipeline.tokens.tokenizer import train_tokenizer
 
@@ -67,7 +68,7 @@ def prepare_corpus(data: str, folder: Path) -> None:
 
 def _split(source, folder: Path) -> pl.DataFrame:
     """Write the rows of a share of the questions apart, cleaned; returns the others, which are for training."""
-    frames = [frame.with_columns(clean(pl.col("prompt", "answer"))) for frame in source.frames()]
+    frames = [frame.with_columns(clean(pl.col("prompt", "answer"))) for frame in source.frames(BadRows())]
     rows = pl.concat(frames).rename({"prompt": "question"})
     # By the question, so that none is learnt with one answer and asked for with another.
     apart = pl.Series([_number_of(question) % VALIDATION_SHARE == 0 for question in rows["question"]])

@@ -15,12 +15,12 @@ from data_pipeline.preparation import encode_chunks
 from data_pipeline.preparation import prepare as prepare_module
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.preparation.scratch import save_arrays
-from data_pipeline.sources import jsonl
+from data_pipeline.sources import chunk
 
 
 @pytest.mark.parametrize("empty", ["blank", "an empty gzip", "a line as long as a chunk"])
 def test_a_chunk_without_rows_holds_nobody_up(settings, tmp_path, monkeypatch, empty):
-    monkeypatch.setattr(jsonl, "BYTES_PER_CHUNK", 4096)
+    monkeypatch.setattr(chunk, "BYTES_PER_CHUNK", 4096)
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / "a.jsonl").write_text('{"question": "a b", "answer": "c"}\n')

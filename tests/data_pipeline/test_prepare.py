@@ -136,7 +136,7 @@ def test_a_second_run_gives_the_same_bytes(prepared, corpus, settings, tmp_path)
 
 
 def test_groups_bound_what_packing_mixes(corpus, rows, settings, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.sources.parquet.ROWS_PER_CHUNK", 50)
+    monkeypatch.setattr("data_pipeline.sources.chunk.ROWS_PER_CHUNK", 50)
     monkeypatch.setattr("data_pipeline.preparation.select_rows.ROWS_PER_GROUP", 100)
     pl.DataFrame(rows).write_parquet(tmp_path / "corpus.parquet", row_group_size=25)
     prepare(str(tmp_path / "corpus.parquet"), tmp_path / "out", settings, **QUIETLY)

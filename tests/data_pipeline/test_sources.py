@@ -7,9 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.hub import hub_chunks
 from data_pipeline.sources.layout_choice import LayoutChoice
-from data_pipeline.sources.rows import values_of
+from data_pipeline.sources.layouts import TemplateLayout
 from data_pipeline.sources.source import open_source
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}", "source": "forum", "index": n} for n in range(10)]
@@ -21,7 +22,7 @@ def write_jsonl(path, rows):
 
 
 def read(source):
-    return [row for frame in open_source(source).frames() for row in frame.rows()]
+    return [row for frame in open_source(source).frames(BadRows()) for row in frame.rows()]
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
@@ -51,23 +52,25 @@ def test_a_linked_folder_is_read_once_also_where_links_go_round(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 7, 50, 63, 64, 10_000])
 def test_every_line_is_in_one_chunk_wherever_a_file_is_cut(tmp_path, monkeypatch, size):
-    monkeypatch.setattr("data_pipeline.sources.jsonl.BYTES_PER_CHUNK", size)
+    monkeypatch.setattr("data_pipeline.sources.chunk.BYTES_PER_CHUNK", size)
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl").write_text("\n" + json.dumps(ROWS[0]))  # a blank line, and no newline at the end
     source = open_source(str(tmp_path))
     assert read(str(tmp_path)) == [*TEXTS, TEXTS[0]]
     assert len(source.chunks) == sum(-(-file.stat().st_size // size) for file in tmp_path.iterdir())
     (tmp_path / "a.jsonl").write_text((tmp_path / "a.jsonl").read_text() + "{\n")
-    with pytest.raises(DataError, match="a.jsonl, line 11 is not valid JSON"):
+    with pytest.raises(DataError, match="a.jsonl, line 11: it is not valid JSON"):
         read(str(tmp_path))
 
 
 def test_row_groups_are_put_together_to_chunks_and_never_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr("data_pipeline.sources.parquet.ROWS_PER_CHUNK", 5)
+    monkeypatch.setattr("data_pipeline.sources.chunk.ROWS_PER_CHUNK", 5)
     for group_rows, expected in ((1, [5, 5]), (2, [4, 4, 2]), (3, [3, 3, 4]), (7, [7, 3]), (10, [10])):
         pl.DataFrame(ROWS).write_parquet(tmp_path / "a.parquet", row_group_size=group_rows)
         source = open_source(str(tmp_path / "a.parquet"))
-        assert [sum(len(frame) for frame in chunk.frames(source.layout)) for chunk in source.chunks] == expected
+        assert [
+            sum(len(frame) for frame in chunk.frames(source.layout, BadRows())) for chunk in source.chunks
+        ] == expected
         assert read(str(tmp_path / "a.parquet")) == TEXTS
 
 
@@ -77,7 +80,7 @@ def test_frames_hold_no_more_rows_than_fit_in_memory(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     pl.DataFrame(ROWS).write_parquet(tmp_path / "b.parquet")
     for name in ("a.jsonl", "b.parquet"):
-        frames = list(open_source(str(tmp_path / name)).frames())
+        frames = list(open_source(str(tmp_path / name)).frames(BadRows()))
         assert [len(frame) for frame in frames] == [4, 4, 2]
         assert frames[0].schema == dict.fromkeys(("prompt", "answer", "source"), pl.String)
 
@@ -98,7 +101,7 @@ def dataset(tmp_path):
 
 def test_a_dataset_is_streamed_file_by_file_by_column_name(dataset):
     _, chunks, layout = hub_chunks(str(dataset), LayoutChoice())
-    texts = [[row for frame in chunk.frames(layout) for row in frame.rows()] for chunk in chunks]
+    texts = [[row for frame in chunk.frames(layout, BadRows()) for row in frame.rows()] for chunk in chunks]
     assert texts == [TEXTS[:4], TEXTS[4:8], TEXTS[8:]]
 
 
@@ -108,21 +111,23 @@ def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset
     monkeypatch.setattr("data_pipeline.sources.hub.WAITS", (0, 0))
     faults = [1, 3]  # the connection breaks at these rows' first reading
 
-    def fragile(row, where, default_source, layout):
+    read_row = TemplateLayout.row
+
+    def fragile(layout, row):
         number = int(row["question"][1:])
         if number in faults:
             faults.remove(number)
             raise ConnectionResetError("the peer has gone")
-        return values_of(row, where, default_source, layout)
+        return read_row(layout, row)
 
-    monkeypatch.setattr("data_pipeline.sources.hub.values_of", fragile)
-    assert [row for frame in chunks[0].frames(layout) for row in frame.rows()] == TEXTS[:4]
+    monkeypatch.setattr(TemplateLayout, "row", fragile)
+    assert [row for frame in chunks[0].frames(layout, BadRows()) for row in frame.rows()] == TEXTS[:4]
     said = capsys.readouterr().err
     assert "file 1 of 3 of the hub dataset" in said
     assert "stopped after 2 rows (the peer has gone)" in said
     faults += [0, 0, 0]
     with pytest.raises(DataError, match="stopped after 0 rows: check the network and run again"):
-        list(chunks[0].frames(layout))
+        list(chunks[0].frames(layout, BadRows()))
 
 
 def test_the_sample_is_deterministic():
@@ -142,15 +147,15 @@ def test_a_name_that_is_neither_a_path_nor_on_the_hub_is_one_sentence(monkeypatc
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (b'{"question": "q", "answer": "a"}\n{"question": "q", ', "bad.jsonl, line 2 is not valid JSON"),
-        (b"[1]\n", "bad.jsonl, line 1 is not a JSON object"),
+        (b'{"question": "q", "answer": "a"}\n{"question": "q", ', "bad.jsonl, line 2: it is not valid JSON"),
+        (b"[1]\n", "bad.jsonl, line 1: it is not a JSON object, but of type list"),
         (
             b'{"question": "q", "answer": "a"}\n{"question": "q", "reply": "a"}\n',
-            "bad.jsonl, line 2, has no column answer: it has question, reply, and the layout question-answer needs",
+            "bad.jsonl, line 2: there is no column answer; the columns are question, reply; or skip bad rows with --on-bad-row",
         ),
-        (b'{"question": "q", "answer": [5]}\n', "bad.jsonl, line 1, answer is of type list, not text"),
-        (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1, answer has half a surrogate pair"),
-        (b'{"question": "\xff", "answer": "a"}\n', "bad.jsonl, line 1 is not valid JSON"),
+        (b'{"question": "q", "answer": [5]}\n', "bad.jsonl, line 1: answer is of type list, not text"),
+        (b'{"question": "q", "answer": "\\ud800"}\n', "bad.jsonl, line 1: answer has half a surrogate pair"),
+        (b'{"question": "\xff", "answer": "a"}\n', "bad.jsonl, line 1: it is not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, content, sentence):
@@ -205,7 +210,7 @@ def test_long_rows_come_in_small_frames(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", rows)
     pl.DataFrame(rows).write_parquet(tmp_path / "b.parquet", compression="uncompressed")
     for name in ("a.jsonl", "b.parquet"):
-        frames = list(open_source(str(tmp_path / name)).frames())
+        frames = list(open_source(str(tmp_path / name)).frames(BadRows()))
         assert max(map(len, frames)) <= 6
         assert sum(map(len, frames)) == 40
 

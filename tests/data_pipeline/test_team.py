@@ -21,7 +21,7 @@ from data_pipeline.preparation.team import Member
 
 SETTINGS = {"seq_len": 64, "rows_per_shard": 20, "vocab_size": 400, "validation_share": 0.2}
 SMALL = {
-    "data_pipeline.sources.jsonl.BYTES_PER_CHUNK": 4000,
+    "data_pipeline.sources.chunk.BYTES_PER_CHUNK": 4000,
     "data_pipeline.preparation.select_rows.ROWS_PER_GROUP": 60,
 }
 SCRIPT = """
@@ -40,7 +40,7 @@ def run_and_die(team, *arguments):
 
 units, real_run = itertools.count(1), Team._run
 if __name__ == "__main__":
-    data_pipeline.sources.jsonl.BYTES_PER_CHUNK, data_pipeline.preparation.select_rows.ROWS_PER_GROUP = 4000, 60
+    data_pipeline.sources.chunk.BYTES_PER_CHUNK, data_pipeline.preparation.select_rows.ROWS_PER_GROUP = 4000, 60
     source, out, settings, member, workers, kill_after = sys.argv[1:]
     kill_after, Team._run = int(kill_after), run_and_die
     try:
@@ -158,7 +158,7 @@ def test_a_job_that_fails_leaves_its_units_to_the_others(corpus, start, tmp_path
     out = tmp_path / "out"
     jobs = [start(out, index=index, count=2, source=bad) for index in range(2)]
     for job in jobs:
-        assert "one sentence: " + str(bad) + ", line 421 is not valid JSON" in job.communicate(timeout=60)[1]
+        assert "one sentence: " + str(bad) + ", line 421: it is not valid JSON" in job.communicate(timeout=60)[1]
     done = {path.name for path in chunks_in(out)}
     assert {path.name for path in (out / ".work" / "claims").iterdir()} <= {*done, "tokenizer.json"}
 

@@ -1,0 +1,55 @@
+"""The kinds of files that can be read, by suffix. To add one, write its two functions and name them here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.sources.arrow import arrow_chunks, arrow_columns
+from data_pipeline.sources.chunk import Chunk
+from data_pipeline.sources.compression import COMPRESSIONS
+from data_pipeline.sources.csv_file import csv_chunks, csv_columns
+from data_pipeline.sources.json_file import json_chunks, json_columns
+from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
+from data_pipeline.sources.layouts import Layout
+from data_pipeline.sources.parquet import parquet_chunks, parquet_columns
+from data_pipeline.sources.tar_file import tar_chunks, tar_columns
+
+
+@dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    columns: return the names of a file's columns, or None if it has no row to tell them.
+    chunks: divide a file into chunks. Both raise DataError if the file is damaged.
+    is_divided: whether several processes can share a file that is not compressed.
+    """
+
+    columns: Callable[[Path], list[str] | None]
+    chunks: Callable[[Path, Layout], Sequence[Chunk]]
+    is_divided: bool = True
+
+
+JSONL, CSV = Format(jsonl_columns, jsonl_chunks), Format(csv_columns, csv_chunks, is_divided=False)
+TEXT_FORMATS = {
+    ".jsonl": JSONL,
+    ".ndjson": JSONL,
+    ".json": Format(json_columns, json_chunks),
+    ".csv": CSV,
+    ".tsv": CSV,
+}
+FORMATS = {
+    ".parquet": Format(parquet_columns, parquet_chunks),
+    ".arrow": Format(arrow_columns, arrow_chunks),
+    ".tar": Format(tar_columns, tar_chunks, is_divided=False),
+    **TEXT_FORMATS,
+    **{suffix + compression: kind for suffix, kind in TEXT_FORMATS.items() for compression in COMPRESSIONS},
+}
+NAMED = f"{', '.join(suffix for suffix in FORMATS if suffix.count('.') == 1)} (text also as {', '.join(COMPRESSIONS)})"
+
+
+def format_of(file: Path) -> Format | None:
+    """Return the format of a file, or None if its suffix is not known."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    return FORMATS.get("".join(suffixes[-2:])) or FORMATS.get("".join(suffixes[-1:]))
