@@ -1,11 +1,12 @@
-"""What holds for the whole suite: its options, and that no test changes the environment of another."""
+"""Options and hooks of the whole suite; the environment variables are restored after each test."""
 
 import os
 
 import pytest
 
-# GNU OpenMP's threads spin at the end of each parallel loop. Beside another busy process, as here, a small step then takes
-# ten times as long and more. Read when torch is loaded. (Alone a step is 7 % faster with spinning: runs keep it.)
+# GNU OpenMP's threads spin at the end of each parallel loop. Next to another busy process, as here, that makes a small step
+# ten times slower or more. The variable is read when torch is loaded. (Without other processes a step is 7 % faster with
+# spinning, so real runs keep it.)
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
@@ -37,18 +38,18 @@ def pytest_sessionfinish(session):
 
 
 def pytest_make_parametrize_id(val, argname):
-    """Name a case of bytes by its argument: contents as an id are hard to read, and a gzip's hold the time of day."""
+    """Name a case of bytes by its argument: the bytes are unreadable as an id, and gzip's contain the time of day."""
     return argname if isinstance(val, bytes) else None
 
 
 def pytest_collection_modifyitems(items):
-    """Begin with what takes longest, so that no worker of xdist is left alone with it at the end."""
+    """Run the longest tests first, so that no xdist worker is left alone with one at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # stable: the rest stays in order
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keep the tests of a file on one worker, since they share runs, and those of the only cluster too."""
+    """Keep the tests of a file on one worker, because they share runs; and all cluster tests: there is one cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
@@ -61,7 +62,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(autouse=True)
 def environment_as_it_was():
-    """Commands that a test calls in its own process export who they are, and what is started later would believe it."""
+    """Restore the environment: commands called in a test's process export ranks, which later processes would inherit."""
     before = dict(os.environ)
     yield
     os.environ.clear()

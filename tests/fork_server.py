@@ -1,10 +1,15 @@
-"""Python processes that start in no time: forked from one that has imported torch, DeepSpeed and this project.
+"""Python processes that start in a tenth of a second: forked from one that has imported torch, DeepSpeed and this project.
 
-`Popen` and `run` are those of `subprocess` for command lines that begin with this Python: `[sys.executable, "-m", MODULE,
-...]`, `[sys.executable, "-c", CODE, ...]` or `[sys.executable, FILE, ...]`. The process has its own memory, arguments,
-environment, working folder and streams, and ends as Python ends. It differs from one that was started anew in three ways:
-its modules were imported by the server, all forked processes share one hash seed, and OMP's variables no longer count.
-Tests of imports, of real launchers and of threads start their processes by `subprocess`.
+`Popen` and `run` work like those of `subprocess`, for command lines that begin with this Python:
+`[sys.executable, "-m", MODULE, ...]`, `[sys.executable, "-c", CODE, ...]` or `[sys.executable, FILE, ...]`. The process has
+its own memory, arguments, environment, working folder and streams, and exits as Python does. It differs from a new process
+in three ways:
+
+- its modules were imported by the server,
+- all forked processes share one hash seed,
+- OMP's variables no longer have an effect.
+
+Tests of imports, of real launchers and of threads use `subprocess`.
 """
 
 from __future__ import annotations
@@ -42,7 +47,7 @@ PRELOADED = (
 
 
 class Popen(subprocess.Popen):
-    """`subprocess.Popen` whose child is forked by the server, which tells its exit code over a pipe."""
+    """A `subprocess.Popen` whose child is forked by the server; the server sends the exit code over a pipe."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
                        shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, restore_signals, gid, gids, uid,
@@ -101,7 +106,7 @@ def run(command: list[str], *, timeout: float | None = None, check: bool = False
 
 
 class _Client:
-    """The server as the tests' process sees it: one request at a time, over a socket."""
+    """The connection of the tests' process to the server: one request at a time, over a socket."""
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -121,7 +126,7 @@ class _Client:
             return int(self._socket.recv(64))
 
     def close(self) -> None:
-        """End the server, which ends all that it has forked."""
+        """End the server, which kills all processes that it has forked."""
         self._socket.close()
         self._process.wait()
 
@@ -134,7 +139,7 @@ def _server() -> _Client:
 
 
 def serve(connection: socket.socket) -> None:
-    """Fork a process for each request until the tests' process closes its end; then end those that are left."""
+    """Fork a process for each request until the tests' process closes its end; then kill those that still run."""
     waking, wakes = os.pipe()
     os.set_blocking(wakes, False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -166,7 +171,7 @@ def serve(connection: socket.socket) -> None:
 
 
 def _tell_if_ended(pid: int, running: dict[int, int]) -> None:
-    # Told before it is reaped, so that nobody sends a signal to another process with its number.
+    # Send the code before reaping the process, or the tests might signal another process that got its number.
     if (ended := os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)) is None:
         return
     code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
@@ -178,7 +183,7 @@ def _tell_if_ended(pid: int, running: dict[int, int]) -> None:
 
 
 def _become(request: dict, descriptors: list[int]) -> None:
-    """Be the process that was asked for, from its streams to its exit code; does not return."""
+    """Turn this fork into the requested process, run it and exit with its code. Does not return."""
     for own, descriptor in enumerate(descriptors[:3]):
         os.dup2(descriptor, own)
     for descriptor in descriptors:
@@ -216,7 +221,7 @@ def _open_streams() -> None:
 
 
 def _exit_code_of(arguments: list[str]) -> int:
-    """Run a module, code or a file as `__main__`, and give the exit code that Python would end with."""
+    """Run a module, code or a file as `__main__`, and return the exit code that Python would end with."""
     random.seed()
     kind = arguments[0]
     sys.argv = arguments[1:] if kind in ("-m", "-c") else arguments
@@ -247,12 +252,12 @@ def _exit_code_of(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    """Import what the processes of tests need, and serve."""
+    """Import what the tests' processes need, then serve."""
     for name in PRELOADED:
         importlib.import_module(name)
     with sys.modules["launcher.training.engine"].muon_not_compiled():
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    gc.freeze()  # a collection in a child would copy the pages that all of them share
+    gc.freeze()  # otherwise a garbage collection in a child copies the memory pages that all of them share
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 

@@ -1,4 +1,4 @@
-"""The sizes of a model that a test trains in seconds, with every part in it."""
+"""The sizes of a model that has every part and trains in seconds."""
 
 SIZES = {
     "hidden_size": 32,

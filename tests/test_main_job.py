@@ -1,4 +1,4 @@
-"""The main job as a newcomer runs it, and the real corpus where it is at hand."""
+"""The README's main job, and the preparation of the real corpus if it is on this machine."""
 
 import os
 import re
@@ -15,9 +15,9 @@ CORPUS = PROJECT.parent / "shared" / "data"
 
 
 def run(*command: str) -> str:
-    """What a command of the environment prints; it must succeed."""
+    """Run a command of this Python environment, which must succeed, and return its output."""
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
-    environment.pop("LOCAL_SIZE", None)  # by which DeepSpeed would count this machine's processes
+    environment.pop("LOCAL_SIZE", None)  # DeepSpeed would take it for the number of processes on this machine
     result = subprocess.run(
         command, cwd=PROJECT, env=environment, text=True, timeout=1500, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -28,12 +28,12 @@ def run(*command: str) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_default_run_learns_the_sample(tmp_path):
-    """After the command of the README, two thirds of the held-out answers are exactly right, of about four fifths."""
+    """After the README's command at least two thirds of the held-out answers are exactly right; usually four fifths are."""
     folder = tmp_path / "run"
     launcher = ["deepspeed", "--master_port", str(free_port())]
     training = ["train.py", "--deepspeed_config", "ds_configs/zero3.json"]
     printed = run(*launcher, *training, f"data={tmp_path / 'data'}", "prepare.source=sample", f"output={folder}")
-    if not re.search(r"num_local_procs=([2-9]|\d\d)", printed):  # there is one for each NUMA node of the machine
+    if not re.search(r"num_local_procs=([2-9]|\d\d)", printed):  # the launcher starts one per NUMA node
         assert "expert_parallel_size 2 does not fit 1 process" in printed
     run("lfm", "export", str(folder), "--out", str(folder / "export"))
     printed = run("lfm", "evaluate", str(folder / "export"), "--questions", "sample", "--show", "3")

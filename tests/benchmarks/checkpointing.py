@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks checkpoint
 
-A save counts until the checkpoint is published: written, hashed, synced, renamed. A restore counts from looking for the
-newest whole checkpoint, which hashes all of its files, until the engine has it. Files are in the page cache.
+A save ends when the checkpoint is published: written, hashed, synced and renamed. A restore begins with the search for the
+newest whole checkpoint, which hashes all of its files, and ends when it is loaded. Files are in the page cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REPEATS = 5
 
 
 def measure(options: Options) -> list[Row]:
-    """Megabytes per second of the checkpoint's files."""
+    """Measure megabytes per second of the checkpoint's files."""
     vocabulary = 2048 if options.quick else LED_VOCABULARY
     engine, batch, _ = build_training(Loop("deepspeed", "tiny", layers=4, vocabulary=vocabulary, rows=1, seq_len=256))
     engine.backward(engine(**batch).loss)

@@ -1,6 +1,6 @@
 """What cleaning costs, rule by rule, by hand: `python -m tests.benchmarks.clean DATA` (a folder of parquet files).
 
-CPU time of the process with one thread of polars, in MB/s of question and answer text, each the best of three.
+The speed is in MB of question and answer text per second of CPU time, with one polars thread: the best of three.
 """
 
 import os

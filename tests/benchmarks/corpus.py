@@ -1,4 +1,4 @@
-"""The rows that preparation is measured on: real ones, or made-up text that is the same on every machine."""
+"""The rows for measuring preparation: real ones, or made-up text that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS, QUICK_ROWS = 60_000, 6_000  # 54 and 5 MB of text
 TOKENIZER_ROWS, TOKENIZER_WORDS = 2_000, 8192
 VOCABULARY = 20_000  # made-up words
 QUESTION_WORDS, ANSWER_WORDS = (10, 40), (20, 200)
-# Of all words: with punctuation behind them, and numbers.
+# Of all words: those with punctuation after them, and those that are numbers.
 SHARE_OF_PUNCTUATION, SHARE_OF_NUMBERS = 0.15, 0.03
 BATCH_OF_ROWS = 5_000
 
@@ -48,7 +48,7 @@ def rows_of(data: str) -> pl.DataFrame:
 
 
 def open_corpus(options: Options) -> Corpus:
-    """Read the given rows, or make some up and fit a tokenizer to a part of them; made once in a run."""
+    """Read the given rows, or make some up and fit a tokenizer to a part of them; this is done once in a run."""
     if options.data is not None:
         return Corpus(rows_of(str(options.data)), options.tokenizer)
     folder = options.scratch / "corpus"
@@ -63,12 +63,12 @@ def open_corpus(options: Options) -> Corpus:
 def _fit_tokenizer(rows: pl.DataFrame, folder: Path) -> None:
     """Fit a tokenizer of LED's kind to some rows."""
     texts = (text for row in rows.select("question", "answer").iter_rows() for text in row)
-    # With digits split as the sample's are, gigatoken would not know it, and prepare would encode slowly.
+    # gigatoken does not support split digits, which the sample's tokenizer has, and prepare would encode slowly.
     train_tokenizer(texts, TOKENIZER_WORDS, split_digits=False).save(folder)
 
 
 def made_up_rows(count: int) -> pl.DataFrame:
-    """Return questions of the built-in sample, with their dirt, each continued in words of a made-up language.
+    """Return questions of the built-in sample, not cleaned, each continued in words of a made-up language.
 
     Words are as frequent as in natural text (Zipf's law), and no row is like another.
     """
@@ -88,7 +88,7 @@ def made_up_rows(count: int) -> pl.DataFrame:
 
 
 def _vocabulary(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return words, some with punctuation, and numbers, and how probable each is."""
+    """Return words (some with punctuation, some numbers) and the probability of each."""
     syllables = np.array([first + second for first in "bdfghjklmnprstvw" for second in ("a", "e", "i", "o", "u", "en")])
     # The most frequent words are the shortest.
     lengths = np.minimum(1 + np.log10(1 + np.arange(VOCABULARY)).astype(int), 4)

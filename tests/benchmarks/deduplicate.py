@@ -1,9 +1,9 @@
 """What near duplicates and contamination cost; by hand: `python -m tests.benchmarks.deduplicate DATA [--rows N]`.
 
 DATA is a parquet file or a folder of them, with the columns question and answer. Time is the CPU time of all threads, so
-MB/s are per core. The global step is run a second time on N synthetic rows (2,335,220, as many as WebInstructSub has, unless
-told otherwise): random signatures, every twentieth a near copy of an earlier row, in memory-mapped files as a real run has
-them.
+MB/s are per core. The global step is run a second time on N synthetic rows (default: 2,335,220, as many as WebInstructSub
+has). They are random signatures, and every twentieth is a near copy of an earlier row. As in a real run, the signatures are
+in memory-mapped files.
 """
 
 import argparse
@@ -29,13 +29,13 @@ COPY_SIMILARITY = 0.95
 
 
 def timed(function: Callable[[], Any]) -> tuple[Any, float]:
-    """Gives a function's result and its CPU seconds."""
+    """Return a function's result and its CPU seconds."""
     start = time.process_time()
     return function(), time.process_time() - start
 
 
 def peak_memory(function: Callable[[], Any]) -> int:
-    """Gives the bytes that Python and numpy hold at most while a function runs; maps of files are no part of them."""
+    """Return the peak memory of Python and numpy in bytes while a function runs, without memory-mapped files."""
     tracemalloc.start()
     function()
     peak = tracemalloc.get_traced_memory()[1]
@@ -44,7 +44,7 @@ def peak_memory(function: Callable[[], Any]) -> int:
 
 
 def synthetic_signatures(folder: Path, rows: int, bins: int) -> Iterator[np.ndarray]:
-    """Writes chunks of signatures of unlike rows and of near copies, and maps them into memory."""
+    """Write chunks of signatures, of different rows and of near copies, and yield them mapped into memory."""
     for start in range(0, rows, CHUNK_ROWS):
         generator = np.random.default_rng(start)
         chunk = generator.integers(0, BORROWED, (min(CHUNK_ROWS, rows - start), bins), dtype=np.uint16)
@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="a parquet file, or a folder of them")
     parser.add_argument(
-        "--rows", type=int, default=WEBINSTRUCT_ROWS, help="of the synthetic global step; 0 leaves it out"
+        "--rows", type=int, default=WEBINSTRUCT_ROWS, help="rows of the synthetic global step; 0 skips it"
     )
     arguments = parser.parse_args()
     files = sorted(arguments.data.glob("*.parquet")) if arguments.data.is_dir() else [arguments.data]

@@ -1,9 +1,9 @@
 """Decoding speed at growing positions, by hand: `python -m tests.benchmarks.generate [--threads 1] [--profile]`.
 
-The preset `tiny` beside transformers' `Lfm2Moe` and a Llama with full attention, both of its size (the quality
-benchmark's), random weights in fp32. The models take turns, step by step, so that a busy machine is busy for all of them,
-and the median step counts. `tiny` reads its whole past; in the others' caches, whose time depends on the shape alone, the
-keys and values of the first 1,024 tokens are repeated up to the position.
+Compare the preset `tiny` with transformers' `Lfm2Moe` and a Llama with full attention, all of one size (that of the quality
+benchmark), with random weights in fp32. The models take turns, step by step, so that a busy machine is busy for all of
+them. The median step counts. `tiny` reads its whole past. The time of the others depends only on the shape of their caches,
+so the keys and values of the first 1,024 tokens are repeated up to the position.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REPEATS = 40
 
 
 def build_models(names: Sequence[str] = ("tiny", "Lfm2Moe", "Llama")) -> dict[str, PreTrainedModel]:
-    """Those of the three models that are named, each with about 4.25M active parameters."""
+    """Build the named models, each with about 4.25M active parameters."""
     torch.manual_seed(0)
     longest = max(POSITIONS) + READ
     liquid = LiquidConfig.from_preset("tiny").sized_for(VOCAB_SIZE, max_position_embeddings=longest)
@@ -45,7 +45,7 @@ def build_models(names: Sequence[str] = ("tiny", "Lfm2Moe", "Llama")) -> dict[st
 
 
 def filled_cache(model: PreTrainedModel, position: int, batch: int) -> Cache:
-    """A cache as it is after `position` tokens, in every one of `batch` rows."""
+    """Return a cache as it is after `position` tokens in each of `batch` rows."""
     ids = torch.randint(4, VOCAB_SIZE, (batch, READ), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
     for _ in range(position // READ if isinstance(model, LiquidForCausalLM) else 1):
@@ -59,7 +59,7 @@ def filled_cache(model: PreTrainedModel, position: int, batch: int) -> Cache:
 
 
 def decoder(model: PreTrainedModel, position: int, batch: int) -> Callable[[], None]:
-    """A greedy decoder that stands at `position`; each call writes one token in every row."""
+    """Return a greedy decoder at `position`; each call generates one token in every row."""
     cache = filled_cache(model, position, batch)
     ids = torch.full((batch, 1), 7)
 
@@ -72,7 +72,7 @@ def decoder(model: PreTrainedModel, position: int, batch: int) -> Callable[[], N
 
 
 def measure(options: Options) -> list[Row]:
-    """Tokens per second of `tiny` beside `Lfm2Moe` at two positions; the models take turns step by step."""
+    """Measure tokens per second of `tiny` beside `Lfm2Moe` at two positions; the models take turns step by step."""
     models = build_models(("tiny", "Lfm2Moe"))
     rows = []
     with torch.inference_mode():
@@ -85,14 +85,14 @@ def measure(options: Options) -> list[Row]:
 
 
 def step_seconds(models: dict[str, PreTrainedModel], position: int, batch: int, repeats: int) -> dict[str, list[float]]:
-    """The seconds of each model's steps; they take turns."""
+    """Return the seconds of each model's steps; the models take turns."""
     steps = {name: partial(seconds_of, decoder(model, position, batch)) for name, model in models.items()}
     take_turns(steps, 3)  # not counted
     return take_turns(steps, repeats)
 
 
 def table(repeats: int) -> str:
-    """Tokens a second of every model at every position, and how many times the others' `tiny` has."""
+    """Return tokens per second of every model at every position, and the ratios of `tiny`'s speed to the others'."""
     models = build_models()
     sizes = {name: count_parameters(model) for name, model in models.items() if name != "Llama"}
     sizes["Llama"] = dict.fromkeys(("total", "active"), sum(weight.numel() for weight in models["Llama"].parameters()))
@@ -114,7 +114,7 @@ def table(repeats: int) -> str:
 
 
 def profile_step(batch: int) -> str:
-    """Where the time of one decoding step of `tiny` goes, by operator."""
+    """Return the time of a decoding step of `tiny` by operator."""
     step = decoder(build_models()["tiny"], POSITIONS[0], batch)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -127,7 +127,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=REPEATS)
-    parser.add_argument("--profile", action="store_true", help="show where a step's time goes instead")
+    parser.add_argument("--profile", action="store_true", help="show the time of a step by operator instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.inference_mode():

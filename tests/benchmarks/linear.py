@@ -1,8 +1,8 @@
 """What one layer and one training step cost on a CPU as texts grow; by hand: `python -m tests.benchmarks.linear`.
 
-Memory is what torch allocates, which is exact and the same in every run; the profiler prints a line on stderr. Time is
-that of one thread, as threads that wait for one another spin, and CPU time would count that. The process keeps the memory
-it frees, as training does: otherwise zeroing new pages makes the longest text a fifth slower.
+Memory is what torch allocates, which is exact and the same in every run; the profiler prints a line on stderr. Time is the
+CPU time of one thread, because several threads spin while they wait for one another, which would count. The process keeps
+the memory it frees, as training does: otherwise zeroing new pages makes the longest text a fifth slower.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ENVIRONMENT = AS_IN_TRAINING
 
 
 def liquid_layer() -> LiquidModel:
-    """`base` at half its width with a single layer, every branch in it; it is fed with embeddings."""
+    """Return `base` at half its width with a single layer that has every branch; its inputs are embeddings."""
     torch.manual_seed(0)
     config = LiquidConfig(
         vocab_size=128, hidden_size=HIDDEN, num_hidden_layers=1, max_position_embeddings=max(LENGTHS),
@@ -45,7 +45,7 @@ def liquid_layer() -> LiquidModel:
 
 
 class FullAttention(nn.Module):
-    """What local attention replaces: `[B, T, D]` → `[B, T, D]`, each token attending to all before it."""
+    """Attention that local attention replaces: `[B, T, D]` → `[B, T, D]`; each token attends to all before it."""
 
     def __init__(self):
         super().__init__()
@@ -60,16 +60,16 @@ class FullAttention(nn.Module):
 
 
 def forward_and_backward(module: nn.Module, tokens: int) -> None:
-    """One pass of a layer over a text of so many tokens, with gradients for its input and its parameters."""
+    """Run a layer over a text of `tokens` tokens, with gradients for its input and its parameters."""
     hidden = torch.full((1, tokens, HIDDEN), 0.02).normal_().requires_grad_()
     output = module(inputs_embeds=hidden)[0] if isinstance(module, LiquidModel) else module(hidden)
     output.square().sum().backward()
 
 
 def training_step(model: LiquidForCausalLM, ids: torch.Tensor, plain: bool) -> dict[str, torch.Tensor]:
-    """Forward and backward of the cross entropy alone, on a model without gradients; returns them by name.
+    """Run forward and backward of the cross entropy on a model without gradients; return the gradients by name.
 
-    `plain` holds the logits of all tokens in fp32 and hands them to `F.cross_entropy`, as the textbook has it.
+    `plain` keeps the logits of all tokens in fp32 and passes them to `F.cross_entropy`, as textbooks do.
     """
     model.loss_weights = LossWeights(focal=0.0, reconstruction=0.0, budget=0.0, expert_usage=0.0, z_loss=0.0)
     if plain:
@@ -82,7 +82,7 @@ def training_step(model: LiquidForCausalLM, ids: torch.Tensor, plain: bool) -> d
 
 
 def tiny_model(tokens: int, recompute: bool) -> LiquidForCausalLM:
-    """The preset `tiny` with LED's vocabulary, in training."""
+    """Return the preset `tiny` with LED's vocabulary, in training mode."""
     torch.manual_seed(0)
     config = LiquidConfig.from_preset("tiny", max_position_embeddings=tokens).sized_for(LED_VOCABULARY)
     model = LiquidForCausalLM(config).train()
@@ -92,7 +92,7 @@ def tiny_model(tokens: int, recompute: bool) -> LiquidForCausalLM:
 
 
 def cpu_seconds(step: Callable[[], object], repeats: int) -> float:
-    """CPU time; the least of several, since other processes only ever add to it."""
+    """Return the least CPU time of several steps, since other processes can only add to it."""
     times = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -102,7 +102,7 @@ def cpu_seconds(step: Callable[[], object], repeats: int) -> float:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """The most memory that a step has allocated at a time, beyond what there was before it."""
+    """Return the peak of the memory that a step allocates, beyond what was allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -110,7 +110,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
 
 
 def measure_growth(options: Options) -> list[Row]:
-    """Microseconds per token of the liquid layer on long texts, beside the same on short ones: a slope of 1."""
+    """Measure microseconds per token of the liquid layer on long texts and on short ones; a slope of 1 is linear."""
     short, *longer = (256, 1024) if options.quick else (1024, 4096, 16384)
     rows = []
     for long in longer:
@@ -125,7 +125,7 @@ def measure_growth(options: Options) -> list[Row]:
 
 
 def measure_loss_memory(options: Options) -> list[Row]:
-    """Peak megabytes of a training step with the loss in chunks, beside plain cross entropy of all logits."""
+    """Measure the peak megabytes of a training step with the loss in chunks, beside plain cross entropy of all logits."""
     tokens = STEP_TOKENS // 8 if options.quick else STEP_TOKENS
     chunked, plain = (peak / MEGABYTE for peak in loss_peaks(tokens, recompute=True))
     what = f"training step of `tiny`, {tokens:,} tokens, {LED_VOCABULARY:,} words"
@@ -133,12 +133,12 @@ def measure_loss_memory(options: Options) -> list[Row]:
 
 
 def growth_turns(short: int, long: int, repeats: int) -> list[tuple[float, float]]:
-    """CPU seconds for `long` tokens in the liquid layer: cut into short texts, and as one long text.
+    """Return CPU seconds for `long` tokens in the liquid layer: cut into short texts, and as one long text.
 
     The two are measured one right after the other, so that a machine that slows down for a while slows down both.
     """
     layer = liquid_layer()
-    forward_and_backward(layer, long)  # leaves memory, gradients and libraries' buffers behind
+    forward_and_backward(layer, long)  # allocates memory, gradients and libraries' buffers
     turns = []
     for _ in range(repeats):
         begin = time.process_time()
@@ -151,16 +151,16 @@ def growth_turns(short: int, long: int, repeats: int) -> list[tuple[float, float
 
 
 def time_growth(short: int, long: int, repeats: int) -> float:
-    """How many times the CPU time of a short text a long one takes; the least of several ratios."""
+    """Return the CPU time of a long text divided by that of a short one; the least of several ratios."""
     return min(long // short * as_one / in_parts for in_parts, as_one in growth_turns(short, long, repeats))
 
 
 def layer_table() -> str:
-    """Seconds and megabytes of either layer at every length, and how much the longest costs beside the shortest."""
+    """Return seconds and megabytes of both layers at every length, and the ratio of the longest to the shortest."""
     rows = ["tokens | liquid layer s | MB | full attention s | MB"]
     layers = liquid_layer(), FullAttention()
     for layer in layers:
-        forward_and_backward(layer, LENGTHS[-1])  # leaves memory, gradients and libraries' buffers behind
+        forward_and_backward(layer, LENGTHS[-1])  # allocates memory, gradients and libraries' buffers
     costs = []
     for tokens in LENGTHS:
         steps = [partial(forward_and_backward, layer, tokens) for layer in layers]
@@ -173,14 +173,14 @@ def layer_table() -> str:
 
 
 def loss_peaks(tokens: int, recompute: bool) -> tuple[int, int]:
-    """Peak bytes of a training step with the loss in chunks, and with all logits in fp32."""
+    """Return the peak bytes of a training step with the loss in chunks, and with all logits in fp32."""
     ids = torch.randint(4, LED_VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
     steps = [partial(training_step, tiny_model(tokens, recompute), ids, plain) for plain in (False, True)]
     return peak_bytes(steps[0]), peak_bytes(steps[1])
 
 
 def loss_table() -> str:
-    """Peak memory of a training step with the loss in chunks and with all logits, and how they compare."""
+    """Return the peak memory of a training step with the loss in chunks and with all logits, and the ratio."""
     rows = [f"a step of tiny, {STEP_TOKENS:,} tokens, {LED_VOCABULARY:,} words | chunked MB | plain MB | ratio"]
     for recompute in (True, False):
         chunked, plain = loss_peaks(STEP_TOKENS, recompute)

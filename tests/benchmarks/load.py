@@ -1,9 +1,9 @@
 """How fast rows come from shards to batches, beside other readers of the same rows; by hand: `python -m tests.benchmarks.load`.
 
-All in one process with one thread, from the page cache, shuffled, in batches of 32 rows of 2,048 tokens. Every reader
-gives input_ids, labels and position_ids of rows with documents. `litdata, tokens alone` does not: it is what that library
-does with plain blocks of tokens, as one int64 tensor, and so does less. Time is the processor time of the whole process,
-as a machine may be shared. Readers take turns; by hand the best pass of each counts.
+All readers run in one process with one thread and read shuffled rows from the page cache, in batches of 32 rows of 2,048
+tokens. Every reader gives input_ids, labels and position_ids of rows with documents, except `litdata, tokens alone`: it
+reads plain blocks of tokens into one int64 tensor, as that library usually does, which is less work. Time is the processor
+time of the whole process, because a machine may be shared. Readers take turns; by hand the best pass of each counts.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEQ_LEN = 2048
 VOCABULARY = 50_266
 BATCH_ROWS = 32
 ROWS, ROWS_PER_SHARD = 16_384, 4096
-SHUFFLE_BUFFER = 1000  # rows, of webdataset
+SHUFFLE_BUFFER = 1000  # rows in webdataset's buffer
 PASSES = 4
 MEGABYTE = 1e6
 TOKENS_ALONE = "litdata, tokens alone"
@@ -41,7 +41,7 @@ Reader = Callable[[], Iterator[torch.Tensor]]
 
 
 def make_folder(path: Path, shards: list[PackedRows]) -> ShardFolder:
-    """The rows as a finished shard folder, with nothing in the place of a tokenizer."""
+    """Write the rows as a finished shard folder with an empty tokenizer folder."""
     (path / TOKENIZER_FOLDER).mkdir(parents=True)
     write_index(path, {
         "format_version": FORMAT_VERSION, "config": {}, "seq_len": SEQ_LEN, "vocab_size": VOCABULARY,
@@ -63,7 +63,7 @@ def batches_of_ours(folder: ShardFolder) -> Reader:
 
 
 def to_batch(rows: list[tuple[np.ndarray, np.ndarray]]) -> torch.Tensor:
-    """What the other readers' rows still need: tokens and spans to input_ids, labels and position_ids."""
+    """Turn tokens and spans, as the other readers give them, into input_ids, labels and position_ids."""
     tokens, spans = zip(*rows, strict=True)
     pieces = np.array([len(one) for one in spans])
     packed = PackedRows(np.stack(tokens), np.concatenate(spans), pieces)
@@ -96,7 +96,7 @@ def batches_of_litdata(folder: ShardFolder, scratch: Path, shards: list[PackedRo
 
 
 def batches_of_litdata_tokens(folder: ShardFolder, scratch: Path, shards: list[PackedRows]) -> Reader:
-    """Its way with text that has no documents: chunks of tokens, read in blocks of a row; no labels, no positions."""
+    """Read text without documents as litdata does: chunks of tokens in blocks of a row, no labels, no positions."""
     from litdata import StreamingDataset, TokensLoader
     from litdata.streaming.cache import Cache
 
@@ -110,7 +110,7 @@ def batches_of_litdata_tokens(folder: ShardFolder, scratch: Path, shards: list[P
 
 
 def batches_of_mds(folder: ShardFolder, scratch: Path, shards: list[PackedRows]) -> Reader:
-    # The package imports its image datasets, and with them torchvision, whose wheel must be of torch's very build.
+    # The package imports its image datasets and thus torchvision, whose wheel must match the build of torch.
     sys.modules.setdefault("streaming.vision", types.ModuleType("streaming.vision"))
     from streaming import MDSWriter, StreamingDataset
 
@@ -145,7 +145,7 @@ OTHERS = {
 
 
 def measure(options: Options) -> list[Row]:
-    """Rows per second of processor time, warm, beside each other reader."""
+    """Measure rows per second of processor time, warm, beside each other reader."""
     _, readers, missing = make_readers(options.scratch / "load", ROWS_PER_SHARD if options.quick else ROWS)
     speeds = take_turns({name: speed_of(reader) for name, reader in readers.items()}, options.repeats(PASSES))
     return [
@@ -158,7 +158,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def make_readers(scratch: Path, rows: int) -> tuple[ShardFolder, dict[str, Reader], dict[str, str]]:
-    """Write the same random rows for every reader; returns our folder, the readers, and why others are missing.
+    """Write the same random rows for every reader; return our folder, the readers, and why others are missing.
 
     Raises `ValueError` if a reader does not give all of the rows.
     """
@@ -175,11 +175,11 @@ def make_readers(scratch: Path, rows: int) -> tuple[ShardFolder, dict[str, Reade
         except ImportError as error:
             missing[name] = str(error)
     expected = {hashlib.sha256(row.astype(np.int64).tobytes()).digest() for rows in shards for row in rows.tokens}
-    for name, reader in readers.items():  # which also opens what is opened once
+    for name, reader in readers.items():  # a first pass also opens the files
         seen = {hashlib.sha256(row.numpy().tobytes()).digest() for batch in reader() for row in batch}
-        # Some drop the rows of a last batch that is not full.
+        # Some readers drop a last batch that is not full.
         if not seen <= expected or len(seen) < 0.98 * len(expected):
-            raise ValueError(f"{name} gave {len(seen & expected)} of the {len(expected)} rows, and others")
+            raise ValueError(f"{name} gave {len(seen & expected)} of the {len(expected)} rows, or other rows")
     return folder, readers, missing
 
 
@@ -207,7 +207,7 @@ def main() -> None:
 
 
 def report(first_pass: float, speeds: dict[str, list[float]]) -> None:
-    """Print rows and MB of tokens per second; exits with an error below our own goal."""
+    """Print rows and MB of tokens per second; exit with an error below our own goal."""
     megabytes = SEQ_LEN * 2 / MEGABYTE  # a row
     print(f"rows of {SEQ_LEN} tokens; rows and MB of tokens per second of processor time")
     print(f"{'this, first pass (hashes)':26} {first_pass:10,.0f} rows/s {megabytes * first_pass:8.0f} MB/s")
@@ -217,7 +217,9 @@ def report(first_pass: float, speeds: dict[str, list[float]]) -> None:
     others = {name: max(passes) for name, passes in speeds.items() if name not in ("this", TOKENS_ALONE)}
     if others:
         fastest = max(others, key=others.get)
-        print(f"{max(speeds['this']) / others[fastest]:.1f} times the best of the others, {fastest}; the goal is 2")
+        print(
+            f"{max(speeds['this']) / others[fastest]:.1f} times as fast as the best other reader, {fastest}; the goal is 2"
+        )
     if megabytes * max(speeds["this"]) < 500:
         sys.exit("below the goal of 500 MB/s")
 

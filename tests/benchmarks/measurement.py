@@ -1,4 +1,4 @@
-"""What a benchmark returns: our figures beside those of a peer or a limit, taken by turns in the same run."""
+"""The results of benchmarks: our figures beside those of a peer or a limit, measured in turns in the same run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Options:
-    """What a benchmark is run with: sizes, its scratch folder, and real rows instead of made-up ones.
+    """The options of a run: its sizes, its scratch folder, and real rows instead of made-up ones.
 
     `scratch` is shared by all benchmarks of a run. `data` and `tokenizer` are both given, or neither.
     """
@@ -23,7 +23,7 @@ class Options:
     tokenizer: Path | None = None
 
     def repeats(self, usual: int) -> int:
-        """Return how often to measure: `usual` times, or twice if only a quick look is wanted."""
+        """Return how often to measure: `usual` times, or twice in a quick run."""
         return 2 if self.quick else usual
 
     def to_json(self) -> dict:
@@ -55,8 +55,8 @@ class Goal:
 class Row:
     """One line of the table.
 
-    `ours` and `theirs` are as long as each other, in `unit`: figures at the same index were measured one right after the
-    other. `not_run` says why there are no figures of the peer, or none at all.
+    `ours` and `theirs` have the same length and the unit `unit`; figures at the same index were measured one right after
+    the other. `not_run` says why there are no figures of the peer, or none of both.
     """
 
     what: str
@@ -105,7 +105,7 @@ class Result:
 
 
 def take_turns(ways: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Call each way in turn, `repeats` times over; returns what each returned, in order."""
+    """Call each way in turn, `repeats` times; return the results of each, in order."""
     figures: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
         for name, way in ways.items():

@@ -1,8 +1,8 @@
-"""How fast `tiny` learns beside transformers' `Lfm2Moe` of the same size: forward and backward, one thread.
+"""How fast `tiny` is beside transformers' `Lfm2Moe` of the same size: forward and backward, one thread.
 
     python -m tests.benchmarks model-step
 
-The models and their losses are those of the quality benchmark. They take turns; the optimizer is not part of it.
+The models and their losses are those of the quality benchmark. The models take turns; the optimizer is not measured.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ OTHERS = {"lfm2moe": "`Lfm2Moe`, 8 layers", "lfm2moe-6-layers": "`Lfm2Moe`, 6 wi
 
 
 def measure(options: Options) -> list[Row]:
-    """Tokens per second in fp32, and in bf16 on a CPU that computes it natively."""
+    """Measure tokens per second in fp32, and in bf16 on a CPU that computes it natively."""
     batch = make_batch(1 if options.quick else ROWS, SEQ_LEN, VOCABULARY)
     dtypes = [torch.float32, *([torch.bfloat16] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else [])]
     rows = []
     for dtype in dtypes:
         trainees = {name: Trainee(name, VOCABULARY, seed=0, dtype=dtype) for name in ("tiny", *OTHERS)}
         steps = {name: functools.partial(forward_and_backward, trainee, batch) for name, trainee in trainees.items()}
-        take_turns(steps, 2)  # not counted: memory is taken, and libraries choose their kernels
+        take_turns(steps, 2)  # not counted: they allocate memory, and libraries choose their kernels
         seconds = take_turns(steps, options.repeats(REPEATS))
         speeds = {name: rates(batch["input_ids"].numel(), values) for name, values in seconds.items()}
         what = f"`tiny`, forward and backward in {str(dtype).removeprefix('torch.')}"
@@ -37,6 +37,6 @@ def measure(options: Options) -> list[Row]:
 
 
 def forward_and_backward(trainee: Trainee, batch: dict[str, torch.Tensor]) -> float:
-    """Compute the loss and its gradients once; returns the seconds."""
+    """Compute the loss and its gradients once; return the seconds."""
     trainee.model.zero_grad(set_to_none=True)
     return seconds_of(lambda: trainee.objective.loss(batch).backward())

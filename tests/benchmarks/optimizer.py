@@ -1,8 +1,8 @@
-"""How fast torch's fused AdamW, which ds_configs/ asks for, takes a step beside others on the same parameters.
+"""How fast is a step of torch's fused AdamW, the optimizer of ds_configs/, beside others on the same parameters?
 
     python -m tests.benchmarks optimizer
 
-DeepSpeed's own FusedAdam is compared only if it is compiled already: that takes a C++ compiler and two minutes.
+DeepSpeed's own FusedAdam is compared only if it is compiled already, which takes a C++ compiler and two minutes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WARM_UP, REPEATS = 3, 40
 
 
 def measure(options: Options) -> list[Row]:
-    """Steps per second of `tiny` in fp32, one thread."""
+    """Measure steps per second of `tiny` in fp32, one thread."""
     missing = ""
     optimizers = {
         "ours": torch.optim.AdamW(parameters(), **SETTINGS, fused=True),
@@ -60,6 +60,6 @@ def parameters() -> list[torch.nn.Parameter]:
 
 
 def is_compiled(operator: str) -> bool:
-    """Whether DeepSpeed's operator lies compiled in this environment."""
+    """Whether DeepSpeed's operator is compiled in this environment."""
     export_for_torch(detect_environment())
     return any(Path(os.environ.get("TORCH_EXTENSIONS_DIR", "")).glob(f"{operator}/*.so"))

@@ -1,4 +1,4 @@
-"""Random packed rows of documents, as the shards have them, and batches of them, as the loader gives them."""
+"""Random packed rows of documents as in shards, and batches of them as from the loader."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from data_pipeline.loading.collate import ARRAYS, collate
 from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 
-PIECE_TOKENS = 210  # on average, as the documents of webinstruct
+PIECE_TOKENS = 210  # on average, as in webinstruct
 SHORTEST_PIECE = 20
 PAD = 1
 

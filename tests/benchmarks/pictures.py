@@ -41,13 +41,13 @@ PARTS = (
 
 
 def svg(width: int, height: int, title: str, *parts: str) -> str:
-    """A picture with the common style."""
+    """Return a picture in the common style."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">\n'
     return head + STYLE + "\n".join(parts) + "\n</svg>\n"
 
 
 def box(x: float, y: float, width: float, height: float, name: str, detail: str = "", kind: str = "box") -> str:
-    """A labelled rectangle."""
+    """Draw a labelled rectangle."""
     middle = x + width / 2
     lines = [f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="6" class="{kind}"/>']
     lines.append(
@@ -59,12 +59,12 @@ def box(x: float, y: float, width: float, height: float, name: str, detail: str 
 
 
 def arrow(x: float, y1: float, y2: float) -> str:
-    """From top to bottom."""
+    """Draw an arrow from top to bottom."""
     return f'<path d="M{x} {y1} V{y2}" class="line" marker-end="url(#head)"/>'
 
 
 def architecture() -> str:
-    """One column: table, embedding, the repeated block with its four parts, norm, head."""
+    """Draw one column: table, embedding, the repeated block with its four parts, norm, head."""
     drawn, y, middle = [ARROW], 10, 260
     for name, detail in (
         ("token ids", ""),
@@ -91,7 +91,7 @@ def architecture() -> str:
 
 
 def curve(points: list[tuple[float, float]], of_x: tuple[float, float], of_y: tuple[float, float], kind: str) -> str:
-    """A line through points of a plot, whose area is 60 to 620 by 30 to 250."""
+    """Draw a line through points of a plot, which reaches from 60 to 620 across and from 30 to 250 down."""
     xs = (60 + 560 * (x - of_x[0]) / (of_x[1] - of_x[0]) for x, _ in points)
     ys = (250 - 220 * (y - of_y[0]) / (of_y[1] - of_y[0]) for _, y in points)
     place = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
@@ -99,7 +99,7 @@ def curve(points: list[tuple[float, float]], of_x: tuple[float, float], of_y: tu
 
 
 def run_picture(run: Path) -> str:
-    """Training loss, and the share of right held-out tokens, over a run's steps."""
+    """Draw the training loss and the share of right held-out tokens over a run's steps."""
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     loss = [(event.step, event.value) for event in events.Scalars(tags.CROSS_ENTROPY)]

@@ -2,14 +2,14 @@
 
     python -m tests.benchmarks.prepare --data FOLDER --tokenizer FOLDER [--workers N] [--repeat 5]
 
-The whole command runs on the corpus and on `repeat` different copies of it, each in a process of its own; from the
-difference comes the steady speed, without start-up. Then, on a part of the rows, in the same run:
+The whole command runs on the corpus and on `repeat` different copies of it, each in a process of its own; the difference
+gives the steady speed, without start-up. Then, on a part of the rows, in the same run:
 
   tokenizers     the tokenizer's own batch encoder, all cores, nothing else
-  datasets       datasets.map with the tokenizer, in batches and as many processes, then webdataset's ShardWriter
-  datatrove      its tokenizer pipeline with as many workers
+  datasets       datasets.map with the tokenizer, in batches and N processes, then webdataset's ShardWriter
+  datatrove      its tokenizer pipeline with N workers
 
-MB are those of question and answer text. The others' imports are not counted, their worker processes are.
+MB are of question and answer text. The time of the others includes their worker processes, but not their imports.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from data_pipeline.preparation.settings import Settings
 from tests.benchmarks.corpus import megabytes, open_corpus, rows_of
 from tests.benchmarks.measurement import Options, Row, rates, seconds_of, take_turns
 
-SLOW_ROWS = 10_000  # of the slow ways: their speed does not depend on how many
+SLOW_ROWS = 10_000  # for the slow ways, whose speed does not depend on the number of rows
 STEPS = ("read", "clean", "encode", "keys", "keep", "load", "pack", "write")
 SEQ_LEN = 2048
 COPIES = 5
@@ -45,7 +45,7 @@ COPIES = 5
 
 @dataclass(frozen=True)
 class Preparation:
-    """How every way prepares: the tokenizer's folder, tokens in a packed row, processes."""
+    """The settings of every way: the tokenizer's folder, tokens in a packed row, processes."""
 
     tokenizer: Path
     seq_len: int = SEQ_LEN
@@ -53,7 +53,7 @@ class Preparation:
 
 
 def measure(options: Options) -> list[Row]:
-    """Whole command and steady speed beside datatrove and `datasets.map`, in MB/s."""
+    """Measure the whole command and its steady speed beside datatrove and `datasets.map`, in MB/s."""
     corpus = open_corpus(options)
     preparation = Preparation(corpus.tokenizer)
     folder = options.scratch / "prepare"
@@ -83,7 +83,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def copy_corpus(rows: pl.DataFrame, folder: Path, copies: int) -> None:
-    """Write a corpus several times, each row in each copy a different one."""
+    """Write a corpus several times, with different rows in every copy."""
     folder.mkdir()
     for copy in range(copies):
         changed = rows if copy == 0 else rows.with_columns(pl.col("answer") + f" ({copy})")
@@ -91,9 +91,9 @@ def copy_corpus(rows: pl.DataFrame, folder: Path, copies: int) -> None:
 
 
 def run_command(preparation: Preparation, source: Path, out: Path) -> dict:
-    """Run `lfm prepare` on a folder; gives its seconds, CPU seconds and the highest memory of all its processes.
+    """Run `lfm prepare` on a folder; return its seconds, CPU seconds and the peak memory of all its processes.
 
-    What it makes is removed. Raises `subprocess.CalledProcessError` if it fails.
+    Its output is deleted. Raises `subprocess.CalledProcessError` if it fails.
     """
     command = [sys.executable, "-m", "launcher.cli", "prepare", str(source), "--out", str(out)]
     command += ["--tokenizer", str(preparation.tokenizer)]
@@ -112,7 +112,7 @@ def run_command(preparation: Preparation, source: Path, out: Path) -> dict:
 
 
 class PeakMemory:
-    """The highest sum of the memory of a process and its children; pages that they share count once for each."""
+    """The peak memory of a process and its children; pages that they share count for each of them."""
 
     def __init__(self, pid: int) -> None:
         self._process, self._peak, self._running = psutil.Process(pid), 0, True
@@ -181,7 +181,7 @@ def datatrove_pipeline(rows: pl.DataFrame, preparation: Preparation, folder: Pat
     numbers = itertools.count()
 
     def run() -> float:
-        out = folder / f"datatrove-{next(numbers)}"  # it skips what a folder of logs says is done
+        out = folder / f"datatrove-{next(numbers)}"  # datatrove skips work that its logs record as done
         writer = DocumentTokenizer(str(out / "out"), tokenizer_name_or_path=tokenizer, shuffle_documents=False)
         executor = LocalPipelineExecutor(
             [JsonlReader(str(source)), writer], tasks=preparation.workers, workers=preparation.workers,
@@ -199,7 +199,7 @@ PEER_NAMES = {"datatrove": "datatrove", "datasets": "`datasets.map`, ShardWriter
 def available_ways(
     ways: dict[str, Callable], rows: pl.DataFrame, preparation: Preparation, folder: Path
 ) -> tuple[dict[str, Callable[[], float]], dict[str, str]]:
-    """Return the ways that can run, each a function that runs once and gives its seconds, and why others cannot."""
+    """Return the ways that can run, as functions that run once and return seconds, and why the others cannot."""
     available, missing = {}, {}
     for name, way in ways.items():
         try:
@@ -239,7 +239,7 @@ def main() -> None:
 
 
 def print_steps(preparation: Preparation, source: Path, out: Path, megabytes: float) -> None:
-    """Where the time goes: one process, so that nothing waits for another."""
+    """Print the time of each step, in one process, so that no process waits for another."""
     seconds = Seconds()
     settings = Settings(tokenizer=str(preparation.tokenizer), seq_len=preparation.seq_len)
     total = seconds_of(lambda: prepare(str(source), out, settings, workers=1, progress=False, seconds=seconds))

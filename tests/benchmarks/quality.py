@@ -8,12 +8,12 @@ order, in bf16 with fp32 master weights, and are measured in bits per byte of he
   speed      whole training steps of two models by turns in one process: `tiny` beside every other model, on all cores.
              Let nothing else run meanwhile; or, on a busy machine, take CPU time on one core: --workers 1 --threads 1
   sweep      a short run for each of four learning rates, the same for both models
-  seeds      three initialisations of both at their best rate; LFM2, where it is faster, also for tiny's time
+  seeds      three initialisations of both at their best rate; if LFM2 is faster, it also trains for tiny's time
   ablations  `tiny` without a part, or with another memory, at `tiny`'s best rate
 
-A part runs what it needs of the parts before it. Every run is a process that leaves a JSON file in OUT/runs, so the same
-command again goes on where an interrupted one stopped, and the tables come at once when all is done. The files do not
-know the model's code: after changing the model, use --fresh (with --only, it discards that part alone).
+A part runs what it needs of the parts before it. Every run is a process that writes a JSON file to OUT/runs. So after an
+interruption the same command does only the missing runs, and if none is missing it prints the tables at once. The files do
+not depend on the model's code: after changing the model, use --fresh (with --only, it discards only that part).
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from tests.benchmarks.quality_models import ABLATIONS, Trainee, check_sizes, cou
 PARTS = ("speed", "sweep", "seeds", "ablations")
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 SEEDS = (0, 1, 2)
-ABLATION_SEEDS = SEEDS[:2]  # one alone says little: initialisations differ by more than most parts do
+ABLATION_SEEDS = SEEDS[:2]  # one is not enough: initialisations differ by more than most parts do
 CURVE_POINTS = 10
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that decides one training run."""
+    """Everything that determines one training run."""
 
     variant: str
     learning_rate: float
@@ -72,7 +72,7 @@ class Run:
 
 
 def train(run: Run, corpus: Path) -> dict:
-    """Train and measure one model; returns what its JSON file holds."""
+    """Train and measure one model; return the content of its JSON file."""
     memory_before = process_memory("VmRSS")
     validation, stream = validation_batches(corpus), training_stream(corpus)
     trainee = Trainee(run.variant, stream.data.vocab_size, run.seed)
@@ -103,13 +103,13 @@ def train(run: Run, corpus: Path) -> dict:
 
 
 def process_memory(field: str) -> int:
-    """This process's `VmRSS` or, its highest value, `VmHWM`, in KiB."""
+    """Return this process's `VmRSS`, or its peak `VmHWM`, in KiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 class Benchmark:
-    """What is asked for, what is done, and the processes that do the rest."""
+    """The requested parts, the finished runs, and the processes of the missing ones."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -119,14 +119,14 @@ class Benchmark:
         self.to_discard = {options.only} if options.only else set(PARTS)
         if not options.fresh:
             self.to_discard = set()
-        self.discarded: set[str] = set()  # and by now done anew
+        self.discarded: set[str] = set()  # and done again since
 
     def speed(self) -> dict:
         task = {"speed_steps": self.options.speed_steps}
         return self.results("speed", {"speed": task}, workers=1, threads=self.threads * self.options.workers)["speed"]
 
     def sweep(self) -> dict[str, list[dict]]:
-        """The runs of each of the two models, by learning rate."""
+        """Return the runs of each of the two models, by learning rate."""
         models = ("tiny", "lfm2moe")
         runs = [Run(model, rate, SEEDS[0], self.options.sweep_tokens, False) for model in models for rate in RATES]
         results = self.train_all("sweep", runs)
@@ -138,15 +138,15 @@ class Benchmark:
         return {model: best_rate(results) for model, results in self.sweep().items()}
 
     def seeds(self) -> dict[str, list[dict]]:
-        """The runs of each row of the first table."""
+        """Return the runs of each row of the first table."""
         rates, tokens = self.best_rates(), self.options.tokens
         rows = {
             "tiny": [Run("tiny", rates["tiny"], seed, tokens) for seed in SEEDS],
             "lfm2moe": [Run("lfm2moe", rates["lfm2moe"], seed, tokens) for seed in SEEDS],
             "lfm2moe-6-layers": [Run("lfm2moe-6-layers", rates["lfm2moe"], SEEDS[0], tokens)],
         }
-        # In the time that tiny takes, a faster LFM2 sees more tokens. (Where tiny is the faster one, equal tokens are the
-        # harder comparison for it already.)
+        # In the time that tiny takes, a faster LFM2 sees more tokens. (If tiny is faster, the comparison at equal tokens is
+        # already the harder one for it.)
         for model, results in (("lfm2moe", rows["lfm2moe"]), ("lfm2moe-6-layers", rows["lfm2moe-6-layers"])):
             ratio = self.speed()["bfloat16"][model]["ratio"]
             if ratio < 1:
@@ -157,7 +157,7 @@ class Benchmark:
         return {row: [next(results) for _ in runs] for row, runs in rows.items()}
 
     def ablations(self) -> dict[str, list[dict]]:
-        """The runs of each ablation, after those of `tiny` itself."""
+        """Return the runs of each ablation, after those of `tiny` itself."""
         rate, tokens = self.best_rates()["tiny"], self.options.tokens
         default = self.train_all("seeds", [Run("tiny", rate, seed, tokens) for seed in SEEDS])
         runs = [Run(variant, rate, seed, tokens) for seed in ABLATION_SEEDS for variant in ABLATIONS]
@@ -171,7 +171,7 @@ class Benchmark:
         return [results[run.name] for run in runs]
 
     def results(self, part: str, tasks: dict[str, dict], workers: int, threads: int) -> dict[str, dict]:
-        """The results of these tasks by name; what has no file yet is done first."""
+        """Return the results of these tasks by name; tasks without a file are done first."""
         paths = {name: self.runs / f"{name}.json" for name in tasks}
         if part in self.to_discard:
             for name in tasks.keys() - self.discarded:
@@ -188,7 +188,7 @@ class Benchmark:
         return {name: json.loads(path.read_text()) for name, path in paths.items()}
 
     def start(self, task: dict, path: Path, threads: int) -> None:
-        """Do one task in a process of its own, whose memory can be told from the others'."""
+        """Do one task in a process of its own, so that its memory can be measured."""
         keep_freed_memory = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # as train.py does on a CPU
         quiet = {"TRANSFORMERS_VERBOSITY": "error"}
         command = [sys.executable, __file__, "--data", self.options.data, "--out", self.options.out]
@@ -200,7 +200,7 @@ class Benchmark:
 
 
 def do_task(task: dict, corpus: Path, path: Path) -> None:
-    """Do what the parent process asks for; the file appears when it is whole."""
+    """Do the task of the parent process; the file appears when it is complete."""
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if "speed_steps" in task:
         result = measure_speed(training_stream(corpus), task["speed_steps"])
@@ -213,7 +213,7 @@ def do_task(task: dict, corpus: Path, path: Path) -> None:
 
 
 def best_rate(results: list[dict]) -> float:
-    """The learning rate of the run with the fewest bits; one that diverged has no finite number of them."""
+    """Return the learning rate of the run with the fewest bits; runs that diverged are left out."""
     finite = [result for result in results if math.isfinite(result["bits_per_byte"])]
     return min(finite, key=lambda result: result["bits_per_byte"])["learning_rate"]
 
@@ -284,7 +284,7 @@ def ablations_table(ablations: dict[str, list[dict]], speed: dict) -> list[str]:
 
 
 def tokens_of(speed: dict, name: str, dtype: str = "bfloat16") -> str:
-    """Tokens a second; `tiny`'s from its turns with LFM2."""
+    """Return tokens per second; `tiny`'s are from its turns with LFM2."""
     timing = speed[dtype]["lfm2moe" if name == "tiny" else name]
     return f"{TOKENS_PER_STEP / timing['tiny_seconds' if name == 'tiny' else 'seconds']:,.0f}"
 
@@ -302,15 +302,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--data", required=True, help="parquet or JSON-lines files with question and answer columns, or `sample`")
     add("--out", type=Path, default=Path("runs/quality"), help="shards, runs and report.md (default: %(default)s)")
-    add("--only", choices=PARTS, help="do this part, and what it needs, alone (default: all)")
-    add("--tokens", type=int, default=1_000_000, help="of a run of seeds and ablations (default: %(default)s)")
-    add("--sweep-tokens", type=int, default=250_000, help="of a run of the sweep (default: %(default)s)")
-    add("--learning-rate", type=float, help="of seeds and ablations (default: each model's best of the sweep)")
-    add("--speed-steps", type=int, default=20, help="of each model of a pair (default: %(default)s)")
+    add("--only", choices=PARTS, help="do only this part and what it needs (default: all)")
+    add("--tokens", type=int, default=1_000_000, help="tokens of a run in seeds and ablations (default: %(default)s)")
+    add("--sweep-tokens", type=int, default=250_000, help="tokens of a run in the sweep (default: %(default)s)")
+    add("--learning-rate", type=float, help="rate of seeds and ablations (default: each model's best in the sweep)")
+    add("--speed-steps", type=int, default=20, help="steps of each model of a pair (default: %(default)s)")
     add("--workers", type=int, default=2, help="runs at once, except in speed (default: %(default)s)")
-    add("--threads", type=int, help="of each run; speed takes workers x threads (default: cores / workers)")
+    add("--threads", type=int, help="threads of each run; speed takes workers x threads (default: cores / workers)")
     add("--fresh", action="store_true", help="discard the results of earlier commands first")
-    add("--task", type=json.loads, help=argparse.SUPPRESS)  # what a process started by this one does
+    add("--task", type=json.loads, help=argparse.SUPPRESS)  # the task of a process that this one starts
     add("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.speed_steps < 2:
@@ -331,8 +331,8 @@ def main() -> None:
         speed = benchmark.speed() if results.keys() != {"sweep"} else {}
     except subprocess.CalledProcessError as error:
         sys.exit(
-            f"a run ended with {error.returncode} (its message is above; -9: killed, often for want of memory); "
-            "the finished ones are kept, and the same command goes on with the others"
+            f"a run ended with {error.returncode} (its message is above; -9 means killed, often because memory ran out); "
+            "the finished runs are kept, and the same command does the missing ones"
         )
     report = "\n".join("\n".join(TABLES[part](result, speed)) + "\n" for part, result in results.items())
     (options.out / "report.md").write_text(report)

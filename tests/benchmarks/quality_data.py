@@ -27,9 +27,9 @@ SEQ_LEN = 512
 ROWS_PER_STEP = 8
 TOKENS_PER_STEP = ROWS_PER_STEP * SEQ_LEN
 VOCAB_SIZE = 8192
-VALIDATION_SHARE = 40  # one question in so many
+VALIDATION_SHARE = 40  # one question in 40 is held out
 TOKENIZER_ROWS = 20_000  # the training rows that the tokenizer is fitted to
-FIRST_VALIDATION_ROW = 400  # the rows before it have served to choose between variants of the model
+FIRST_VALIDATION_ROW = 400  # earlier rows were used to choose between variants of the model
 VALIDATION_ROWS = 200
 VALIDATION_BATCH = 10  # rows
 CURVE_BATCHES = 5  # of the validation, for the curve while training
@@ -38,22 +38,22 @@ ORDER_SEED = 1
 
 @dataclass(frozen=True)
 class ValidationBatch:
-    """Rows as the loader gives them, and the UTF-8 bytes of the text that their targets stand for."""
+    """Rows as the loader gives them, and the UTF-8 bytes of the text of their targets."""
 
     rows: dict[str, torch.Tensor]
     text_bytes: int
 
 
 def prepare_corpus(data: str, folder: Path) -> None:
-    """Make `training` and `validation` shards of `data` under `folder`, or leave alone what is there of the same data.
+    """Write `training` and `validation` shards of `data` under `folder`, unless they are there already.
 
-    Raises `DataError` where the folder was made of other data.
+    Raises `DataError` if the folder was made from other data.
     """
     source = open_source(data)
     made_of = folder / "source.json"
     if made_of.exists():
         if json.loads(made_of.read_text()) != source.identity:
-            raise DataError(f"{folder} was made of other data than {data}: give another --out, or remove it")
+            raise DataError(f"{folder} was made from other data than {data}: give another --out, or remove it")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         training = _split(source, folder)
@@ -67,10 +67,10 @@ def prepare_corpus(data: str, folder: Path) -> None:
 
 
 def _split(source, folder: Path) -> pl.DataFrame:
-    """Write the rows of a share of the questions apart, cleaned; returns the others, which are for training."""
+    """Clean the rows, and write those of a share of the questions to a file of their own; return the training rows."""
     frames = [frame.with_columns(clean(pl.col("prompt", "answer"))) for frame in source.frames(BadRows())]
     rows = pl.concat(frames).rename({"prompt": "question"})
-    # By the question, so that none is learnt with one answer and asked for with another.
+    # By question, so that none is in training with one answer and in validation with another.
     apart = pl.Series([_number_of(question) % VALIDATION_SHARE == 0 for question in rows["question"]])
     rows.filter(apart).write_parquet(folder / "validation.parquet")
     training = rows.filter(~apart)
@@ -83,7 +83,7 @@ def _number_of(question: str) -> int:
 
 
 def training_stream(folder: Path) -> BatchStream:
-    """The training batches, in the same order for every model and seed."""
+    """Return the training batches, in the same order for every model and seed."""
     return BatchStream(
         ShardFolder(folder / "training"), seed=ORDER_SEED, global_batch_rows=ROWS_PER_STEP,
         micro_batch_rows=ROWS_PER_STEP, rank=0, world_size=1,
@@ -91,7 +91,7 @@ def training_stream(folder: Path) -> BatchStream:
 
 
 def validation_batches(folder: Path) -> list[ValidationBatch]:
-    """The rows of the validation shards that figures are reported on."""
+    """Return the rows of the validation shards that figures are reported on."""
     shards = ShardFolder(folder / "validation")
     token_bytes = _token_bytes(shards)
     batches = []
@@ -107,9 +107,9 @@ def validation_batches(folder: Path) -> list[ValidationBatch]:
 
 
 def _token_bytes(shards: ShardFolder) -> torch.Tensor:
-    """The bytes of text that each token stands for, `[vocabulary]`: none for special tokens, though they are targets.
+    """Return the bytes of text of each token, `[vocabulary]`; special tokens have none, though they are targets.
 
-    A byte-level BPE writes a token with one character a byte, so this is exact also where a row's end cuts a character.
+    A byte-level BPE writes a token with one character a byte, so this is exact even if a row's end cuts a character.
     """
     tokenizer = AutoTokenizer.from_pretrained(shards.tokenizer_path)
     lengths = torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(shards.vocab_size)))])

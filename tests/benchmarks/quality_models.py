@@ -1,4 +1,4 @@
-"""The models of the quality benchmark: `tiny`, what is left of it without a part, LFM2, and how all are trained and timed."""
+"""The models of the quality benchmark (`tiny`, `tiny` without a part, LFM2), and how they are trained and timed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPEED_WARM_UP = 3  # steps that are not counted
 
 
 class FixedTaps(nn.Module):
-    """The gated convolution with one fixed tap at each of the K shortest delays of every channel, learned but constant."""
+    """The gated convolution with fixed delays: each channel learns one weight for each of the K shortest delays."""
 
     def __init__(self, deformable: DeformableConvolution):
         super().__init__()
@@ -47,7 +47,7 @@ class FixedTaps(nn.Module):
 
 
 class UncompressedEmbedding(nn.Module):
-    """The embedding's gated convolution alone: nothing is left out, so nothing is there to be reconstructed."""
+    """Only the embedding's gated convolution: it drops no component, so there is nothing to reconstruct."""
 
     def __init__(self, liquid: LiquidEmbedding):
         super().__init__()
@@ -63,14 +63,14 @@ class UncompressedEmbedding(nn.Module):
 
 
 class NoExpert(nn.Module):
-    """Adds nothing."""
+    """An expert that adds nothing."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden.new_zeros(())
 
 
 def depthwise_convolution(signal: torch.Tensor, taps: torch.Tensor, documents: Documents) -> torch.Tensor:
-    """Causal convolution of each channel by itself, no tap leaving its document: `[B, T, D]`, `[K, D]` → `[B, T, D]`."""
+    """Convolve each channel causally, within documents: `[B, T, D]`, `[K, D]` → `[B, T, D]`."""
     total = signal * taps[0]
     for delay in range(1, len(taps)):
         earlier = F.pad(signal[:, :-delay], (0, 0, delay, 0))
@@ -109,7 +109,7 @@ class LiquidVariant:
 
 @dataclass(frozen=True)
 class Lfm2Variant:
-    """LFM2's mixture of experts of `tiny`'s width, with about its total and its active parameters."""
+    """LFM2's mixture of experts of `tiny`'s width, with about its total and active parameters."""
 
     layers: str  # `c`, a short convolution, or `a`, full attention
     dense_intermediate_size: int  # of the first two layers, as in LFM2
@@ -127,9 +127,9 @@ class Lfm2Variant:
             num_dense_layers=2,
             intermediate_size=self.dense_intermediate_size,
             moe_intermediate_size=self.moe_intermediate_size,
-            # Its default of a million is for texts of 128,000 tokens.
+            # LFM2's default of a million is for texts of 128,000 tokens.
             rope_parameters={"rope_type": "default", "rope_theta": tiny.rope_theta},
-            # As `tiny`'s layers begin. With its default of 0.02 it is 0.16 bits per byte worse after 250,000 tokens.
+            # As in `tiny`'s layers. With LFM2's default of 0.02 it is 0.16 bits per byte worse after 250,000 tokens.
             initializer_range=tiny.hidden_size**-0.5,
         )
         return Lfm2MoeForCausalLM(config)
@@ -143,7 +143,7 @@ ABLATIONS = {
     "memory-stride-32": LiquidVariant({"memory_stride": 32}),
     "memory-every-2nd-layer": LiquidVariant({"memory_every": 2}),
     "no-compression": LiquidVariant(surgery=remove_compression),
-    # The rotations stay: the mask alone.
+    # Only the mask is removed; the rotations stay.
     "all-components": LiquidVariant({"embedding_minimum_ratio": 0.98, "embedding_target_ratio": 0.99}),
     "no-shared-expert": LiquidVariant(surgery=remove_shared_experts),
     "no-focal-no-reconstruction": LiquidVariant(loss_weights=LossWeights(focal=0.0, reconstruction=0.0)),
@@ -158,7 +158,7 @@ VARIANTS = {
 
 
 def count_parameters(model: PreTrainedModel) -> dict[str, int]:
-    """`total`, and `active`: all but the routed experts that a token did not choose."""
+    """Return `total`, and `active`: all but the routed experts that a token did not choose."""
     total = sum(parameter.numel() for parameter in model.parameters())
     experts = (module for module in model.modules() if isinstance(module, Experts | Lfm2MoeExperts))
     routed = sum(parameter.numel() for module in experts for parameter in module.parameters())
@@ -167,7 +167,7 @@ def count_parameters(model: PreTrainedModel) -> dict[str, int]:
 
 
 def check_sizes() -> None:
-    """Raise `ValueError` where the models that are compared are no longer of one size."""
+    """Raise `ValueError` if the compared models no longer have the same size."""
     with torch.device("meta"):
         counts = {
             name: count_parameters(VARIANTS[name].build(VOCAB_SIZE)) for name in VARIANTS.keys() - ABLATIONS.keys()
@@ -182,7 +182,7 @@ def check_sizes() -> None:
 
 
 class LiquidObjective:
-    """The project's own loss, and what moves beside the weights, as in a step of train.py."""
+    """The project's own loss, with running means and balancing bias updated as in a step of train.py."""
 
     def __init__(self, model: LiquidForCausalLM, weights: LossWeights):
         sizes = model.config
@@ -205,7 +205,7 @@ class LiquidObjective:
 
 
 class Lfm2Objective:
-    """The cross entropy, and the experts' bias, which transformers leaves to whoever trains."""
+    """The cross entropy, and updates of the experts' bias, which transformers leaves to the training program."""
 
     def __init__(self, model: Lfm2MoeForCausalLM):
         self.model = model
@@ -230,17 +230,17 @@ class Lfm2Objective:
 
 
 def cross_entropy_sum(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Nats over all targets of a batch, by the same code for every model."""
-    # The position ids tell transformers' masks, too, where a document begins.
+    """Return nats over all targets of a batch, with the same code for every model."""
+    # From the position ids, transformers' masks also know where a document begins.
     hidden = model.model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).last_hidden_state
     used = getattr(model.config, "used_vocab_size", model.config.vocab_size)
-    focal_gamma = LossWeights().focal_gamma  # of the focal sum, which is not read
+    focal_gamma = LossWeights().focal_gamma  # for the focal sum, which is not used
     sums = language_loss_sums(hidden, batch["labels"], lambda states: model.lm_head(states)[..., :used], focal_gamma)
     return sums["cross_entropy"]
 
 
 class MasterWeights:
-    """AdamW on fp32 copies of weights that compute in another type; buffers keep their own."""
+    """AdamW on fp32 copies of weights that compute in another type; buffers keep their type."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], dtype: torch.dtype):
         self.working = list(parameters)
@@ -251,7 +251,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> None:
-        """Take the weights' gradients, clip their norm to 1, and write the moved weights back."""
+        """Take the weights' gradients, clip their norm to 1, and write the updated weights back."""
         for master, working in zip(self.master, self.working, strict=True):
             master.grad = None if working.grad is None else working.grad.float()
             working.grad = None
@@ -276,7 +276,7 @@ class Trainee:
         self.weights = MasterWeights(self.model.parameters(), dtype)
 
     def train_step(self, batch: dict[str, torch.Tensor], learning_rate: float) -> float:
-        """One step on one batch; returns the loss."""
+        """Take one step on one batch; return the loss."""
         loss = self.objective.loss(batch)
         loss.backward()
         self.weights.step(learning_rate)
@@ -285,7 +285,7 @@ class Trainee:
 
     @torch.no_grad()
     def bits_per_byte(self, batches: Sequence[ValidationBatch]) -> float:
-        """Plain cross entropy in bits over the bytes of the text; special tokens are paid for and bring no bytes."""
+        """Return the plain cross entropy in bits per byte of text; special tokens cost bits but have no bytes."""
         self.model.eval()
         nats = sum(cross_entropy_sum(self.model, batch.rows).item() for batch in batches)
         self.model.train()
@@ -293,7 +293,7 @@ class Trainee:
 
 
 def measure_speed(stream: BatchStream, steps: int) -> dict:
-    """The step times of `tiny` and of each other model, in bf16; beside LFM2 in fp32 as well."""
+    """Measure the step times of `tiny` and each other model in bf16, and of `tiny` and LFM2 in fp32 as well."""
     result = {"load_before": os.getloadavg()[0], "threads": torch.get_num_threads()}
     batches = [stream.next_step()[0] for _ in range(8)]
     others = [name for name in VARIANTS if name != "tiny"]
@@ -308,8 +308,8 @@ def measure_speed(stream: BatchStream, steps: int) -> dict:
 
 
 def step_times(first: Trainee, second: Trainee, batches: list[dict[str, torch.Tensor]], steps: int) -> dict[str, float]:
-    """Median step seconds of two models that take turns, and the median of the turns' ratios, second over first."""
-    # One thread never waits for another: its CPU time is right on a busy machine, too.
+    """Return median step seconds of two models that take turns, and the median ratio of a turn, second over first."""
+    # One thread never waits for another, so its CPU time is right even on a busy machine.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: tuple[list[float], list[float]] = ([], [])
     for step in range(SPEED_WARM_UP + steps):
@@ -324,6 +324,6 @@ def step_times(first: Trainee, second: Trainee, batches: list[dict[str, torch.Te
         "tiny_seconds": statistics.median(first_seconds),
         "seconds": statistics.median(second_seconds),
         "ratio": ratio,
-        # Of a median of normal values, from the quartiles: the few steps that something else slowed down count little.
+        # For a median of normal values, from the quartiles: a few steps that something else slowed down count little.
         "ratio_standard_error": 0.93 * (upper - lower) / math.sqrt(steps),
     }

@@ -1,13 +1,13 @@
-"""Which benchmarks there are, in the order of the table, and in which environment each of them runs."""
+"""All benchmarks in the order of the table, and the environment that each of them runs in."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
 
-# Processes that wait for one another spin if they have several threads, and then disturb whatever else is measured.
+# Waiting processes with several threads spin, which disturbs other measurements.
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-# Training keeps the memory that it frees (launcher/environment.py); glibc must be told before a process begins.
+# Training keeps the memory that it frees (launcher/process.py). These variables do the same from a process's start.
 AS_IN_TRAINING = {**ONE_THREAD, "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 

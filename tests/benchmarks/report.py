@@ -61,7 +61,7 @@ def number(value: float) -> str:
 
 
 def spread(figures: Sequence[float]) -> str:
-    """Write `median (min–max)`; a single figure by itself."""
+    """Write `median (min–max)`, or only the figure if there is one."""
     middle = number(statistics.median(figures))
     return middle if len(set(figures)) == 1 else f"{middle} ({number(min(figures))}–{number(max(figures))})"
 
@@ -107,7 +107,7 @@ def _escape(cell: str) -> str:
 
 
 def section(results: Sequence[Result], described: dict[str, str], data: str) -> str:
-    """Return what stands between the README's markers: the machine, then the table."""
+    """Return the text between the README's markers: the machine, then the table."""
     installed = ", ".join(f"{name} {described[name]}" for name in ("python", *PACKAGES))
     seconds = sum(result.seconds for result in results)
     return (
@@ -118,7 +118,7 @@ def section(results: Sequence[Result], described: dict[str, str], data: str) -> 
 
 
 def replace_between_markers(text: str, content: str) -> str:
-    """Put `content` between the two marker lines; raises `ValueError` if they are not there, once and in order."""
+    """Put `content` between the two marker lines; raise `ValueError` unless each is there once and in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the page needs the lines {BEGIN} and {END}, each once and in this order")
     before, rest = text.split(BEGIN)

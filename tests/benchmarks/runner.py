@@ -1,4 +1,4 @@
-"""Run each benchmark in a process of its own: one that fails, or leaves threads and memory behind, harms no other."""
+"""Run each benchmark in a process of its own, so that failures, threads and memory of one do not affect another."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def run_one(name: str, benchmark: Benchmark, options: Options) -> Result:
     variables = {**benchmark.variables(), "TMPDIR": str(options.scratch)}  # some peers leave files behind there
     begun, code = time.monotonic(), None
     with log.open("w") as output:
-        # A session of its own, so that workers which a benchmark has started can be ended with it.
+        # In a session of its own, so that the benchmark's workers can be ended with it.
         process = subprocess.Popen(
             command, cwd=PROJECT, env=variables, stdout=output, stderr=output, start_new_session=True
         )
@@ -65,7 +65,7 @@ def run_one(name: str, benchmark: Benchmark, options: Options) -> Result:
 
 
 def _end(process: subprocess.Popen, code: int | None) -> None:
-    """End what a benchmark has left running, or all of it if it has not ended by itself."""
+    """End processes that a benchmark left running, or kill all of its processes if it did not end by itself."""
     with contextlib.suppress(ProcessLookupError):  # all of the session's processes may have ended
         # TERM leaves multiprocessing's resource trackers, which then remove shared memory.
         os.killpg(process.pid, signal.SIGKILL if code is None else signal.SIGTERM)
@@ -78,7 +78,7 @@ def _clock(begun: float) -> str:
 
 
 def main() -> None:
-    """Be a benchmark's process: MODULE FUNCTION OPTIONS ANSWER."""
+    """Run one benchmark in this process; the arguments are MODULE FUNCTION OPTIONS ANSWER."""
     module, function, options, answer = sys.argv[1:]
     rows = getattr(importlib.import_module(module), function)(Options.from_json(json.loads(options)))
     Path(answer).write_text(json.dumps([dataclasses.asdict(row) for row in rows]))

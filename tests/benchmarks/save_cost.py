@@ -1,10 +1,10 @@
-"""What a checkpoint costs the training loop: one run, steps right after a save against steps without one, by turns.
+"""What a checkpoint costs the training loop: steps right after a save beside steps without one, in one run.
 
     python -m tests.benchmarks.save_cost [--saves 6] [--config run.yaml] [--deepspeed_config JSON] [key=value ...]
 
-A save stops the loop while DeepSpeed writes, and slows the steps after it while files are hashed and synced. Both are in
-the seconds that the half of the steps between two saves with the save in it takes longer than the half without: by the
-clock, and in processor time of all threads, which other programs on the machine change less.
+A save stops the loop while DeepSpeed writes, and slows the steps after it while files are hashed and synced. Of the steps
+between two saves, the first half contains the save and the second half does not: the difference of their seconds is the
+cost. It is measured by the clock, and in processor time of all threads, which other programs on the machine change less.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def report(name: str, began: list[float], every: int) -> None:
-    """Print what a save costs; began: seconds at which each step begins, from one with a save at its end on."""
+    """Print what a save costs; began: the time at which each step begins; the first one has a save at its end."""
     differences, steps = [], []
     for saved in range(0, len(began) - 2 * HALF, 2 * HALF):  # from the beginning of that step
         with_save = began[saved + HALF] - began[saved]

@@ -1,9 +1,9 @@
-"""What a start costs before any work is done: `lfm --help`, `lfm prepare`, and training up to its first step.
+"""What a start costs before the work begins: `lfm --help`, `lfm prepare`, and training up to its first step.
 
     python -m tests.benchmarks start-up
 
-Each command runs in a new process, by turns with what it is compared to, after one run that is not counted: files are
-then in the page cache.
+Each command runs in a new process and takes turns with its peer. A first run is not counted, so files are in the page
+cache.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HELP_REPEATS, PREPARE_REPEATS, TRAINING_REPEATS = 7, 3, 5
 
 
 def measure(options: Options) -> list[Row]:
-    """Seconds of each start by the clock, beside its limit."""
+    """Measure the seconds of each start by the clock, beside its limit."""
     folder = options.scratch / "start-up"
     folder.mkdir()
     return [measure_help(options), measure_prepare(options, folder), *measure_first_step(options, folder)]
@@ -46,7 +46,7 @@ def measure_help(options: Options) -> Row:
 
 
 def measure_prepare(options: Options, folder: Path) -> Row:
-    """Compare the whole command with its own stages, added up in the same run: one process, so that none waits."""
+    """Compare the whole command with the sum of its own stages in the same run, in one process, so that none waits."""
     from tests.benchmarks.corpus import open_corpus
 
     corpus = open_corpus(options)
@@ -63,7 +63,7 @@ def measure_prepare(options: Options, folder: Path) -> Row:
 
 
 def measure_first_step(options: Options, folder: Path) -> list[Row]:
-    """Compare all that training `tiny` does before its first step with bare imports, and with those that all need."""
+    """Compare training `tiny` up to its first step with bare imports, and with what any training program needs."""
     data, answer, run = folder / "sample", folder / "first-step.json", folder / "run"
     subprocess.run([*LFM, "prepare", "sample", "--out", str(data)], cwd=PROJECT, check=True)
     training = _this_module(
@@ -100,18 +100,18 @@ def _this_module(what: str, answer: Path, *arguments: str) -> list[str]:
 
 
 def _run(command: list[str]) -> float:
-    """Run a command of the project's folder to its end and give its seconds."""
+    """Run a command in the project's folder and return its seconds."""
     return seconds_of(lambda: subprocess.run(command, cwd=PROJECT, stdout=subprocess.DEVNULL, check=True))
 
 
 def prepare_and_tell_stages(answer: Path, arguments: list[str]) -> int:
-    """Be `lfm`, and leave the sum of the stages' seconds in a file."""
+    """Run `lfm` in this process, and write the sum of the stages' seconds to a file."""
     from data_pipeline.preparation import prepare as module
     from data_pipeline.preparation.job import Seconds
 
     seconds = Seconds()
     module.prepare = functools.partial(module.prepare, seconds=seconds)
-    from launcher.cli import main  # only now: it may import the function above by its name
+    from launcher.cli import main  # only now, because it may import the patched function by name
 
     code = main(arguments)
     answer.write_text(json.dumps(seconds.total()))
@@ -119,7 +119,7 @@ def prepare_and_tell_stages(answer: Path, arguments: list[str]) -> int:
 
 
 def train_and_tell_first_step(answer: Path, arguments: list[str]) -> None:
-    """Be `train.py`, leave the time at which the first step begins in a file, and end there."""
+    """Run `train.py` in this process, write the time at which the first step begins to a file, and exit there."""
     import train
 
     def first_step(*_) -> None:

@@ -1,4 +1,4 @@
-"""The table, its figures and its place in the README; a benchmark that fails costs no other its results."""
+"""The table, its figures and its place in the README; a failed benchmark does not affect the others."""
 
 import json
 import statistics
@@ -18,7 +18,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def fail(options: Options) -> list[Row]:
-    """Stand in for one that fails."""
+    """Stand in for a benchmark that fails."""
     raise ValueError(f"nothing to measure in {options.scratch.name}")
 
 
@@ -58,7 +58,7 @@ def test_figures_have_three_digits():
     ]  # fmt: skip
 
 
-def test_only_what_is_between_the_markers_is_replaced(tmp_path, monkeypatch):
+def test_only_the_text_between_the_markers_is_replaced(tmp_path, monkeypatch):
     page, file = tmp_path / "README.md", tmp_path / "benchmarks.json"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     monkeypatch.setattr(report, "README", page)
@@ -94,7 +94,7 @@ def test_ways_take_turns():
     assert called == ["a", "b", "a", "b"]
 
 
-def test_every_benchmark_names_a_file_that_is_here():
+def test_every_benchmark_names_an_existing_file_and_function():
     for benchmark in BENCHMARKS.values():
         folder, _, name = benchmark.module.rpartition(".")
         assert folder == "tests.benchmarks"

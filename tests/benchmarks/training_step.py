@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks deepspeed ranks
 
-Each loop lives in processes of its own, one thread each, which wait until they are told to take a step. So two loops can
-take turns, and the one that waits takes no processor time. All train in fp32 with torch's fused AdamW and clip gradients.
+Each loop runs in processes of its own, with one thread each, which wait for the command to take a step. So two loops can
+take turns, and the waiting one takes no processor time. All train in fp32 with torch's fused AdamW and clip gradients.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.benchmarks.measurement import Goal, Options, Row, rates, seconds_of, 
 
 PROJECT = Path(__file__).parents[2]
 DEEPSPEED_JSON = PROJECT / "ds_configs" / "zero3.json"
-STEP, SECONDS = "step", "seconds: "  # what a loop is told, and how its answer begins: DeepSpeed prints lines, too
+STEP, SECONDS = "step", "seconds: "  # the command for a loop, and the beginning of its answer: DeepSpeed prints as well
 WARM_UP, REPEATS = 2, 9
 
 
@@ -47,7 +47,7 @@ class Loop:
 
 
 def measure_overhead(options: Options) -> list[Row]:
-    """Seconds of a step of `base`'s width, beside the same step in a bare loop."""
+    """Measure the seconds of a step of `base`'s width, beside the same step in a bare loop."""
     loop = Loop("deepspeed", "base", layers=2, vocabulary=8192, rows=1 if options.quick else 4, seq_len=512)
     seconds = measure_loops({"ours": (loop, 1), "plain": (dataclasses.replace(loop, kind="plain"), 1)}, options)
     what = f"step under ZeRO-3 and AutoEP: `base`'s width, {loop.layers} layers, {loop.tokens:,} tokens"
@@ -55,7 +55,7 @@ def measure_overhead(options: Options) -> list[Row]:
 
 
 def measure_weak_scaling(options: Options) -> list[Row]:
-    """Tokens per second and core on two ranks, beside one rank with as many tokens a rank."""
+    """Measure tokens per second and core on two ranks, beside one rank with as many tokens a rank."""
     loop = Loop("deepspeed", "tiny", layers=4, vocabulary=2048, rows=2 if options.quick else 8, seq_len=256)
     what, peer = f"`tiny` on 2 ranks, {loop.tokens:,} tokens and one core each", "1 rank"
     if len(os.sched_getaffinity(0)) < 2:
@@ -66,7 +66,7 @@ def measure_weak_scaling(options: Options) -> list[Row]:
 
 
 def measure_loops(loops: dict[str, tuple[Loop, int]], options: Options) -> dict[str, list[float]]:
-    """Start loops, each on so many ranks, and have them take steps by turns; returns the steps' seconds."""
+    """Start loops on the given numbers of ranks, and let them take steps in turns; return the steps' seconds."""
     running = {}
     try:
         for name, (loop, ranks) in loops.items():
@@ -95,7 +95,7 @@ class RunningLoop:
         ]  # fmt: skip
 
     def step(self) -> float:
-        """Have all ranks take a step; returns the seconds of the slowest. Raises `RuntimeError` if one has ended."""
+        """Let all ranks take a step; return the seconds of the slowest. Raises `RuntimeError` if one has ended."""
         for process in self._processes:
             process.stdin.write(f"{STEP}\n")
             process.stdin.flush()
@@ -109,7 +109,7 @@ class RunningLoop:
         raise RuntimeError(f"a rank has ended with {process.wait()}")
 
     def end(self) -> None:
-        """End all ranks at once: none of them has anything to finish."""
+        """Kill all ranks: none has anything to finish."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
@@ -117,7 +117,7 @@ class RunningLoop:
 
 
 def main() -> None:
-    """Be one rank of a loop: take a step for each line on stdin."""
+    """Run one rank of a loop: take a step for each line on stdin."""
     loop = Loop(**json.loads(sys.argv[1]))
     step = (deepspeed_step if loop.kind == "deepspeed" else plain_step)(loop)
     for _ in sys.stdin:
@@ -152,7 +152,7 @@ def plain_step(loop: Loop) -> Callable[[], None]:
     model, batch, counts = build_model(loop)
     config, weights = model.config, LossWeights()
     means = RunningMeans.initial(config.num_hidden_layers, config.num_experts, config.embedding_target_ratio)
-    # As the JSON's optimizer and the run's defaults say.
+    # The settings of the JSON's optimizer and of the run's defaults.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step() -> None:
@@ -175,7 +175,7 @@ def build_model(loop: Loop) -> tuple:
 
     torch.manual_seed(0)
     config = LiquidConfig.from_preset(loop.preset)
-    # The last of few layers has a memory, as it has in the whole preset.
+    # With fewer layers the last one still has a memory, as in the whole preset.
     sizes = {"num_hidden_layers": loop.layers, "memory_every": min(config.memory_every, loop.layers)}
     model = LiquidForCausalLM(config.sized_for(loop.vocabulary, **sizes)).train()
     batch = make_batch(loop.rows, loop.seq_len, loop.vocabulary)
@@ -184,7 +184,7 @@ def build_model(loop: Loop) -> tuple:
 
 
 def build_training(loop: Loop) -> tuple:
-    """Join the other ranks and hand the model to DeepSpeed; returns the engine, a batch and its counts."""
+    """Join the other ranks and pass the model to DeepSpeed; return the engine, a batch and its counts."""
     from launcher.config import RunConfig
     from launcher.environment import detect_environment, export_for_torch
     from launcher.training.engine import build_engine, start_process_group

@@ -1,4 +1,4 @@
-"""A real cluster for the session, a copy of the project on it, and one run that nothing disturbed."""
+"""A real cluster for the session, a copy of the project on it, and an undisturbed run to compare others with."""
 
 import fcntl
 import json
@@ -33,7 +33,7 @@ def cluster():
     if reason := what_is_missing():
         pytest.skip(reason)
     with open(Path(tempfile.gettempdir(), "lfm-cluster.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one a machine
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a machine can have one cluster at a time
         cluster = VirtualCluster()
         try:
             cluster.start()
@@ -44,7 +44,7 @@ def cluster():
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory) -> Path:
-    """What git knows of the working tree, as somebody's clone has it."""
+    """Copy the working tree's files that git does not ignore, as a clone would have them."""
     folder = tmp_path_factory.mktemp("cluster") / "project"
     command = ["git", "-C", str(PROJECT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -57,7 +57,7 @@ def project(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def submit(cluster, project):
-    """Submits batch scripts; what is left of their jobs when the test ends is cancelled, and dark nodes get power."""
+    """Submit batch scripts; when the test ends, jobs that still run are cancelled and nodes without power are booted."""
     submitter = Submitter(cluster, project, environment={"LFM_VENV": sys.prefix, "OMP_NUM_THREADS": "1"})
     yield submitter
     submitter.clear()
@@ -65,7 +65,7 @@ def submit(cluster, project):
 
 @pytest.fixture(scope="session")
 def data(project) -> Path:
-    """The sample as one process on this machine prepares it."""
+    """The built-in sample, prepared by one process on this machine."""
     command = [sys.executable, "-m", "launcher.cli", "prepare", "sample", "--seq-len", "64", "--out", "data/local"]
     subprocess.run(command, cwd=project, capture_output=True, timeout=120, check=True)
     return project / "data" / "local"
@@ -73,9 +73,9 @@ def data(project) -> Path:
 
 @pytest.fixture(scope="session")
 def configured(project, data) -> list[str]:
-    """The arguments of `slurm/train.sbatch` for a small run; `output` is still to be named."""
+    """The arguments of `slurm/train.sbatch` for a small run, except `output`."""
     settings = json.loads((project / "ds_configs" / "zero3.json").read_text())
-    del settings["fp16"]  # so that no run asks what this CPU can do
+    del settings["fp16"]  # not every CPU supports it
     (project / "small.json").write_text(json.dumps(settings))
     (project / "model.yaml").write_text(yaml.safe_dump(SIZES))
     (project / "run.yaml").write_text(yaml.safe_dump({**RUN, "data": str(data), "model": "model.yaml"}))
@@ -84,7 +84,7 @@ def configured(project, data) -> list[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster, project, configured) -> dict[str, dict[int, float]]:
-    """The curves of a run of two ranks on one node, which no test meddles with."""
+    """The curves of an undisturbed run of two ranks on one node."""
     submitter = Submitter(cluster, project, environment={"LFM_VENV": sys.prefix, "OMP_NUM_THREADS": "1"})
     job = submitter("train", *configured, "output=runs/undisturbed", options=["--nodes=1", "--ntasks-per-node=2"])
     job.finish()

@@ -12,12 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.cluster.virtual_cluster import NODES, VirtualCluster
 
 STEPS = 24  # of the small run that the tests share
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")  # there are many states before
-COMMAND_SECONDS = 30  # a SLURM command that waits for ever must not take the suite with it
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+COMMAND_SECONDS = 30  # so that a SLURM command that hangs does not hang the suite
 
 
 class Submitter:
-    """Calls `sbatch` in the project's folder, as a user would; `environment` is added to the shell's."""
+    """Call `sbatch` in the project's folder, as a user would; `environment` is added to the shell's."""
 
     def __init__(self, cluster: VirtualCluster, project: Path, environment: dict[str, str]) -> None:
         self.cluster, self.project = cluster, project
@@ -32,7 +32,7 @@ class Submitter:
         return self.jobs[-1]
 
     def slurm(self, *command: str, **environment: str) -> str:
-        """What a SLURM command prints; fails the test where it fails, not where a busy controller is late to answer."""
+        """Run a SLURM command, which must succeed, and return its output; `squeue` is retried if the controller is busy."""
         for _ in range(3):
             result = subprocess.run(
                 command, env={**self.environment, **environment}, cwd=self.project, capture_output=True, text=True,
@@ -44,13 +44,13 @@ class Submitter:
         return result.stdout
 
     def urgent(self) -> Job:
-        """Submit a short job that takes both nodes from whoever has them."""
+        """Submit a short job that takes both nodes from the jobs that have them."""
         options = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=urgent-%j.out", "--wrap=sleep 2"]
         self.jobs.append(Job(self, self.slurm("sbatch", "--parsable", *options).strip(), "urgent"))
         return self.jobs[-1]
 
     def clear(self) -> None:
-        """Bring every node back, and cancel what is left."""
+        """Boot every node that is off, and cancel the jobs that have not ended."""
         for node in NODES:
             self.cluster.power_on_if_off(node)
         for job in self.jobs:
@@ -60,7 +60,7 @@ class Submitter:
 
 
 class Job:
-    """A submitted job: its log, its state, and waiting for both."""
+    """A submitted job: its log, its state, and methods that wait for either."""
 
     def __init__(self, submitter: Submitter, number: str, name: str) -> None:
         self._submitter, self.number = submitter, number
@@ -71,16 +71,16 @@ class Job:
         return self._log.read_text(errors="replace") if self._log.exists() else ""
 
     def state(self) -> str:
-        """SLURM's word for it, as PENDING or RUNNING; of an array that of a task which has not ended, or has failed."""
+        """Return SLURM's state, such as RUNNING; for an array, that of a task which has not ended, else of a failed one."""
         command = ("squeue", "--noheader", "--states=all", f"--jobs={self.number}", "--format=%T")
         states = set(self._submitter.slurm(*command).split())
         return min(states, key=lambda state: (state in ENDED, state == "COMPLETED"))
 
     def wait_for(self, text: str, seconds: float = 120, since: int = 0) -> None:
-        """Return when the log has `text` behind `since`; fails the test where the job ends before, or takes too long."""
+        """Wait until the log has `text` after position `since`; fail if the job ends before that or takes too long."""
         deadline = time.monotonic() + seconds
         while True:
-            state, log = self.state(), self.log  # in this order: what an ended job's log has not now it never has
+            state, log = self.state(), self.log  # in this order: the log of an ended job is complete
             if text in log[since:]:
                 return
             assert time.monotonic() < deadline, f"no {text!r} in {seconds} s in:\n{log}"
@@ -88,7 +88,7 @@ class Job:
             time.sleep(0.2)
 
     def wait_until(self, *states: str, seconds: float = 180) -> str:
-        """Return when the job is in one of SLURM's states, and which."""
+        """Wait until the job is in one of the given states of SLURM, and return that state."""
         deadline = time.monotonic() + seconds
         while (state := self.state()) not in states:
             assert time.monotonic() < deadline, f"{state} after {seconds} s:\n{self.log}"
@@ -96,14 +96,14 @@ class Job:
         return state
 
     def minutes(self) -> int:
-        """For how many whole minutes it has run."""
+        """Return for how many whole minutes it has run."""
         *hours, minutes, _ = self._submitter.slurm(
             "squeue", "--noheader", f"--jobs={self.number}", "--format=%M"
         ).split(":")
         return 60 * int(hours[0] if hours else 0) + int(minutes)
 
     def finish(self) -> None:
-        """Return when the job has ended well."""
+        """Wait until the job has ended, and fail if it did not succeed."""
         assert self.wait_until(*ENDED) == "COMPLETED", self.log
 
     def scontrol(self, *changes: str) -> None:
@@ -112,12 +112,12 @@ class Job:
 
 
 def read_status(run: Path) -> dict:
-    """A run's `status.json`."""
+    """Return a run's `status.json`."""
     return json.loads((run / "status.json").read_text())
 
 
 def curves(run: Path) -> dict[str, dict[int, float]]:
-    """What TensorBoard shows of a run but its speed, by tag and step; fails where a step has two points."""
+    """Return a run's TensorBoard curves, except those of speed, by tag and step; fail if a step has two points."""
     reader = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     reader.Reload()
     shown = {}
@@ -130,9 +130,9 @@ def curves(run: Path) -> dict[str, dict[int, float]]:
 
 
 def ranks_of(run: str, *program: str) -> list[int]:
-    """The processes of this machine, its virtual nodes included, that train in a run folder, by rank.
+    """Return the process ids that train in a run folder, ordered by rank, on this machine and its virtual nodes.
 
-    program: other words behind `python` than those of the training.
+    program: the words after `python`, if they are not those of the training.
     """
     program, ranks = [*(program or ("-u", "train.py"))], {}
     for process in Path("/proc").glob("[0-9]*"):
@@ -145,13 +145,13 @@ def ranks_of(run: str, *program: str) -> list[int]:
 
 
 def processes_of(job: Job) -> list[int]:
-    """The processes that a job has started and left."""
+    """Return the processes of a job that still run."""
     processes = Path("/proc").glob("[0-9]*")
     return [int(process.name) for process in processes if f"SLURM_JOB_ID={job.number}" in _read(process / "environ")]
 
 
 def _read(file: Path) -> list[str]:
-    """The lines of a file in /proc, which end in a zero; none where the process has ended meanwhile."""
+    """Return the zero-terminated lines of a file in /proc; none if the process has ended."""
     try:
         return file.read_text(errors="replace").split("\0")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the batch scripts find to run Python with, and what they say where it is not there; no cluster is needed."""
+"""The Python that the batch scripts use, and their errors if it is missing; no cluster is needed."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ def executable(path: Path, script: str) -> Path:
     return path
 
 
-def test_a_virtual_environment_is_taken_by_its_path():
+def test_lfm_venv_selects_a_virtual_environment():
     assert source(LFM_VENV=sys.prefix).stdout.strip() == sys.prefix
 
 
@@ -43,7 +43,7 @@ def test_a_virtual_environment_is_taken_by_its_path():
         ({"LFM_VENV": sys.prefix, "LFM_INTERFACE": "ib7"}, "LFM_INTERFACE names ib7, which"),
     ],
 )
-def test_a_wrong_setting_is_one_sentence(variables, sentence):
+def test_a_wrong_setting_is_an_error_of_one_sentence(variables, sentence):
     result = source(**variables)
     assert result.returncode == 2
     error = result.stderr.splitlines()[-1]
@@ -67,7 +67,7 @@ def test_modules_are_loaded(tmp_path):
 
 
 def test_a_conda_environment_is_activated(tmp_path):
-    """By a small executable with conda's interface: the real one is not to be had from a package index."""
+    """A small executable with conda's interface stands in: the real one is not on the package index."""
     hook = f'conda() {{ [[ $2 == train ]] && export PATH={sys.prefix}/bin:$PATH && echo "$UNSET_BY_A_PACKAGE" >/dev/null; }}'
     executable(tmp_path / "conda", f"[[ $* == 'shell.bash hook' ]] && cat <<'HOOK'\n{hook}\nHOOK")
     path = f"{tmp_path}:/usr/bin:/bin"
@@ -76,7 +76,7 @@ def test_a_conda_environment_is_activated(tmp_path):
 
 
 def test_an_image_runs_its_own_python(tmp_path):
-    """By a small executable with Apptainer's interface, which Debian does not have."""
+    """A small executable with Apptainer's interface stands in: Debian has no package of it."""
     executable(
         tmp_path / "apptainer",
         f'printf "%s\\n" "$@" >{tmp_path}/called; while [[ $1 != *.sif ]]; do shift; done; "${{@:2}}"',
@@ -90,7 +90,7 @@ def test_an_image_runs_its_own_python(tmp_path):
     assert called[-4:-1] == [str(image), "python3", "-c"]
 
 
-def test_an_interface_and_other_peoples_variables():
+def test_an_interface_is_set_and_variables_of_other_launchers_are_removed():
     script = "set -euo pipefail; source slurm/environment.sh; "
     script += "echo $GLOO_SOCKET_IFNAME $NCCL_SOCKET_IFNAME $NCCL_DEBUG ${RANK:-none}"
     result = source(script, LFM_VENV=sys.prefix, LFM_INTERFACE="lo", RANK="3")
@@ -98,7 +98,7 @@ def test_an_interface_and_other_peoples_variables():
 
 
 @pytest.mark.parametrize("script", ["train", "prepare", "evaluate"])
-def test_a_script_started_by_hand_or_from_elsewhere_says_how(script, tmp_path):
+def test_a_script_started_by_hand_or_from_another_folder_names_the_right_command(script, tmp_path):
     submit = f"submit it from the project's folder: sbatch slurm/{script}.sbatch"
     for variables in ({}, {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}):
         result = source(f"bash slurm/{script}.sbatch", **variables)
@@ -107,7 +107,7 @@ def test_a_script_started_by_hand_or_from_elsewhere_says_how(script, tmp_path):
 
 
 @pytest.mark.extra
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     if shutil.which("shellcheck") is None:
         pytest.skip("there is no shellcheck; install shellcheck")
     scripts = [*PROJECT.glob("slurm/[a-z]*.s*"), *PROJECT.glob("tests/cluster/*.sh")]

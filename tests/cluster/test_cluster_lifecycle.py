@@ -1,4 +1,4 @@
-"""What the batch scripts ask of SLURM, as its commands hear it; test_cluster_train.py has SLURM answer."""
+"""The calls that the batch scripts make to SLURM's commands; in test_cluster_train.py a real SLURM answers them."""
 
 import os
 import subprocess
@@ -10,13 +10,13 @@ import pytest
 PROJECT = Path(__file__).parents[2]
 NAMES = {
     "a job": ({}, "7"),
-    # One task of an array has the array's own number, and what names that number means all tasks.
+    # One task of an array has the array's own job number, but in SLURM's commands that number means all tasks.
     "an array's task": ({"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
 }
 
 
 def stand_in(folder: Path, **scripts: str) -> dict[str, str]:
-    """An environment in which commands of SLURM's are these shell scripts."""
+    """Return an environment in which these shell scripts replace SLURM's commands."""
     for name, script in scripts.items():
         (folder / name).write_text(script if script.startswith("#!") else f"#!/bin/sh\n{script}\n")
         (folder / name).chmod(0o755)
@@ -26,7 +26,7 @@ def stand_in(folder: Path, **scripts: str) -> dict[str, str]:
 
 @pytest.fixture
 def commands(tmp_path):
-    """Runs a line of bash after `source slurm/lifecycle.sh`; gives its exit code and the calls of SLURM's commands."""
+    """Run a line of bash after `source slurm/lifecycle.sh`; return its exit code and the calls of SLURM's commands."""
 
     def run(line: str, squeue: str = "echo RUNNING", scontrol: str = "", **variables: str) -> tuple[int, list[str]]:
         answers = {"squeue": squeue, "scontrol": scontrol, "sleep": ""}
@@ -41,7 +41,7 @@ def commands(tmp_path):
 
 @pytest.mark.parametrize(("variables", "name"), NAMES.values(), ids=NAMES.keys())
 @pytest.mark.parametrize("line", ["suspects=(node1); requeue", "hold"])
-def test_a_job_speaks_of_itself_alone(commands, line, variables, name):
+def test_a_job_or_an_arrays_task_names_only_itself(commands, line, variables, name):
     code, called = commands(line, **variables)
     assert code == 0
     words = {word.rpartition("=")[2] for call in called for word in call.split() if "7" in word}
@@ -49,7 +49,7 @@ def test_a_job_speaks_of_itself_alone(commands, line, variables, name):
 
 
 @pytest.mark.parametrize("line", ["requeue", "hold"])
-def test_a_cancelled_job_does_not_come_back(commands, line):
+def test_a_cancelled_job_is_not_requeued(commands, line):
     code, called = commands(f"code=5; {line}", squeue="echo COMPLETING")
     assert code == 5
     assert not [call for call in called if call.startswith("scontrol")]
@@ -59,12 +59,12 @@ def test_a_cancelled_job_does_not_come_back(commands, line):
     ("facts", "asked"),
     [
         ("StartTime=2026-01-31T12:00:00 PreemptTime=2026-01-31T12:30:00", "TERM"),
-        ("StartTime=2026-01-31T12:00:00 PreemptTime=2026-01-31T11:30:00", ""),  # a start before this one was
+        ("StartTime=2026-01-31T12:00:00 PreemptTime=2026-01-31T11:30:00", ""),  # an earlier start was preempted
         ("StartTime=2026-01-31T12:00:00 PreemptTime=None", ""),
         ("", ""),
     ],
 )
-def test_a_preemption_that_the_ranks_alone_were_told_of_is_seen(commands, facts, asked):
+def test_a_preemption_that_only_the_ranks_were_told_of_is_recognised(commands, facts, asked):
     line = f"run_step bash -c 'exit 143'; [[ $code == 143 && $asked == '{asked}' ]]"
     code, called = commands(line, scontrol=f"echo 'JobId=7 {facts} EndTime=Unknown'")
     assert code == 0
@@ -86,7 +86,7 @@ def test_a_controller_that_does_not_answer_is_asked_again(commands, tmp_path, er
 
 
 @pytest.mark.parametrize("line", ["requeue", "hold"])
-def test_a_requeue_whose_answer_was_lost_is_not_refused(commands, tmp_path, line):
+def test_a_requeue_whose_answer_was_lost_counts_as_done(commands, tmp_path, line):
     first = f"[ $(grep -c 'scontrol requeue' {tmp_path}/called) = 1 ]"
     errors = f"if {first}; then echo 'Socket timed out'; else echo 'Job is pending execution for job 7'; fi >&2; exit 1"
     code, called = commands(line, scontrol=errors)
@@ -94,34 +94,34 @@ def test_a_requeue_whose_answer_was_lost_is_not_refused(commands, tmp_path, line
     assert len([call for call in called if call.startswith("scontrol requeue")]) == 2
 
 
-def test_a_signal_that_srun_has_dropped_comes_again(commands):
-    """The step asks for it, does not take the first one, and would go on for ever."""
+def test_a_signal_that_srun_dropped_is_sent_again(commands):
+    """The step requests the signal, ignores the first one, and would otherwise run for ever."""
     hears = "trap '[[ -n ${heard:-} ]] && exit 9; heard=1' USR1; kill -USR1 $PPID; while :; do /bin/sleep 0.1; done"
     code, _ = commands('run_step bash -c "$HEARS"; squeue; [[ $code == 9 && $asked == USR1 ]]', HEARS=hears)
     assert code == 0
 
 
-def test_a_signal_before_the_step_is_known_is_not_forgotten(commands):
-    """It comes just before srun, which does not hear the first that it is told."""
+def test_a_signal_before_the_step_is_known_reaches_it(commands):
+    """The signal arrives just before srun starts, and srun misses the first one that is sent."""
     asks = "trap '[[ $BASH_COMMAND != code=0 || -n $asked ]] || ask_to_stop USR1' DEBUG"
-    # Signals go on coming, as fast as the stand-in for `sleep` lets them: also while Python would take itself apart.
+    # Signals keep coming, as fast as the stand-in for `sleep` allows, even while Python would shut down.
     hears = "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: os._exit(9)); time.sleep(10)"
     line = f'set -T; {asks}; run_step {sys.executable} -c "$HEARS"; trap - DEBUG; squeue; [[ $code == 9 ]]'
     code, _ = commands(line, HEARS=hears)
     assert code == 0
 
 
-def test_what_a_command_warns_of_is_no_part_of_its_answer(commands):
+def test_a_commands_warnings_are_no_part_of_its_answer(commands):
     _, called = commands("requeue", squeue="echo 'ERROR: ld.so: object cannot be preloaded' >&2; echo CANCELLED")
     assert not [call for call in called if call.startswith("scontrol")]
 
 
-def test_a_step_that_was_asked_to_stop_before_it_began_has_not_ended_well(commands):
+def test_a_step_that_was_asked_to_stop_before_it_began_is_no_success(commands):
     code, _ = commands("ask_to_stop USR1; run_step true; squeue; [[ $code == 138 ]]")
     assert code == 0
 
 
-def test_ranks_get_what_the_script_sets_where_the_job_got_nothing_of_the_shell(tmp_path):
+def test_ranks_get_the_scripts_variables_if_the_job_was_submitted_with_export_none(tmp_path):
     environment = stand_in(tmp_path) | {"SLURM_EXPORT_ENV": "NONE"}
     command = ["bash", "-c", "set -euo pipefail; source slurm/environment.sh; env"]
     shown = subprocess.run(
@@ -142,14 +142,14 @@ exit {code}
 @pytest.mark.parametrize(
     ("report", "code", "begins", "ends"),
     [
-        ("", 137, True, 3),  # a rank was killed, or a link lost
+        ("", 137, True, 3),  # a rank was killed, or a connection lost
         ("", 1, True, 3),  # a traceback
         ('{"level": "green", "suspects": []}', 0, True, 3),
         ('{"level": "red", "suspects": null}', 1, False, 1),
         ('{"level": "red", "suspects": ["node2"]}', 1, False, 0),
     ],
 )
-def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, begins, ends):
+def test_preflight_ends_a_job_for_wrong_settings_and_requeues_it_for_broken_nodes(tmp_path, report, code, begins, ends):
     scontrol = f'echo scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" localhost node2'
     srun = SRUN.format(folder=tmp_path, report=report, code=code)
     environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol) | {
@@ -167,8 +167,8 @@ def test_a_job_ends_at_preflight_for_its_settings_alone(tmp_path, report, code, 
 
 
 @pytest.mark.parametrize("out", ["--out {}", "--out={}"])
-def test_a_preparation_that_gets_no_further_is_held(tmp_path, out):
-    """Each start is asked to stop; the third and fourth have something new to show, and then no other."""
+def test_a_preparation_without_progress_is_held(tmp_path, out):
+    """Each start is asked to stop; only the third and the fourth have made progress."""
     folder = tmp_path / "shards"
     (folder / ".work").mkdir(parents=True)
     srun, scontrol = "kill -USR1 $PPID\nexec /bin/sleep 5", f'echo "$1" >>{tmp_path}/called'

@@ -1,4 +1,4 @@
-"""`sbatch slurm/prepare.sbatch` gives the bytes of one process, whoever shares the work; and `evaluate.sbatch` runs."""
+"""`sbatch slurm/prepare.sbatch` writes the same bytes as one process, however the work is shared."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.fixture(scope="module")
 def sources(project) -> list[str]:
-    """Four files, so that there is something to share."""
+    """Four files, so that there is work to share."""
     names = [f"rows-{part}.jsonl" for part in range(4)]
     for part, name in enumerate(names):
         rows = (
@@ -36,7 +36,7 @@ def expected(project, sources) -> list[str]:
         ("mpi", ["--nodes=2", "--ntasks-per-node=2"], {"LFM_MPI": "pmix"}),
     ],
 )
-def test_a_job_prepares_the_bytes_of_one_process(submit, project, sources, expected, name, options, environment):
+def test_a_job_writes_the_same_bytes_as_one_process(submit, project, sources, expected, name, options, environment):
     options = [*options, "--cpus-per-task=1"]
     arguments = [*sources, "--tokenizer", "train", "--seq-len", "64", "--out", f"shards/{name}"]
     job = submit("prepare", *arguments, options=options, **environment)
@@ -47,7 +47,7 @@ def test_a_job_prepares_the_bytes_of_one_process(submit, project, sources, expec
     assert "Traceback" not in logs
 
 
-def test_a_folders_name_stays_a_name(submit, project):
+def test_shell_syntax_in_a_folders_name_is_not_executed(submit, project):
     name = "shards/a b; touch stray $(touch stray) `touch stray`"
     job = submit("prepare", "sample", "--out", name, options=["--cpus-per-task=1", "--job-name=$(touch stray)"])
     job.finish()
@@ -58,7 +58,7 @@ def test_a_folders_name_stays_a_name(submit, project):
     assert not (project / "stray").exists()
 
 
-def test_a_preparation_goes_on_after_its_time_limit(submit, project, sources, expected):
+def test_a_preparation_resumes_after_its_time_limit(submit, project, sources, expected):
     arguments = [*sources, "--tokenizer", "train", "--seq-len", "64", "--out", "shards/limited"]
     job = submit("prepare", *arguments, options=["--cpus-per-task=1"])
     job.wait_for("fitting the tokenizer")

@@ -1,4 +1,4 @@
-"""`lfm submit` on the real cluster: a chain in its order, and a sweep with its table."""
+"""`lfm submit` on the real cluster: the jobs of a chain run in order, and a sweep writes its table."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ SMALL = ["--sbatch=--cpus-per-task=1", "--sbatch=--mem=1G"]
 
 @pytest.fixture
 def lfm_submit(submit):
-    """Calls `lfm submit` as a user would; returns the jobs in order."""
+    """Call `lfm submit` as a user would, and return the jobs in order."""
 
     def call(*words: str) -> list[Job]:
         command = [sys.executable, "-m", "launcher.cli", "submit", *SMALL, *words]
@@ -44,13 +44,13 @@ def test_a_chain_prepares_trains_and_evaluates(lfm_submit, project, configured):
     assert "held-out answers are exactly right" in (project / f"lfm-evaluate-{jobs[2].number}.out").read_text()
 
 
-def test_a_broken_chain_ends(lfm_submit):
+def test_a_failed_job_cancels_the_rest_of_its_chain(lfm_submit):
     jobs = lfm_submit("--chain", "prepare", "/nowhere", "--out", "data/none", "then", "train")
     assert jobs[0].wait_until("COMPLETED", "FAILED") == "FAILED"
     assert jobs[1].wait_until("COMPLETED", "FAILED", "CANCELLED") == "CANCELLED"
 
 
-def test_a_sweep_trains_every_value_and_shows_a_table(lfm_submit, project, configured):
+def test_a_sweep_trains_every_value_and_writes_a_table(lfm_submit, project, configured):
     training = [*configured, "output=runs/sweep", "max_steps=1"]
     jobs = lfm_submit("--nodes", "1", "--gpus", "1", "--sweep", "learning_rate=1e-3,1e-2", "train", *training)
     jobs[-1].finish()

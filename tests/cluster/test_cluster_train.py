@@ -1,4 +1,4 @@
-"""`sbatch slurm/train.sbatch` on two nodes: whatever ends a run, its curves are those of one that nothing disturbed."""
+"""`sbatch slurm/train.sbatch` on two nodes: however a run is interrupted, its curves equal an undisturbed run's."""
 
 import json
 import os
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.cluster
 RESUMING = r"resuming from runs/dark/checkpoints/step-(\d{8})"
 
 
-def test_two_nodes_give_the_losses_of_one(submit, project, configured, undisturbed):
-    """The experts are spread over both, so that every token crosses the network."""
+def test_two_nodes_give_the_same_losses_as_one(submit, project, configured, undisturbed):
+    """The experts are spread over both nodes, so every token crosses the network."""
     job = submit("train", *configured, "output=runs/two-nodes", LFM_INTERFACE="eth0")
     job.finish()
     assert "2 ranks on node[1-2], master node1:" in job.log
@@ -31,13 +31,13 @@ def test_two_nodes_give_the_losses_of_one(submit, project, configured, undisturb
     assert job.log.count("of 2 held-out answers are exactly right") == 1
 
 
-def test_a_run_goes_on_after_its_time_limit(submit, project, configured, undisturbed):
+def test_a_run_resumes_after_its_time_limit(submit, project, configured, undisturbed):
     job = submit("train", *configured, "output=runs/limited")
     job.wait_for("step 8/")
     ranks = ranks_of("runs/limited")
-    for rank in ranks:  # SLURM looks at the clock twice a minute, and the run would be through by then
+    for rank in ranks:  # SLURM checks time limits twice a minute, and the run would have finished by then
         os.kill(rank, signal.SIGSTOP)
-    # In minutes from the start: between one and two are left, and #SBATCH --signal asks for a signal at 180 s.
+    # The limit counts from the start: one to two minutes are left, and #SBATCH --signal requests a signal at 180 s.
     job.scontrol(f"TimeLimit={job.minutes() + 2}")
     job.wait_for("got USR1")
     for rank in ranks:
@@ -51,11 +51,11 @@ def test_a_run_goes_on_after_its_time_limit(submit, project, configured, undistu
     assert curves(project / "runs" / "limited") == undisturbed
 
 
-def test_a_run_goes_on_after_a_more_urgent_job(submit, project, configured, undisturbed):
+def test_a_run_resumes_after_a_more_urgent_job(submit, project, configured, undisturbed):
     job = submit("train", *configured, "output=runs/preempted")
     job.wait_for("step 8/")
     ranks = ranks_of("runs/preempted")
-    for rank in ranks:  # the scheduler looks every few seconds, and the run would be through by then
+    for rank in ranks:  # the scheduler runs every few seconds, and the run would have finished by then
         os.kill(rank, signal.SIGSTOP)
     submit.urgent()
     job.wait_for("asking the ranks to save")
@@ -70,7 +70,7 @@ def test_a_run_goes_on_after_a_more_urgent_job(submit, project, configured, undi
 
 @pytest.fixture
 def silent(cluster, submit):
-    """The cluster as a site has it that does not send a preempted job's signal to its script."""
+    """Configure the cluster like a site that does not send a preempted job's signal to its batch script."""
     content = cluster.configuration.read_text()
     cluster.configuration.write_text(content.replace("SlurmctldParameters=preempt_send_user_signal", ""))
     submit.slurm("scontrol", "reconfigure")
@@ -79,8 +79,8 @@ def silent(cluster, submit):
     submit.slurm("scontrol", "reconfigure")
 
 
-def test_a_preemption_that_only_the_ranks_hear_of_is_none_of_their_failures(submit, project, configured, silent):
-    """It comes while they start, and ends them; SLURM tells those that it finds then."""
+def test_a_preemption_that_only_the_ranks_were_told_of_is_no_failure(submit, project, configured, silent):
+    """It arrives while the ranks start, and ends them: SLURM signals the processes that exist at that time."""
     job = submit("train", *configured, "output=runs/silent", "max_steps=1", "schedule.steps=24")
     until(lambda: len(ranks_of("runs/silent", "-m", "launcher.cli", "preflight")) == 2)
     submit.urgent()
@@ -91,8 +91,8 @@ def test_a_preemption_that_only_the_ranks_hear_of_is_none_of_their_failures(subm
     assert read_status(project / "runs" / "silent")["state"] == "done"
 
 
-def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, undisturbed):
-    """Of the node that only works, and then of the one that also runs the batch script."""
+def test_a_run_resumes_after_power_cuts(submit, cluster, project, configured, undisturbed):
+    """First the power of a worker node is cut, then that of the node that also runs the batch script."""
     job = submit("train", *configured, "output=runs/dark")
     saved, begun = 0, 0
     for node in ("node2", "node1"):
@@ -110,13 +110,13 @@ def test_a_run_goes_on_after_power_cuts(submit, cluster, project, configured, un
     assert "restart 2: 2 ranks" in job.log
     assert curves(project / "runs" / "dark") == undisturbed
     attempts = [json.loads(line) for line in (project / "runs" / "dark" / "jobs.jsonl").read_text().splitlines()]
-    # A script whose own node stays on may have the time to write how its start ended.
+    # If the script's own node stays on, the script may have time to record how its start ended.
     assert [line["restart"] for line in attempts if line["event"] == "begins"] == [0, 1, 2]
     assert (attempts[-1]["event"], attempts[-1]["verdict"]) == ("ended", "done")
 
 
-def test_a_run_that_hangs_starts_again(submit, project, configured, undisturbed):
-    """Where rank 1 stands still, rank 0's watchdog ends the step; that srun had to kill the other must not matter."""
+def test_a_run_that_hangs_is_started_again(submit, project, configured, undisturbed):
+    """Rank 1 stands still, so rank 0's watchdog ends the step; that srun then has to kill rank 1 must not matter."""
     job = submit("train", *configured, "output=runs/hung", "step_timeout_seconds=12")
     job.wait_for("step 8/")
     os.kill(ranks_of("runs/hung")[1], signal.SIGSTOP)
@@ -131,12 +131,12 @@ def test_a_killed_rank_ends_its_job_at_once(submit, configured):
     os.kill(ranks_of("runs/killed")[1], signal.SIGKILL)
     until(lambda: not ranks_of("runs/killed"))
     assert job.wait_until("FAILED", "COMPLETED", "PENDING") != "COMPLETED"
-    assert "task 0: Killed" in job.log  # by SLURM, and not at the end of its own patience with rank 1
+    assert "task 0: Killed" in job.log  # by SLURM, before rank 0 would time out waiting for rank 1
     assert not processes_of(job)
 
 
 def test_three_starts_without_a_checkpoint_hold_the_job(submit, project, configured):
-    """Two of them are told of here, as two power cuts would have left them."""
+    """The test writes the records of two starts itself, as two power cuts would leave them."""
     job = submit("train", *configured, "output=runs/fruitless", options=["--hold"])
     folder = project / "runs" / "fruitless"
     folder.mkdir(parents=True)
@@ -148,7 +148,7 @@ def test_three_starts_without_a_checkpoint_hold_the_job(submit, project, configu
     job.wait_for("error: 3 starts in a row got no further than the beginning")
     until(lambda: "held" in submit.slurm("squeue", "--noheader", f"--jobs={job.number}", "--format=%T %r"))
     submit.slurm("scontrol", "release", job.number)
-    job.wait_for("restart 1: 2 ranks")  # whoever releases it has mended something
+    job.wait_for("restart 1: 2 ranks")  # releasing the job means that the user has fixed the cause
 
 
 def test_a_suspected_host_is_not_used_again(submit, project):
@@ -160,11 +160,11 @@ def test_a_suspected_host_is_not_used_again(submit, project):
     job = submit("suspecting")
     job.wait_for("the job will not use node1 again")
     excluded = submit.slurm("squeue", "--noheader", f"--jobs={job.number}", "--format=%x")
-    assert excluded.strip() in ("node[1-2]", "node1,node2")  # added to what the user excludes
+    assert excluded.strip() in ("node[1-2]", "node1,node2")  # in addition to the nodes that the user excludes
 
 
-def test_a_task_of_an_array_requeues_itself_alone(submit, project):
-    """The task whose number is the array's own, and an urgent signal to it; the other one goes on undisturbed."""
+def test_a_task_of_an_array_requeues_only_itself(submit, project):
+    """The task with the array's own job number gets the signal; the other one runs on undisturbed."""
     (project / "slurm" / "array.sbatch").write_text(
         "#!/bin/bash\n#SBATCH --nodes=1\n#SBATCH --requeue\n#SBATCH --open-mode=append\n#SBATCH --mem=100M\n"
         "#SBATCH --output=lfm-array-%a.out\nsource slurm/lifecycle.sh\n"
@@ -183,7 +183,7 @@ def test_a_task_of_an_array_requeues_itself_alone(submit, project):
 
 
 def until(happened, seconds: float = 180) -> None:
-    """Return when something has happened; fails the test where it takes too long."""
+    """Wait until `happened()` is true; fail if that takes too long."""
     deadline = time.monotonic() + seconds
     while not happened():
         assert time.monotonic() < deadline
@@ -194,7 +194,7 @@ HOSTILE = "a b; touch stray $(touch stray) `touch stray` 'touch stray' \"|touch 
 
 
 def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, configured):
-    """In one sentence; and whatever a run is called, its name stays a name."""
+    """The error is one sentence, and shell syntax in the run's name is not executed."""
     output = f"runs/{HOSTILE}"
     job = submit("train", *configured, f"output={output}", "global_batch_rows=7", options=[f"--job-name={HOSTILE}"])
     assert job.wait_until("FAILED", "COMPLETED") == "FAILED"
@@ -205,7 +205,7 @@ def test_a_wrong_configuration_ends_a_job_before_any_step(submit, project, confi
 
 
 def test_a_shell_of_several_tasks_does_not_wait_for_the_others(submit):
-    """The other tasks of `srun --ntasks=3 --pty bash` are shells without a terminal, which end at once."""
+    """The other tasks of `srun --ntasks=3 --pty bash` are shells without a terminal, which exit at once."""
     show = "import launcher.environment as e; print('rank {0.rank} of {0.world_size}'.format(e.detect_environment()))"
     ask = f'[[ -t 0 ]] || exit 0; {sys.executable} -c "$SHOW"; srun --overlap --ntasks=2 {sys.executable} -c "$SHOW"; exit'
     terminal, inside = pty.openpty()

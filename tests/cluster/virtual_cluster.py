@@ -1,10 +1,10 @@
-"""A real SLURM cluster on one machine: every node in namespaces of its own, on a network of its own, the disk shared.
+"""A real SLURM cluster on one machine: every node has its own namespaces and network address; they share the disk.
 
     python tests/cluster/virtual_cluster.py start | stop | status | power-off NODE | power-on NODE
 
-A node has its own address, host name, processes and /dev/shm, so that it can fail on its own. Wants root, and Debian's
-packages that `PACKAGES` names. After `start`, `export SLURM_CONF=...`, which it prints, is all that `sbatch` needs.
-One cluster at a time: the bridge and the addresses are fixed.
+A node has its own address, host name, processes and /dev/shm, so it can fail alone. This needs root and the Debian packages
+in `PACKAGES`. `start` prints `export SLURM_CONF=...`, which is all that `sbatch` needs. Only one cluster can run at a time:
+the bridge and the addresses are fixed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-FOLDER = Path(tempfile.gettempdir()) / "lfm-cluster"  # a short path: those of sockets are limited
+FOLDER = Path(tempfile.gettempdir()) / "lfm-cluster"  # a short path: the length of a socket's path is limited
 NETWORK = "10.91.0"
 BRIDGE = "lfmcluster0"
 NODES = ("node1", "node2")
@@ -33,7 +33,7 @@ START_SECONDS = 60
 
 
 class VirtualCluster:
-    """The cluster in `folder`; `environment` is what SLURM's commands want to reach it."""
+    """The cluster in `folder`; SLURM's commands reach it with the variables in `environment`."""
 
     def __init__(self, folder: Path = FOLDER) -> None:
         self.folder = folder
@@ -42,7 +42,7 @@ class VirtualCluster:
         self.environment = {**os.environ, "PATH": binaries, "SLURM_CONF": str(self.configuration)}
 
     def start(self) -> None:
-        """Start a fresh cluster, in the place of one that runs or has crashed; returns when all nodes wait for jobs."""
+        """Start a fresh cluster, replacing one that runs or has crashed; return when all nodes are ready for jobs."""
         self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._write_configuration()
@@ -60,7 +60,7 @@ class VirtualCluster:
         self.wait_for_nodes()
 
     def stop(self) -> None:
-        """Power off all nodes, end the daemons and take the network away; harmless where nothing runs."""
+        """Power off all nodes, end the daemons and delete the network; harmless if nothing runs."""
         for node in NODES:
             self.power_off(node)
             self._run("ip", "link", "delete", _cable(node), check=False)
@@ -103,18 +103,18 @@ class VirtualCluster:
         (spool / "boot.pid").write_text(str(process.pid))
 
     def power_off(self, node: str) -> None:
-        """Cut the power: every process of the node is gone at once, and nobody hears of it."""
-        # The cable first, or the kernel would tell the other node that connections are closed.
+        """Cut the power: every process of the node ends at once, and no other node is notified."""
+        # The cable first, or the kernel would tell the other node that its connections are closed.
         self._run("ip", "link", "set", _cable(node), "down", check=False)
-        self._end(self.folder / "spool" / node / "boot.pid", signal.SIGKILL)  # with it goes what it has unshared
+        self._end(self.folder / "spool" / node / "boot.pid", signal.SIGKILL)  # its namespaces end with it
 
     def power_on_if_off(self, node: str) -> None:
-        """Boot a node where a test has left it in the dark."""
+        """Boot a node that a test has left without power."""
         if not (self.folder / "spool" / node / "boot.pid").exists():
             self.power_on(node)
 
     def wait_for_nodes(self) -> None:
-        """Return when every node is ready for jobs; raises `TimeoutError`."""
+        """Wait until every node is ready for jobs; raise `TimeoutError` if that takes too long."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             states = self._run("sinfo", "-h", "-N", "-p", "batch", "-o", "%t", check=False).split()
@@ -134,7 +134,7 @@ class VirtualCluster:
         names["last_address"] = 10 + len(NODES)
         content = (HERE / "slurm.conf").read_text()
         self.configuration.write_text(re.sub(r"\{(\w+)\}", lambda match: str(names[match[1]]), content))
-        for number in range(8):  # SLURM wants a device for each GPU: here another /dev/null
+        for number in range(8):  # SLURM needs a device for each GPU; a copy of /dev/null will do
             os.mknod(self.folder / f"gpu{number}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-7]\n")
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # read, though unused
@@ -153,9 +153,9 @@ class VirtualCluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(process.name), signal.SIGKILL if time.monotonic() > deadline else number)
             with contextlib.suppress(ChildProcessError):
-                os.waitpid(int(process.name), os.WNOHANG)  # where this very process had started it
+                os.waitpid(int(process.name), os.WNOHANG)  # if this process started it
             time.sleep(0.1)
-        pid_file.unlink(missing_ok=True)  # a daemon that ends in order has done so
+        pid_file.unlink(missing_ok=True)  # a daemon that ended cleanly has deleted it itself
 
     def _run(self, *command: str, check: bool = True) -> str:
         result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
@@ -165,9 +165,9 @@ class VirtualCluster:
 
 
 def what_is_missing() -> str:
-    """Why there can be no cluster here, in a sentence; empty where there can be one."""
+    """Return in one sentence why no cluster can run here; empty if one can."""
     if os.geteuid() != 0:
-        return "a SLURM cluster of namespaces wants root"
+        return "a SLURM cluster of namespaces needs root"
     path = VirtualCluster().environment["PATH"]
     if missing := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
         return f"there is no {', '.join(missing)}; install {PACKAGES}"
@@ -177,11 +177,9 @@ def what_is_missing() -> str:
 
 
 def _is_of(process: Path, folder: Path) -> bool:
-    """Whether /proc/PID lives, and its command names the folder; a number may have gone to another process since."""
+    """Whether /proc/PID runs and its command names the folder; its number may belong to another process by now."""
     try:
-        return (
-            str(folder).encode() in (process / "cmdline").read_bytes()
-        )  # of a process that only awaits its parent: empty
+        return str(folder).encode() in (process / "cmdline").read_bytes()  # a zombie's command line is empty
     except OSError:
         return False
 

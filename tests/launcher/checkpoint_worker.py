@@ -1,4 +1,4 @@
-"""One rank of a test: trains runs one after another with faults at chosen saves, each in the rank that is named.
+"""One rank of a test: train runs one after another with faults at chosen saves, each on its rank.
 
 Arguments (JSON): the runs, and the faults as a list of {run, step, rank, kind}, where kind is a name in FAULTS.
 """
@@ -23,7 +23,7 @@ LEFT_FREE = 30_000  # bytes: enough for some of a checkpoint's files
 
 @contextmanager
 def full_disk(saver: CheckpointSaver) -> Iterator[None]:
-    """Another program has filled the disk, which must be a small one of the test's own, until the save has failed."""
+    """Fill the disk, which must be the test's own small one, and free it once the save has failed."""
     ballast = saver._run.checkpoints / "ballast"
     disk = os.statvfs(saver._run.checkpoints)
     ballast.write_bytes(bytes(disk.f_bavail * disk.f_frsize - LEFT_FREE))
@@ -40,7 +40,7 @@ def full_disk(saver: CheckpointSaver) -> Iterator[None]:
 
 @contextmanager
 def file_size_limit(saver: CheckpointSaver) -> Iterator[None]:
-    """No file of this process may be longer than 50,000 bytes (EFBIG)."""
+    """Limit files of this process to 50,000 bytes; longer writes fail with EFBIG."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     yield
@@ -58,7 +58,7 @@ def kill_inside_a_file(saver: CheckpointSaver) -> Iterator[None]:
 
 
 def kill_before(name: str):
-    """Die when the save, or the publishing after it, comes to the function `name`."""
+    """Kill this process when the save, or the publishing after it, calls the function `name`."""
 
     @contextmanager
     def fault(saver: CheckpointSaver) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Real training runs for tests: processes on gloo, small data, a small model."""
+"""Real training runs for tests: processes on gloo with small data and a small model."""
 
 import subprocess
 from pathlib import Path
@@ -20,7 +20,7 @@ def sample_data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def exported(sample_data, tmp_path_factory) -> Path:
-    """A model folder with the sample's tokenizer and weights at random, far enough from zero that all of them matter."""
+    """A model folder with the sample's tokenizer and random weights, far enough from zero that all of them matter."""
     import shutil
 
     import torch
@@ -46,11 +46,11 @@ def trainer(tmp_path_factory, sample_data) -> Trainer:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of a few pages, which `tests.launcher.disk.fill` fills."""
+    """A file system of a few pages, which `tests.launcher.disk.fill` can fill."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
     if mount.returncode:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a small disk needs root")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)

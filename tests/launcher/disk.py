@@ -1,8 +1,8 @@
-"""A disk that is full."""
+"""Fill a disk."""
 
 
 def fill(folder) -> None:
-    """Take all the space there is, in a file `ballast`."""
+    """Use up all the space of a folder's disk with a file `ballast`."""
     with open(folder / "ballast", "ab", buffering=0) as file:
         try:
             while True:

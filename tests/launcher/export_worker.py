@@ -1,4 +1,4 @@
-"""One rank of a test: trains a run, then keeps what its engine makes of some tokens, as `logits.pt` in the run folder."""
+"""One rank of a test: train a run, then write its engine's logits for some tokens to `logits.pt` in the run folder."""
 
 import json
 import sys

@@ -1,6 +1,6 @@
-"""Trains runs one after another on two forked ranks, each with a signal or a loss of data at a chosen moment of rank 1.
+"""Train runs one after another on two forked ranks; at a chosen moment, rank 1 gets a signal or loses its data.
 
-Arguments (JSON): a list of {arguments, fault, step, shard}, and a file for each one's exit codes and output.
+Arguments (JSON): a list of {arguments, fault, step, shard}, and a file for the exit codes and output of each run.
 """
 
 import json
@@ -19,7 +19,7 @@ VICTIM = 1
 
 
 class Moment:
-    """Calls `happen` once, when rank 1 is in the named part of a step."""
+    """Call `happen` once, when rank 1 is in the given part of a step."""
 
     def __init__(self, part: str, step: int, happen) -> None:
         self.part, self.step, self.happen = part, step, happen
@@ -59,7 +59,7 @@ class Moment:
 
 
 def lose(kind: str, shard: str) -> None:
-    """The file of a shard is deleted, or cut to half in place."""
+    """Delete the file of a shard, or truncate it to half; a copy is kept as `SHARD.away`."""
     if kind == "delete":
         os.rename(shard, f"{shard}.away")
     else:

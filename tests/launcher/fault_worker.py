@@ -1,4 +1,4 @@
-"""One rank of a test in which things go wrong: trains a run with faults at chosen steps or positions of one rank."""
+"""One rank of a test: train a run with faults at chosen steps or positions, on one rank or on all."""
 
 import ctypes
 import json
@@ -25,7 +25,7 @@ build_engine, train_step = train.build_engine, train.train_step
 
 
 def build_with_faults(faults: list[dict]):
-    """`build_engine`, whose model goes wrong where a fault says so: at `position` or `step`, at `rank` or at all."""
+    """Patch the training so that each fault happens at its `steps` or `positions`, on its `rank` or on every rank."""
     now = {"step": 0, "position": 0}
 
     def due(*kinds: str) -> list[dict]:
@@ -57,7 +57,7 @@ def build_with_faults(faults: list[dict]):
             output.loss_sums["cross_entropy"] = 20 * output.loss_sums["cross_entropy"]
 
     def find_after_damage(run, resume):
-        for _ in due("damage"):  # where a rollback looks for its checkpoint
+        for _ in due("damage"):  # just before a rollback looks for its checkpoint
             path = next(complete_checkpoints(run)[0].glob("*optim_states.pt"))
             content = bytearray(path.read_bytes())
             content[1000] ^= 1

@@ -1,4 +1,4 @@
-"""Ranks that are forked from a process which has imported everything: starting them costs a second instead of ten."""
+"""Ranks that are forked from a process with all imports done: they start in one second instead of ten."""
 
 import ctypes
 import os
@@ -17,9 +17,9 @@ from launcher.training.resilience.failures import recognised_failures
 from launcher.training.resilience.leaving import end_process, leave_together
 
 RANKS = 2
-PR_SET_CHILD_SUBREAPER = 36  # what the ranks leave behind becomes this process's child, and is seen
-LONGEST_END = 60.0  # seconds in which the last rank must have ended by itself after the first
-LAST_ENDS = 10.0  # seconds in which what the ranks started must have ended after them
+PR_SET_CHILD_SUBREAPER = 36  # processes that the ranks leave behind become children of this one
+LONGEST_END = 60.0  # seconds; the last rank must end by itself this soon after the first
+LAST_ENDS = 10.0  # seconds; processes that the ranks started must end this soon after them
 LAUNCHER_WAITS = 10.0
 LONGEST_RUN = 200.0
 
@@ -29,10 +29,10 @@ def train_forked(
 ) -> tuple[list[int], float]:
     """Train on two ranks; `before` is called in each with its number.
 
-    launched: whether a TERM goes to what is left LAUNCHER_WAITS after the first end, as launchers send it: ranks that
-    wait for one that died before it joined them know nothing of it.
-    Returns their exit codes and the seconds between the first end and the last. Fails where one does not end by itself,
-    or leaves a process behind.
+    launched: whether the remaining ranks get a TERM LAUNCHER_WAITS seconds after the first end, as launchers send it.
+    Without it, ranks that wait for one that died before joining them never learn of its death.
+    Return the exit codes and the seconds between the first end and the last. Fail if a rank does not end by itself or
+    leaves a process behind.
     """
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     processes, port = {}, free_port()
@@ -45,7 +45,7 @@ def train_forked(
 
 
 def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: Callable[[int], None]) -> NoReturn:
-    """Train and end as train.py does, so that what hangs at a process's end does so here."""
+    """Train and exit as train.py does, so that a hang at the end of the process happens here as well."""
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -76,19 +76,19 @@ def _wait_for_all(processes: dict[int, int], launched: bool) -> tuple[list[int],
         if now - started > LONGEST_RUN or (first and now - first > LONGEST_END):
             for left in psutil.Process().children(recursive=True):
                 left.kill()
-            raise AssertionError(f"only {codes} have ended")
+            raise AssertionError(f"only {codes} (exit codes by rank) ended by themselves")
         if pid == 0:
             time.sleep(0.02)
     seconds = time.monotonic() - first
     deadline = time.monotonic() + LAST_ENDS
     while _has_children():
-        assert time.monotonic() < deadline, "a process is left"
+        assert time.monotonic() < deadline, "the ranks left a process behind"
         time.sleep(0.02)
     return [codes[rank] for rank in sorted(codes)], seconds
 
 
 def _has_children() -> bool:
-    """Whether a process is left that has not ended; those that have are forgotten."""
+    """Reap the children that have ended, and return whether any other is left."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

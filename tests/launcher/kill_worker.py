@@ -1,7 +1,7 @@
-"""Trains one run that is killed again and again, and started again each time until it is done.
+"""Train one run that is killed repeatedly, and start it again each time until it is done.
 
-Arguments (JSON): the run's arguments, the number of kills, a seed, and a file for what happened. Its two ranks
-are forked from this process.
+Arguments (JSON): the run's arguments, the number of kills, a seed, and a file for the record of each start. The run's two
+ranks are forked from this process.
 """
 
 import json
@@ -20,12 +20,13 @@ import train
 from launcher.run_folder import RunFolder
 from launcher.training.checkpoints.checkpoint import find_checkpoint
 
-# What the killed rank has begun, and up to how many seconds ago. Every kind comes in turn, at random ranks and times.
+# What the rank is doing when it is killed, and how many seconds after its beginning the kill comes at most. The kinds take
+# turns; ranks and times are random.
 KINDS = {"steps": 1.0, "save": 0.15, "hashing": 0.01, "steps ": 1.0, "publishing": 0.02, "start": 3.0}
 
 
 def kill_when_begun(kind: str, seconds: float, skip: int, record: Path) -> None:
-    """Have this process kill itself so many seconds after it has begun something of a kind for the `skip`th time."""
+    """Make this process kill itself `seconds` after it has begun something of a kind for the `skip`th time."""
     main_thread, left = threading.main_thread().ident, [skip]
 
     def kill() -> None:

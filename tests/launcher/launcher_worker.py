@@ -1,4 +1,4 @@
-"""One rank of a test: trains each run that it is given, one after another, in this process."""
+"""One rank of a test: train the given runs one after another in this process."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from launcher.training.resilience.leaving import end_process, leave_together
 def main() -> None:
     runs, options = json.loads(sys.argv[1]), json.loads(sys.argv[2])
     if options.get("claim_fp16"):
-        # CPUs compute fp16, only slowly; DeepSpeed refuses them where it is not native.
+        # Any CPU can compute fp16, though slowly, but DeepSpeed refuses it unless it is native.
         get_accelerator().is_fp16_supported = lambda: True
     if "chunk_tokens" in options:
         model.loss.CHUNK_TOKENS = options["chunk_tokens"]

@@ -1,7 +1,7 @@
-"""One rank of a test: trains the runs that it is given one after another, and keeps the gradients and weights of each.
+"""One rank of a test: train the given runs one after another, and record the gradients and weights of each.
 
-`RUN/mathematics.pt`, written by rank 0: `gradients` of the steps in `GRADIENTS_OF` before clipping, and the `parameters`
-after step `STEPS`, under the plain model's names and in its shapes, whoever held them.
+Rank 0 writes `RUN/mathematics.pt`: the `gradients` of the steps in `GRADIENTS_OF` before clipping, and the `parameters`
+after step `STEPS`. They have the plain model's names and shapes, however they were spread over the ranks.
 """
 
 import json
@@ -24,9 +24,9 @@ UNLABELLED_STEP, UNLABELLED, EMPTY = 2, range(4), range(4, 6)
 
 
 def leave_labels_out(batches: list[dict[str, torch.Tensor]], first_row: int, pad: int) -> list[dict[str, torch.Tensor]]:
-    """Take the labels from half of a global batch's rows, and all the text from two more.
+    """Remove the labels from half of a global batch's rows, and labels and text from two more.
 
-    On two ranks and on four, a rank then has no label at all, and with two rows in a micro-batch one is all padding.
+    A rank then has no labels, on two ranks and on four. With two rows in a micro-batch, one micro-batch is all padding.
     """
     batches = [{name: rows.clone() for name, rows in batch.items()} for batch in batches]
     rows = (row for batch in batches for row in zip(*batch.values(), strict=True))
@@ -54,7 +54,7 @@ def leave_labels_out_of_one_step() -> None:
 
 
 def recording(build_engine, file: str):
-    """`build_engine`, of an engine that keeps what this test compares and writes it to `file`."""
+    """Wrap `build_engine`: its engine records gradients and weights and writes them to `file`."""
 
     def build(*arguments, **options):
         engine = build_engine(*arguments, **options)
@@ -84,7 +84,7 @@ def full_parameter(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def whole(engine, full_tensor) -> dict[str, torch.Tensor]:
-    """A tensor for each parameter, put together from its data-parallel ranks by `full_tensor` and from those of EP here."""
+    """Return each parameter's whole tensor: `full_tensor` joins the data-parallel parts, this function those of experts."""
     tensors = {}
     for name, parameter in engine.module.named_parameters():
         tensor = full_tensor(parameter).detach().float().contiguous()
@@ -98,7 +98,7 @@ def whole(engine, full_tensor) -> dict[str, torch.Tensor]:
 
 
 def with_fused_experts(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """AutoEP's w1 (gate), w3 (up) and w2 (down) back into `gate_up_proj` and `down_proj`."""
+    """Merge AutoEP's w1 (gate), w3 (up) and w2 (down) into `gate_up_proj` and `down_proj`."""
     for name in [name for name in weights if name.endswith(".experts.w1")]:
         prefix = name.removesuffix("w1")
         gate, up = weights.pop(f"{prefix}w1"), weights.pop(f"{prefix}w3")

@@ -1,4 +1,4 @@
-"""One rank of a test: takes a folder's weights as `init_from` does under ZeRO-3 and prints what memory that took."""
+"""One rank of a test: load a folder's weights as `init_from` does under ZeRO-3, and print the memory that it takes."""
 
 import gc
 import json
@@ -16,7 +16,7 @@ from model import LiquidConfig, LiquidForCausalLM
 
 
 def resident(field: str) -> int:
-    """Bytes of this process in memory now (`VmRSS`) or at most so far (`VmHWM`), mapped files included."""
+    """Return the bytes of this process in memory now (`VmRSS`) or at its peak (`VmHWM`), mapped files included."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 

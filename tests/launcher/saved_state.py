@@ -1,4 +1,4 @@
-"""What checkpoints hold of weights and moments, compared bit for bit."""
+"""Compare the weights and moments in checkpoints bit for bit."""
 
 import torch
 
@@ -6,7 +6,7 @@ from launcher.tools.export.export import load_run
 
 
 def tensors(content, name: str = "") -> dict[str, torch.Tensor]:
-    """All tensors in a nest of dictionaries and lists, by their path."""
+    """Return all tensors in nested dictionaries and lists, by their path."""
     if isinstance(content, torch.Tensor):
         return {name: content}
     items = content.items() if isinstance(content, dict) else enumerate(content)
@@ -18,10 +18,10 @@ def tensors(content, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def saved(folder, step: int) -> dict[str, torch.Tensor]:
-    """Every tensor that all ranks saved of weights and moments at a step."""
+    """Return the weights and moments that all ranks saved at a step."""
     found = {}
     for path in sorted((folder / "checkpoints" / f"step-{step:08d}").glob("*.pt")):
-        # Buffers hold the balancing bias, which moves with the routers' choices and not with gradients.
+        # The balancing bias is left out: it follows the routers' choices and not the gradients.
         state = {
             name: value
             for name, value in tensors(torch.load(path, weights_only=False)).items()
@@ -39,9 +39,9 @@ def differing(folder, step: int, other: int) -> list[str]:
 
 
 def differing_runs(folder, other, step: int) -> list[str]:
-    """The weights and moments that are not the same bits in the last checkpoints of two runs.
+    """Return the names of weights and moments that differ in the last checkpoints of two runs.
 
-    fp32_flat_groups are the weights again, but with padding at their ends, which DeepSpeed leaves as it finds it.
+    fp32_flat_groups is left out: it holds the weights again, with padding at the end that DeepSpeed does not initialise.
     """
     weights = [load_run(run).state_dict() for run in (folder, other)]
     states = [{k: v for k, v in saved(run, step).items() if "fp32_flat_groups" not in k} for run in (folder, other)]

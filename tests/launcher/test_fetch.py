@@ -1,4 +1,4 @@
-"""`lfm fetch` from a hub on this machine that speaks what the client asks of it."""
+"""`lfm fetch` from a small hub on this machine, which answers the client's requests."""
 
 import json
 import os
@@ -41,7 +41,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def fetch(tmp_path):
-    """`lfm fetch` with options, from a hub or from where there is none."""
+    """Run `lfm fetch` with options, from the hub or from a port without one."""
     hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=hub.serve_forever, daemon=True).start()
 
@@ -78,7 +78,7 @@ def test_a_dataset_comes_with_a_note_of_its_revision(fetch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dataset", "port"), [("some/other", None), ("some/questions", 9), ("no name", None)])
-def test_what_cannot_be_had_is_one_sentence(fetch, dataset, port):
+def test_a_failed_download_is_an_error_of_one_sentence(fetch, dataset, port):
     result = fetch("--dataset", dataset, **({"port": port} if port else {}))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
     assert f"cannot download {dataset} from the hub" in result.stderr

@@ -20,7 +20,7 @@ LAYERS = [
 
 
 def modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name, but for the packages' own files."""
+    """Return every module of the package by its dotted name, except the `__init__.py` files."""
     return {
         ".".join(["launcher", *path.relative_to(PACKAGE).with_suffix("").parts]): path
         for path in PACKAGE.rglob("*.py")
@@ -41,7 +41,7 @@ def test_imports_run_one_way():
         assert not upwards, f"{name} imports {upwards}"
 
 
-def test_the_packages_below_never_look_up():
+def test_model_and_data_pipeline_import_none_of_the_other_packages():
     for package in ("model", "data_pipeline"):
         other = {"model", "data_pipeline", "launcher", "train"} - {package}
         for path in (PACKAGE.parent / package).rglob("*.py"):

@@ -24,14 +24,14 @@ from launcher.node_list import expand_node_list
 )
 def test_a_list_becomes_its_hosts(compressed, hosts):
     assert expand_node_list(compressed) == hosts
-    if shutil.which("scontrol"):  # SLURM's own opinion, for which no cluster need run
+    if shutil.which("scontrol"):  # SLURM's own result, which needs no running cluster
         said = subprocess.run(["scontrol", "show", "hostnames", compressed], capture_output=True, text=True, timeout=30)
         if said.returncode == 0:
             assert said.stdout.split() == hosts
 
 
 @pytest.mark.parametrize("compressed", ["", "n[1-2", "n[2-1]", "n[a-b]", "n[1-2-3]", "a,,b", "a b", "n[]", "n]1["])
-def test_what_is_no_list_is_refused(compressed):
+def test_an_invalid_list_is_refused(compressed):
     with pytest.raises(ConfigurationError, match="MASTER_ADDR"):
         expand_node_list(compressed)
 
@@ -41,8 +41,8 @@ def test_what_is_no_list_is_refused(compressed):
     st.from_regex(r"[a-z][a-z0-9-]{0,5}[a-z]", fullmatch=True), st.from_regex(r"[a-z]{0,3}", fullmatch=True),
     st.integers(1, 4), st.lists(st.integers(0, 9999), min_size=1, max_size=8, unique=True),
 )  # fmt: skip
-def test_every_list_of_numbered_hosts_comes_back(prefix, suffix, width, numbers):
-    """Numbers of one width, neighbours as ranges, as SLURM writes them."""
+def test_every_list_of_numbered_hosts_is_expanded(prefix, suffix, width, numbers):
+    """The test compresses lists as SLURM does: numbers of one width, and neighbours as ranges."""
     inside, run = [], []
     for number in [*numbers, None]:
         if run and number == run[-1] + 1 and len(f"{number:0{width}}") == len(f"{run[0]:0{width}}"):
@@ -60,7 +60,7 @@ STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "0", "SLURM_S
         "SLURM_JOB_NODELIST": "gpu[07-10]"}  # fmt: skip
 
 
-def test_srun_without_a_rendezvous_meets_at_the_first_node():
+def test_srun_without_a_master_address_uses_the_first_node():
     variables = dict(STEP)
     assert detect_environment(variables).world_size == 2
     assert variables["MASTER_ADDR"] == "gpu07" and 15000 <= int(variables["MASTER_PORT"]) < 30000

@@ -18,7 +18,7 @@ LFM = [sys.executable, "-m", "launcher.cli"]
 
 
 def imported(command: list[str], code: int = 0, **variables: str) -> tuple[set[str], int]:
-    """Run a command; gives the top-level modules that it or its workers imported, and how many processes there were."""
+    """Run a command; return the top-level modules that it or its workers imported, and the number of processes."""
     environment = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1", **variables}  # every Python process then lists them
     result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == code, result.stderr[-3000:]
@@ -28,7 +28,7 @@ def imported(command: list[str], code: int = 0, **variables: str) -> tuple[set[s
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> tuple[Path, set[str], int]:
-    """A shard folder that two worker processes have made, and what they imported."""
+    """A shard folder that two worker processes wrote, the modules they imported, and the number of processes."""
     folder = tmp_path_factory.mktemp("starts")
     for part in range(2):
         rows = [{"question": f"What is {part} + {n}?", "answer": str(part + n), "source": "s"} for n in range(200)]
@@ -56,7 +56,7 @@ def test_commands_on_a_shard_folder_import_no_torch(shards, tmp_path, arguments,
 def test_submit_fetch_and_a_batch_jobs_decisions_import_no_torch(tmp_path):
     commands = {
         "submit": ([*LFM, "submit", "--dry-run", "train"], 0),
-        "fetch": ([*LFM, "fetch", "--out", str(tmp_path / "hub")], 2),  # nobody listens there
+        "fetch": ([*LFM, "fetch", "--out", str(tmp_path / "hub")], 2),  # no server listens there
         "batch job": ([sys.executable, "-m", "launcher.cluster.batch_job", "folder", "--deepspeed_config", "x.json"], 0),
     }  # fmt: skip
     for name, (command, code) in commands.items():
@@ -65,7 +65,7 @@ def test_submit_fetch_and_a_batch_jobs_decisions_import_no_torch(tmp_path):
         assert not SLOW & modules, name
 
 
-def test_the_help_of_each_command_imports_no_library_that_takes_time():
+def test_the_help_of_each_command_imports_no_slow_library():
     result = subprocess.run([*LFM, "--help"], cwd=PROJECT, capture_output=True, text=True, check=True)
     names = re.findall(r"^    (\w+)", result.stdout, re.MULTILINE)
     assert {"prepare", "verify", "inspect", "fetch", "submit", "preflight", "export", "serve"} <= set(names)

@@ -1,4 +1,4 @@
-"""Real training processes for tests: started as ranks on this machine, read from what they leave behind."""
+"""Start real training processes for tests as ranks on this machine, and read the files that they write."""
 
 import json
 import os
@@ -24,12 +24,12 @@ RUN = {
     "learning_rate": 0.003,
     "warmup_steps": 2,
     "loss_on": "answer",
-    "balancing_rate": 0.02,  # so large that a few steps send tokens to other experts
+    "balancing_rate": 0.02,  # large enough that a few steps send tokens to other experts
 }
 
 
 class Trainer:
-    """Starts training processes and reads what they left behind."""
+    """Start training processes and read the files that they have written."""
 
     def __init__(self, folder: Path, data: Path):
         self.folder = folder
@@ -41,7 +41,7 @@ class Trainer:
         self.fp32 = self.deepspeed_config("fp32")
 
     def deepspeed_config(self, name: str, **changes) -> Path:
-        """`ds_configs/zero3.json` without fp16 and with other sections where named."""
+        """Write `ds_configs/zero3.json` without fp16, and with the sections in `changes`."""
         content = json.loads((PROJECT / "ds_configs" / "zero3.json").read_text())
         del content["fp16"]
         path = self.folder / f"{name}.json"
@@ -55,10 +55,10 @@ class Trainer:
         ]  # fmt: skip
 
     def run(self, world_size: int, *runs: list[str], **options) -> list[subprocess.CompletedProcess]:
-        """Train `runs` one after another in one set of processes; fails the test where a process fails."""
+        """Train `runs` one after another in one set of processes; fail if a process fails."""
         command = [sys.executable, "-m", "launcher_worker", json.dumps([*runs]), json.dumps(options)]
         results = start(world_size, command, patience=10)
-        # All ranks' words: the first that fails may only be the one that noticed.
+        # Show the output of all ranks: the first one that failed may not be the cause.
         told = "\n".join(f"rank {rank} ended with {r.returncode}:\n{r.stdout}" for rank, r in enumerate(results))
         assert [result.returncode for result in results] == [0] * world_size, told
         return results
@@ -80,7 +80,7 @@ class Trainer:
         return start(2, [sys.executable, "-m", "checkpoint_worker", json.dumps(runs), json.dumps(named)])
 
     def scalars(self, output: str) -> dict[str, dict[int, float]]:
-        """What TensorBoard shows of a run: the value of each step, by tag; fails where a step has two points."""
+        """Return a run's TensorBoard curves: the value at each step, by tag; fail if a step has two points."""
         reader = EventAccumulator(str(self.folder / output / "tensorboard"), size_guidance={"scalars": 0})
         reader.Reload()
         shown = {}
@@ -94,7 +94,7 @@ class Trainer:
 def start(
     world_size: int, command: list[str], timeout: int = 240, patience: float = 0
 ) -> list[subprocess.CompletedProcess]:
-    """Run a command as `world_size` ranks on this machine; `patience` seconds after one fails, the others are ended."""
+    """Run a command as `world_size` ranks on this machine; `patience` seconds after one fails, the others are killed."""
     environment = {
         **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),

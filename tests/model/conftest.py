@@ -1,4 +1,4 @@
-"""A model small enough for a test and with every part, its weights far enough from zero that every path matters."""
+"""A small model with every part; its weights are far enough from zero that every path affects the output."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ SIZES = SMALL | {"vocab_size": 128, "used_vocab_size": 101, "sliding_window": 8,
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """A second thread only costs at these sizes, and much where tests share their cores."""
+    """Use one thread: at these sizes a second one only slows tests down, most of all on shared cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

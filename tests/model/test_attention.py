@@ -1,4 +1,4 @@
-"""Every way to compute the local attention gives what its definition gives."""
+"""Every implementation of the local attention matches its definition."""
 
 import copy
 
@@ -23,7 +23,7 @@ def config_with(window: int) -> LiquidConfig:
 
 
 def windowed(documents: Documents, window: int) -> torch.Tensor:
-    """Who sees whom by definition, bool `[B, 1, T, T]`."""
+    """Return which tokens see which by the definition of the window, bool `[B, 1, T, T]`."""
     index = torch.arange(documents.number.shape[1])
     distance = index.unsqueeze(1) - index
     same = documents.number.unsqueeze(2) == documents.number.unsqueeze(1)
@@ -51,7 +51,7 @@ def test_block_local_attention_is_full_attention_under_the_window_mask(tokens, w
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 
-def test_the_mask_of_a_long_row_grows_with_its_length_and_not_with_its_square():
+def test_the_size_of_the_mask_is_linear_in_the_length():
     window = 8
     sizes = [
         local_mask(config_with(window), torch.empty(1, tokens, 24), documents_of([tokens]), None).numel()
@@ -62,7 +62,7 @@ def test_the_mask_of_a_long_row_grows_with_its_length_and_not_with_its_square():
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
 def test_transformers_own_attention_functions_give_the_same_logits(config, model, ids, implementation):
-    """Packed, padded and with a cache. flex attention is not compiled here: torch 2.13's code for a CPU does not build."""
+    """Packed, padded and with a cache. flex attention is not compiled: the code of torch 2.13 for CPUs does not build."""
     other = LiquidForCausalLM._from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
     other.load_state_dict(model.state_dict())
     assert (model.config._attn_implementation, other.config._attn_implementation) == (BLOCK_LOCAL, implementation)
@@ -84,8 +84,8 @@ def test_an_attention_function_that_cannot_keep_documents_apart_is_refused(confi
 
 
 @pytest.mark.gpu
-def test_flex_attention_while_training_gives_the_blocks_results_with_gradients():
-    """On CUDA the default mask is flex attention's while gradients are asked for, and the blocks' otherwise."""
+def test_flex_attention_in_training_matches_the_blocks_with_gradients():
+    """On CUDA the default mask is flex attention's if gradients are needed, and the blocks' otherwise."""
     if not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The balancing bias evens out the experts' load and weighs nothing; every way to compute experts gives the same."""
+"""The balancing bias evens out the experts' load without changing their weights; all expert implementations agree."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_the_bias_rises_for_experts_below_the_mean_load_and_keeps_its_sum():
     load = torch.tensor([[10.0, 2, 4, 4], [5, 5, 5, 5], [0, 0, 0, 0]])
     updated = updated_balancing_bias(bias, load, 0.01)
     torch.testing.assert_close(updated[0] - bias[0], 0.01 * torch.tensor([-1.5, 0.5, 0.5, 0.5]))
-    assert torch.equal(updated[1:], bias[1:])  # balanced already; no token at all
+    assert torch.equal(updated[1:], bias[1:])  # already balanced; no tokens
     assert torch.equal(updated_balancing_bias(bias, load, 0.0), bias)
 
 
@@ -60,7 +60,7 @@ def test_the_bias_balances_a_skewed_router(router, config):
 
 
 @torch.no_grad()
-def test_the_bias_chooses_and_does_not_weigh(router, config):
+def test_the_bias_changes_which_experts_are_chosen_but_not_their_weights(router, config):
     tokens = torch.randn(100, config.hidden_size)
     router.e_score_correction_bias.copy_(torch.tensor([-1.0, 0.0, 0.5, 1.0]))
     experts, weights = router(tokens)
@@ -69,7 +69,7 @@ def test_the_bias_chooses_and_does_not_weigh(router, config):
     torch.testing.assert_close(weights, probabilities / probabilities.sum(-1, keepdim=True))
 
 
-def test_the_load_counts_the_biased_choices_of_text_alone(config):
+def test_the_load_counts_the_biased_choices_of_text_only(config):
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 20, 4)
     bias = 0.2 * torch.randn(2, 4)
@@ -84,7 +84,7 @@ def test_the_load_counts_the_biased_choices_of_text_alone(config):
     assert torch.equal(unbiased["routing"], statistics["routing"])
 
 
-def test_the_models_load_is_what_its_routers_choose(model, ids):
+def test_the_models_load_counts_its_routers_choices(model, ids):
     set_balancing_bias(model, 0.2 * torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
     chosen = []
     for layer in model.model.layers:
@@ -93,7 +93,7 @@ def test_the_models_load_is_what_its_routers_choose(model, ids):
     assert torch.equal(load.double(), torch.stack([count(experts, 4) for experts in chosen]))
 
 
-def test_the_bias_is_saved_and_loaded_with_the_model_in_fp32_always(model, tmp_path):
+def test_the_bias_is_saved_and_loaded_in_fp32(model, tmp_path):
     bias = 0.1 * torch.randn(2, 4)
     set_balancing_bias(model, bias)
     assert torch.equal(balancing_bias(model), bias)
@@ -106,7 +106,7 @@ def test_the_bias_is_saved_and_loaded_with_the_model_in_fp32_always(model, tmp_p
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_cast_leaves_the_bias_in_fp32(model, ids, dtype, tmp_path):
-    """As loading in that dtype does, so that both choose the same experts."""
+    """Loading in that dtype does the same, so a cast model and a loaded one choose the same experts."""
     bias = torch.tensor([[0.1000, 0.1001, 0.1002, 0.1003]]).repeat(2, 1)
     set_balancing_bias(model, bias)
     model.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_a_new_model_begins_without_a_bias(config):
 
 
 def test_every_implementation_of_the_experts_gives_the_same_output_and_gradients(config):
-    """Also where an expert gets no token."""
+    """Expert 0 gets no token."""
     torch.manual_seed(0)
     experts = Experts(config)
     for parameter in experts.parameters():
@@ -162,7 +162,7 @@ def test_the_implementation_is_chosen_as_in_any_transformers_model(config, ids):
 
 
 def test_a_batch_of_padding_alone_counts_nothing():
-    """As a micro-batch of a skipped bad shard's rows is."""
+    """The rows of a skipped bad shard make such a micro-batch."""
     nothing = torch.zeros(3, 20, dtype=torch.bool)
     statistics = routing_statistics(torch.randn(2, 3, 20, 4), torch.rand(3, 20), nothing, 2, torch.zeros(2, 4))
     assert statistics["load"].shape == statistics["routing"].shape == (2, 4)

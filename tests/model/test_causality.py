@@ -55,7 +55,7 @@ def test_a_component_sees_no_later_token(component, config):
 
 
 @torch.no_grad()
-def test_a_document_in_a_row_gives_what_it_gives_alone(component, config):
+def test_a_packed_document_gives_the_same_output_as_alone(component, config):
     hidden = torch.randn(1, TOKENS, config.hidden_size)
     lengths = [7, 1, 22, 20]
     positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0)

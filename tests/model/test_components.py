@@ -1,4 +1,4 @@
-"""Each fast form gives what its plain definition gives, with gradients."""
+"""Each fast implementation matches its plain definition, gradients included."""
 
 import torch
 
@@ -14,7 +14,7 @@ def documents_of(*rows: list[int]) -> Documents:
 
 
 def gathered_taps(convolution, hidden, signal, documents):
-    """The deformable sum by its definition: every tap gathers its two neighbours and interpolates between them."""
+    """Compute the deformable sum by its definition: every tap interpolates between its two neighbours."""
     delay, strength = convolution.tap_proj(hidden).unflatten(-1, (2, convolution.groups, convolution.taps)).unbind(2)
     delay = (convolution.range - 1) * torch.sigmoid(delay)
     output = torch.zeros_like(signal)
@@ -31,7 +31,7 @@ def gathered_taps(convolution, hidden, signal, documents):
     return output
 
 
-def test_the_deformable_convolution_is_the_gather_it_stands_for(config):
+def test_the_deformable_convolution_matches_its_definition(config):
     torch.manual_seed(0)
     convolution = DeformableConvolution(config, layer_index=0)
     torch.nn.init.normal_(convolution.tap_proj.weight, std=0.5)
@@ -67,8 +67,8 @@ def test_the_memory_reads_the_state_after_the_last_block_before_the_tokens_own(c
             torch.testing.assert_close(given[row, begin + token], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_memory_of_many_short_documents_costs_what_their_tokens_cost(config):
-    """One long document among short ones must not pad the others to its length."""
+def test_the_memorys_cost_depends_on_the_tokens_and_not_on_the_longest_document(config):
+    """A long document among short ones must not pad the others to its length."""
     memory = LSTMMemory(config, layer_index=0)
     steps = []
     memory.lstm.register_forward_pre_hook(lambda _, inputs: steps.append(len(inputs[0].data)))
@@ -93,7 +93,7 @@ def test_experts_are_the_weighted_sum_over_the_chosen_ones(config):
     torch.testing.assert_close(moe(hidden), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_the_retained_ratio_stays_inside_its_bounds_and_tells_simple_from_complex(config):
+def test_the_retained_ratio_stays_in_its_bounds_and_is_higher_for_complex_text(config):
     torch.manual_seed(0)
     embedding = LiquidEmbedding(config)
     for parameter in embedding.parameters():
@@ -104,7 +104,7 @@ def test_the_retained_ratio_stays_inside_its_bounds_and_tells_simple_from_comple
     assert ((ratio > config.embedding_minimum_ratio) & (ratio < 1)).all()
     assert (ratio[1, 1:] > ratio[0, 1:] + 0.01).all()
     assert ratio[0, 59] < ratio[1, 59]
-    assert ratio[1, 59] > ratio[1, 1]  # longer keeps more
+    assert ratio[1, 59] > ratio[1, 1]  # a longer text keeps more
     assert (error >= 0).all()
 
 
@@ -119,7 +119,7 @@ def test_the_embedding_rule_learns_through_the_mask(config):
 
 
 def test_the_memorys_weights_get_their_gradients_in_one_order_whatever_the_lengths(config):
-    """Ranks add their gradients up in the order of arrival; torch's own LSTM has several on a CPU."""
+    """Ranks sum gradients in the order of their arrival, so it must be fixed; with torch's LSTM it varies on a CPU."""
     memory = LSTMMemory(config, layer_index=0)
     arrived = []
     for name, weight in memory.lstm.named_parameters():

@@ -1,4 +1,4 @@
-"""Decoding with a cache gives the logits of the whole text at once, in a state that does not grow."""
+"""Decoding with a cache gives the same logits as reading the whole text at once, and its state does not grow."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def cache(request, config):
 
 
 def decoded(model, ids, cache, lengths, **inputs):
-    """The logits of `ids` read in parts of these lengths."""
+    """Return the logits of `ids`, read in parts of these lengths."""
     logits = []
     for part in ids.split(lengths, dim=1):
         seen = cache.get_seq_length()
@@ -25,27 +25,27 @@ def decoded(model, ids, cache, lengths, **inputs):
     return torch.cat(logits, dim=1)[..., :101]
 
 
-# The window is 8, the memory's stride 4, the convolutions' pasts 5 and 3: parts end inside and on every boundary.
+# The window is 8, the memory's stride 4, and the convolutions keep 5 and 3 past tokens: parts end on and off each boundary.
 @pytest.mark.parametrize(
     "lengths", [[1] * 50, [20] + [1] * 30, [1, 2, 3, 4, 5, 6, 7, 8, 9, 5], [3, 30, 1, 16], [8, 8, 8, 8, 18], [50]]
 )
 @torch.no_grad()
-def test_in_parts_the_logits_are_those_of_the_whole_text(model, ids, cache, lengths):
+def test_reading_in_parts_gives_the_logits_of_the_whole_text(model, ids, cache, lengths):
     expected = model(ids, use_cache=False).logits[..., :101]
     torch.testing.assert_close(decoded(model, ids, cache, lengths), expected, **CLOSE)
 
 
 @torch.no_grad()
-def test_a_single_text_decodes_as_it_reads(model, ids):
-    """One token of one text takes its experts without sorting tokens by them."""
+def test_a_single_text_gives_the_same_logits_token_by_token(model, ids):
+    """A single token is not sorted by expert, which is another code path."""
     expected = model(ids[:1], use_cache=False).logits[..., :101]
     cache = DynamicCache(config=model.config)
     torch.testing.assert_close(decoded(model, ids[:1], cache, [7] + [1] * 43), expected, **CLOSE)
 
 
 @torch.no_grad()
-def test_the_memory_runs_at_every_token_where_somebody_gathers_its_weights(model, ids):
-    """Under ZeRO-3 ranks whose blocks end elsewhere wait for one another; without it only complete blocks cost."""
+def test_the_memory_runs_at_every_token_if_its_weights_are_gathered(model, ids):
+    """Under ZeRO-3 all ranks gather together, wherever their blocks end; otherwise only complete blocks run the LSTM."""
     lstm, calls = model.model.layers[0].memory.lstm, []
     run = type(lstm).forward
     type(lstm).forward = lambda self, *arguments: calls.append(self) or run(self, *arguments)
@@ -73,7 +73,7 @@ def test_rows_padded_on_the_left_decode_as_they_would_alone(model, ids, cache, l
 
 
 @torch.no_grad()
-def test_a_cache_goes_on_with_the_last_document_of_a_packed_row(model, ids):
+def test_a_cache_continues_the_last_document_of_a_packed_row(model, ids):
     positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([9, 41], [30, 20], [5, 13, 32])])
     expected = model(ids, position_ids=positions, use_cache=False).logits[..., :101]
     cache, logits = DynamicCache(config=model.config), []
@@ -84,7 +84,7 @@ def test_a_cache_goes_on_with_the_last_document_of_a_packed_row(model, ids):
 
 @pytest.mark.parametrize("stride", [1, 3])
 @torch.no_grad()
-def test_other_strides_of_the_memory_decode_as_exactly(config, ids, stride):
+def test_other_memory_strides_decode_to_the_same_logits(config, ids, stride):
     torch.manual_seed(0)
     other = config.sized_for(config.used_vocab_size, memory_stride=stride)
     model = LiquidForCausalLM(other).eval()
@@ -94,7 +94,7 @@ def test_other_strides_of_the_memory_decode_as_exactly(config, ids, stride):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}])
-def test_generation_with_a_cache_writes_what_it_writes_without(model, ids, options):
+def test_generation_gives_the_same_tokens_with_and_without_a_cache(model, ids, options):
     mask = torch.ones_like(ids[:, :12])
     mask[0, :5] = 0
     inputs = {"input_ids": ids[:, :12], "attention_mask": mask, **GREEDY}
@@ -102,7 +102,7 @@ def test_generation_with_a_cache_writes_what_it_writes_without(model, ids, optio
     assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **plain, use_cache=False))
 
 
-def test_beams_take_their_state_along(model, ids):
+def test_beam_search_reorders_the_state_with_its_beams(model, ids):
     """Beam search reorders the cache often; each sequence's score must be that of its own tokens."""
     torch.manual_seed(0)
     output = model.generate(
@@ -127,7 +127,7 @@ def state_bytes(cache) -> int:
 
 @torch.no_grad()
 def test_the_state_is_as_large_after_64k_tokens_as_after_1k(model):
-    """Measured on the memory that the tensors hold, so that a view of something long would show."""
+    """The test measures the tensors' storage, so a view of a longer tensor would be noticed."""
     cache, sizes = DynamicCache(config=model.config), []
     ids = torch.randint(4, 101, (1, 4096), generator=torch.Generator().manual_seed(0))
     for part in (ids[:, :1023], *[ids] * 16):
@@ -146,12 +146,12 @@ def test_assisted_decoding_is_refused(model, ids):
         model.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=4)
 
 
-def test_a_cache_that_knows_nothing_of_the_model_is_refused(model, ids):
+def test_a_cache_made_without_the_models_config_is_refused(model, ids):
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids, past_key_values=DynamicCache())
 
 
-def test_a_static_cache_with_less_room_than_the_window_is_refused_what_does_not_fit(model, ids):
+def test_a_static_cache_smaller_than_the_window_refuses_tokens_that_do_not_fit(model, ids):
     cache = StaticCache(model.config, max_cache_len=6)  # the window is 8
     model(ids[:, :6], past_key_values=cache)
     with pytest.raises(ValueError, match="holds 6 tokens but would get 7"):
@@ -173,14 +173,14 @@ def test_a_mask_that_leaves_the_cached_tokens_out_is_refused(model, ids):
         model(ids[:, :1], attention_mask=torch.ones(3, 1), past_key_values=cache)
 
 
-def test_going_on_behind_padding_on_the_right_is_refused(model, ids):
+def test_generating_after_padding_on_the_right_is_refused(model, ids):
     mask = torch.ones_like(ids)
     mask[0, -5:] = 0
     with pytest.raises(ValueError, match='padding_side="left"'):
         model.generate(ids, attention_mask=mask, **GREEDY)
 
 
-def test_training_keeps_no_cache_and_recomputed_layers_take_none(model, ids):
+def test_training_returns_no_cache_and_recomputed_layers_refuse_one(model, ids):
     model.train()
     assert model(ids, labels=ids).past_key_values is None
     model.gradient_checkpointing_enable()

@@ -1,4 +1,4 @@
-"""A model whose layers lie on several devices, as `device_map` puts them; here on the CPU and on torch's `meta`."""
+"""A model with layers on several devices, as `device_map` places them; here the CPU and torch's `meta`."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.model.conftest import SIZES
 
 
 @pytest.mark.parametrize("past", [None, 5])
-def test_documents_move_as_a_tensor_does(past):
+def test_documents_move_to_a_device_as_tensors_do(past):
     documents = Documents.from_positions(torch.tensor([[3, 4, 0, 1], [0, 1, 2, 3]]), past)
     moved = documents.to("meta", non_blocking=True)
     assert isinstance(moved, Documents)
@@ -23,7 +23,7 @@ def test_documents_move_as_a_tensor_does(past):
 @torch.no_grad()
 def test_layers_on_two_devices_read_and_decode():
     hooks = pytest.importorskip("accelerate.hooks")
-    # meta cannot ask whether a block of the memory is complete, nor sort tokens by expert in fp32.
+    # Tensors on meta have no values, so the memory cannot tell whether a block is complete; nor can tokens be sorted in fp32.
     config = LiquidConfig(**SIZES | {"memory_every": 3, "experts_implementation": "batched_mm"})
     model = LiquidForCausalLM(config).eval().model
     for module, device in ((model.layers[0], "cpu"), (model.layers[1], "meta"), (model.norm, "meta")):
@@ -37,7 +37,7 @@ def test_layers_on_two_devices_read_and_decode():
 
 
 @pytest.mark.extra
-def test_a_device_map_cuts_neither_a_layer_nor_the_embedding():
+def test_a_device_map_splits_neither_a_layer_nor_the_embedding():
     accelerate = pytest.importorskip("accelerate")
     model = LiquidForCausalLM(LiquidConfig(**SIZES | {"num_hidden_layers": 4}))
     places = set()

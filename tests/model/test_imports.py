@@ -1,4 +1,4 @@
-"""What `import model` costs somebody who wants the model alone."""
+"""`import model` is as cheap as importing a model of transformers."""
 
 import subprocess
 import sys

@@ -26,7 +26,7 @@ def test_cross_entropy_and_focal_are_their_definitions(batch):
     torch.testing.assert_close(sums["focal"], ((1 - torch.exp(-entropy)) ** 2 * entropy).sum())
 
 
-def test_terms_add_up_however_a_batch_is_cut(batch):
+def test_terms_add_up_however_a_batch_is_split(batch):
     logits, labels = batch
     whole = language_loss_sums(logits, labels, torch.nn.Identity(), 2.0)
     parts = [language_loss_sums(logits[r : r + 1], labels[r : r + 1], torch.nn.Identity(), 2.0) for r in range(3)]
@@ -47,7 +47,7 @@ def test_chunks_give_the_same_sums_and_gradients_with_a_fraction_of_the_logits()
         sums = language_loss_sums(hidden, labels, head, 2.0, chunk_tokens)
         results.append((*sums.values(), *torch.autograd.grad(sum(sums.values()), (hidden, head.weight))))
     assert max(seen) <= 30
-    assert len(seen) == 2 * 7  # forward, and again in the backward
+    assert len(seen) == 2 * 7  # once in the forward pass and once in the backward pass
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-5)
 
@@ -57,7 +57,7 @@ def regularised(router_logits, ratio, means):
     return regularisation_sums(router_logits, torch.zeros(2, 7), ratio, text, means, target_ratio=0.6)
 
 
-def test_terms_of_a_mean_have_its_value_and_gradient_where_they_are_expanded():
+def test_expanded_terms_have_the_exact_value_and_gradient_at_the_expansion_point():
     torch.manual_seed(0)
     router_logits = torch.randn(2, 2, 7, 4, requires_grad=True)  # [L, B, T, E]
     ratio = torch.rand(2, 7, requires_grad=True)
@@ -82,7 +82,7 @@ def test_the_usage_term_moves_routing_towards_equal_use():
     assert (gradient[..., 1:] < 0).all()
 
 
-def test_padding_takes_no_part():
+def test_padding_adds_nothing():
     torch.manual_seed(0)
     router_logits, error, ratio = torch.randn(2, 2, 7, 4), torch.rand(2, 7), torch.rand(2, 7)
     text = torch.ones(2, 7, dtype=torch.bool)
@@ -120,7 +120,7 @@ def test_a_batch_that_was_not_finite_leaves_the_means_alone():
         assert means.updated(routing, torch.tensor(ratio)) is means
 
 
-def test_an_expert_that_was_never_used_is_pulled_back_in_not_lost():
+def test_an_expert_that_was_never_used_gets_a_gradient_that_raises_its_use():
     router_logits = torch.randn(1, 2, 7, 4, requires_grad=True)
     never = RunningMeans(torch.tensor([[0.0, 0.3, 0.3, 0.4]]), torch.tensor(0.6))
     (gradient,) = torch.autograd.grad(
@@ -131,7 +131,7 @@ def test_an_expert_that_was_never_used_is_pulled_back_in_not_lost():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
-def test_the_focal_term_has_a_gradient_where_a_prediction_is_certain(gamma):
+def test_the_focal_terms_gradient_is_finite_if_a_prediction_is_certain(gamma):
     logits = torch.zeros(1, 3, 5)
     logits[..., 1] = 200.0
     logits.requires_grad_()

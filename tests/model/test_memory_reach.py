@@ -1,4 +1,4 @@
-"""What the memory is for: a word that no layer's window reaches any more."""
+"""The memory recalls a token that is out of reach of every layer's window."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KEYS, KEY_TOKENS, FILLERS, QUESTION = 2, 10, (20, 24), 5
 
 
 def documents(number: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows that begin with one of two keys, go on at random, and end with questions; and which key it was."""
+    """Return rows that begin with one of two keys, continue at random and end with questions; and each row's key."""
     ids = torch.randint(*FILLERS, (number, LENGTH), generator=generator)
     key = torch.randint(KEYS, (number,), generator=generator)
     ids[:, :4] = KEY_TOKENS + key.unsqueeze(1)

@@ -12,7 +12,7 @@ from model.configuration import preset_names
 from model.loss import LossWeights
 
 
-def test_saved_and_loaded_the_logits_are_the_same(model, ids, tmp_path):
+def test_saving_and_loading_does_not_change_the_logits(model, ids, tmp_path):
     model.save_pretrained(tmp_path)
     assert isinstance(AutoConfig.from_pretrained(tmp_path), LiquidConfig)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -40,7 +40,7 @@ def test_transformers_pipeline_generates_text(config, tmp_path):
 
 
 def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
-    """As transformers' trainers accumulate: each gives `num_items_in_batch`, the labels of all, and adds the losses."""
+    """Transformers' trainers pass the number of labels in the whole batch, `num_items_in_batch`, and add the losses."""
     model.train().loss_weights = LossWeights(focal=0.5, reconstruction=0, budget=0, expert_usage=0, z_loss=0)
     labels = ids.clone()
     labels[0, 5:], labels[1, :9] = -100, -100
@@ -54,7 +54,7 @@ def test_micro_batches_of_a_step_add_up_to_its_mean_loss(model, ids):
     assert not torch.isclose(parts[0], parts[1])
 
 
-def test_in_eval_the_loss_is_the_cross_entropy_whose_exponential_is_the_perplexity(model, ids):
+def test_in_eval_mode_the_loss_is_the_plain_cross_entropy(model, ids):
     output = model(ids, labels=ids)
     expected = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
@@ -63,7 +63,7 @@ def test_in_eval_the_loss_is_the_cross_entropy_whose_exponential_is_the_perplexi
 
 @pytest.mark.parametrize("training", [False, True])
 def test_padding_neither_predicts_nor_is_predicted_on_either_side(model, ids, training):
-    """The usual recipe gives labels equal to the inputs, padding included."""
+    """The labels are often a copy of the inputs, padding included."""
     model.train(training)
     alone = model(ids[:1], labels=ids[:1])
     padding = torch.full((1, 7), model.config.pad_token_id)
@@ -77,7 +77,7 @@ def test_padding_neither_predicts_nor_is_predicted_on_either_side(model, ids, tr
 
 
 def test_a_micro_batch_without_labels_adds_nothing(model, ids):
-    """Not its regularisation either, which is weighed as its labels are."""
+    """Not even its regularisation, which is weighted by the number of its labels."""
     whole = model.train()(ids, labels=ids).loss
     parts = [model(row, labels=row, num_items_in_batch=ids[:, 1:].numel()).loss for row in ids.split(1)]
     torch.testing.assert_close(sum(parts), whole)
@@ -87,7 +87,7 @@ def test_a_micro_batch_without_labels_adds_nothing(model, ids):
 
 
 @pytest.mark.slow
-def test_compiled_the_logits_and_gradients_are_the_same(model, ids):
+def test_compilation_changes_neither_the_loss_nor_the_gradients(model, ids):
     model.train()
     gradients, losses = [], []
     for run in (model, torch.compile(model)):
@@ -120,18 +120,18 @@ def test_recomputation_changes_no_gradient(model, ids):
         torch.testing.assert_close(recomputed, plain)
 
 
-def test_half_precision_is_finite_and_near(config, model, ids):
+def test_half_precision_is_finite_and_close_to_fp32(config, model, ids):
     expected = model(ids).logits[..., :101]
     for dtype, tolerance in ((torch.bfloat16, 0.2), (torch.float16, 0.03)):
         half = LiquidForCausalLM(config).eval()
         half.load_state_dict(model.state_dict())
         logits = half.to(dtype)(ids).logits[..., :101].float()
         assert logits.isfinite().all()
-        # The larger share of tokens routes alike; where rounding changes an expert, single logits move more.
+        # The median, because rounding may send a few tokens to another expert, which changes their logits more.
         assert (logits - expected).abs().median() < tolerance
 
 
-def test_presets_are_the_description():
+def test_presets_have_the_documented_sizes():
     assert set(preset_names()) >= {"tiny", "base"}
     base = LiquidConfig.from_preset("base")
     sizes = (base.hidden_size, base.num_hidden_layers, base.num_attention_heads, base.num_key_value_heads)
@@ -202,8 +202,8 @@ def test_positions_that_count_the_padding_are_refused(model, ids):
         model(ids, attention_mask=mask, position_ids=torch.arange(50).expand(3, 50))
 
 
-def test_padding_inside_a_text_is_passed_over(model, ids):
-    """As PEFT's prompt tuning makes it: virtual tokens, the padding of a batch that is padded on the left, the text."""
+def test_padding_inside_a_text_is_skipped(model, ids):
+    """PEFT's prompt tuning makes such rows: virtual tokens, then the left padding of the batch, then the text."""
     mask = torch.ones_like(ids)
     mask[1, 20:25] = 0
     mask[2, :3] = 0
@@ -217,7 +217,7 @@ def test_padding_inside_a_text_is_passed_over(model, ids):
         model(ids, attention_mask=mask, output_hidden_states=True)
 
 
-def test_a_text_with_padding_inside_is_gone_on_with(model, ids):
+def test_generation_continues_a_text_with_padding_inside(model, ids):
     mask = torch.ones_like(ids)
     mask[1, 20:25] = 0
     together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)[:, 50:]
@@ -225,14 +225,14 @@ def test_a_text_with_padding_inside_is_gone_on_with(model, ids):
     assert torch.equal(together[1], model.generate(alone, max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 45:])
 
 
-def test_going_on_behind_padding_is_refused(model, ids):
+def test_generating_after_padding_is_refused(model, ids):
     mask = torch.ones_like(ids)
     mask[1, 40:] = 0
     with pytest.raises(ValueError, match='pad prompts with padding_side="left"'):
         model.generate(ids, attention_mask=mask, max_new_tokens=2)
 
 
-def test_packing_is_read_as_collators_of_transformers_tell_it(model):
+def test_packing_is_read_from_the_arguments_of_transformers_collators(model):
     lengths = [7, 1, 12, 30]
     texts = [{"input_ids": list(range(4 + length, 4 + 2 * length))} for length in lengths]
     collator = DataCollatorWithFlattening(return_seq_idx=True, return_flash_attn_kwargs=True, return_tensors="pt")
@@ -250,7 +250,7 @@ def test_packing_is_read_as_collators_of_transformers_tell_it(model):
     )
 
 
-def test_packing_that_cannot_be_is_refused(model, ids):
+def test_invalid_packing_is_refused(model, ids):
     for options, message in (
         ({"seq_idx": torch.zeros(3, 49)}, r"seq_idx has the shape \(3, 49\); it must be \(3, 50\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 20, 50])}, "ranges from 0 to 50; .* end with the batch's 150 tokens"),
@@ -263,7 +263,7 @@ def test_packing_that_cannot_be_is_refused(model, ids):
             model(ids, **options)
     rows = model(
         ids, cu_seq_lens_q=torch.tensor([0, 20, 50, 100, 150])
-    ).logits  # the rows of a batch, one behind the other
+    ).logits  # the rows of the batch, one after another
     torch.testing.assert_close(rows[0, 20:], model(ids[:1, 20:]).logits[0])
     torch.testing.assert_close(rows[1:], model(ids[1:]).logits)
     cache = model(ids, use_cache=True).past_key_values

@@ -1,4 +1,4 @@
-"""Half precision stays finite where it must and near fp32; what is not finite stays visible in the loss."""
+"""Half precision stays finite and close to fp32; a value that is not finite makes the loss not finite."""
 
 from collections.abc import Iterator
 
@@ -13,7 +13,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 def tensors_in(value: object) -> Iterator[torch.Tensor]:
-    """All floating-point tensors in what a module returned."""
+    """Yield all floating-point tensors in a module's output."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield value
@@ -25,7 +25,7 @@ def tensors_in(value: object) -> Iterator[torch.Tensor]:
 
 
 def outputs_of_modules(model: torch.nn.Module, **inputs) -> dict[str, list[torch.Tensor]]:
-    """Run the model and return the tensors that each module returned, by its name, in the order of their running."""
+    """Run the model and return each module's output tensors by its name, in the order in which the modules ran."""
     outputs = {}
 
     def keep(name: str):
@@ -44,13 +44,13 @@ def outputs_of_modules(model: torch.nn.Module, **inputs) -> dict[str, list[torch
 
 
 def modules_with_an_overflow(model: torch.nn.Module, **inputs) -> list[str]:
-    """Run the model and name the modules that returned something that is not finite."""
+    """Run the model and return the names of modules whose output is not finite."""
     outputs = outputs_of_modules(model, **inputs)
     return [name for name, tensors in outputs.items() if not all(tensor.isfinite().all() for tensor in tensors)]
 
 
 def enlarge_stream(model: LiquidForCausalLM) -> None:
-    """Let the residual stream begin with a root mean square of `LARGE` in every token."""
+    """Make the residual stream begin with a root mean square of `LARGE` at every token."""
 
     def hook(module, arguments, output):
         hidden = output[0].float()
@@ -99,19 +99,19 @@ def test_a_norm_of_large_or_small_activations_is_that_of_fp32(dtype, tolerance, 
 
 
 @torch.no_grad()
-def test_a_large_residual_stream_passes_every_part_of_the_model_in_fp16(model, ids):
+def test_a_large_residual_stream_overflows_in_no_part_of_the_model_in_fp16(model, ids):
     enlarge_stream(model)
     assert modules_with_an_overflow(model.half(), input_ids=ids, labels=ids) == []
-    assert model.model(ids).last_hidden_state.abs().max() < 20  # the last norm has taken the size off
+    assert model.model(ids).last_hidden_state.abs().max() < 20  # the last norm has removed the scale
 
 
 @torch.no_grad()
-def test_a_large_residual_stream_gives_in_fp16_what_it_gives_in_fp32(model, ids):
+def test_a_large_residual_stream_gives_the_same_results_in_fp16_and_fp32(model, ids):
     enlarge_stream(model)
     expected, expected_loss = outputs_of_modules(model, input_ids=ids), model(ids, labels=ids).loss
     model.half()
     given, given_loss = outputs_of_modules(model, input_ids=ids), model(ids, labels=ids).loss
-    # Not the experts: where two are nearly as good, rounding may choose the other.
+    # Experts are left out: if two have nearly the same score, rounding may choose the other one.
     parts = ("attention", "convolution", "memory", "gate", "_norm", "lm_head")
     compared = [name for name in expected if name.endswith(parts)]
     assert len(compared) > 20
@@ -129,7 +129,7 @@ def test_a_large_residual_stream_has_finite_gradients_in_fp16(model, ids):
 
 
 @torch.no_grad()
-def test_a_token_table_ten_thousand_times_its_size_passes_every_part_of_the_model_in_fp16(model, ids):
+def test_token_embeddings_ten_thousand_times_larger_overflow_in_no_part_of_the_model_in_fp16(model, ids):
     model.model.embed_tokens.weight.mul_(10_000)
     model.half()
     assert model.model.embed_tokens(ids).abs().max() > 2000
@@ -140,17 +140,17 @@ def test_a_token_table_ten_thousand_times_its_size_passes_every_part_of_the_mode
 def test_attention_logits_of_ten_thousand_have_a_finite_softmax_in_fp16(model, ids):
     for layer in model.model.layers:
         attention = layer.attention
-        gain = (
-            LARGE * attention.head_dim**-0.5
-        ) ** 0.5  # of queries and keys alike; their product has sqrt(d) times it
+        # For queries and for keys. The attention logits are sqrt(head_dim) times the product of both gains.
+        gain = (LARGE * attention.head_dim**-0.5) ** 0.5
         attention.q_norm.weight.fill_(gain)
         attention.k_norm.weight.fill_(gain)
     assert modules_with_an_overflow(model.half(), input_ids=ids, labels=ids) == []
 
 
-# Where logits of ten thousand make the penalty 10,000 times the loss, its gradient is for the loss scale to catch.
+# With logits of ten thousand the penalty is 10,000 times the loss. In fp16 its gradient may overflow, and the loss scale
+# takes care of that; so fp16's gradients are tested with smaller logits.
 @pytest.mark.parametrize(("dtype", "trained_size"), [(torch.float32, LARGE), (torch.float16, LARGE / 10)])
-def test_router_logits_of_ten_thousand_choose_and_are_penalised_in_finite_numbers(model, ids, dtype, trained_size):
+def test_router_logits_of_ten_thousand_give_finite_choices_and_penalties(model, ids, dtype, trained_size):
     enlarge_router_logits(model, ids, LARGE)
     model.to(dtype)
     assert modules_with_an_overflow(model, input_ids=ids, labels=ids) == []
@@ -163,7 +163,7 @@ def test_router_logits_of_ten_thousand_choose_and_are_penalised_in_finite_number
     assert [name for name, gradient in gradients.items() if not gradient.isfinite().all()] == []
 
 
-def test_a_nan_in_any_parameter_is_seen_in_the_loss(model, ids):
+def test_a_nan_in_any_parameter_shows_in_the_loss(model, ids):
     hidden_by = []
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,7 +179,7 @@ def test_a_nan_in_any_parameter_is_seen_in_the_loss(model, ids):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("token", [0, 20, 49])
 @torch.no_grad()
-def test_one_number_of_one_token_that_is_not_finite_is_seen_in_the_loss(model, ids, value, token):
+def test_one_number_that_is_not_finite_shows_in_the_loss(model, ids, value, token):
     embedded = model.model.embed_tokens(ids).clone()
     embedded[1, token, 3] = value
     assert not model(inputs_embeds=embedded, labels=ids).loss.isfinite()

@@ -1,4 +1,4 @@
-"""What can be asked of the outputs of any transformers model can be asked of this one's, by the same names."""
+"""The model's outputs have the names and options that they have in any transformers model."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ GENERATED = {
 }
 
 
-def test_what_is_not_asked_for_is_not_there(model, ids):
-    """Other tools name these in every call, of the backbone too (TRL, say)."""
+def test_outputs_that_are_not_requested_are_none(model, ids):
+    """Some tools, such as TRL, pass these options in every call, even to the backbone."""
     asked = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
     assert torch.equal(model.model(ids, **asked).last_hidden_state, model.model(ids).last_hidden_state)
     output = model(ids, **asked)
@@ -22,7 +22,7 @@ def test_what_is_not_asked_for_is_not_there(model, ids):
 
 
 @torch.no_grad()
-def test_hidden_states_are_the_embeddings_each_layers_and_the_normalised_last(model, ids):
+def test_hidden_states_are_those_of_the_embedding_of_each_layer_and_of_the_final_norm(model, ids):
     seen = []
     model.model.liquid_embedding.register_forward_hook(lambda module, inputs, output: seen.append(output[0]))
     for layer in model.model.layers:
@@ -34,7 +34,7 @@ def test_hidden_states_are_the_embeddings_each_layers_and_the_normalised_last(mo
     assert torch.equal(output.hidden_states[-1], model.model(ids).last_hidden_state)
 
 
-def test_hidden_states_are_returned_once_where_layers_are_computed_again(model, ids):
+def test_hidden_states_are_returned_once_if_layers_are_recomputed(model, ids):
     model.train().activation_checkpointing_enable({"use_reentrant": False})
     output = model(ids, labels=ids, output_hidden_states=True)
     output.loss.backward()
@@ -42,7 +42,7 @@ def test_hidden_states_are_returned_once_where_layers_are_computed_again(model, 
 
 
 @torch.no_grad()
-def test_attention_weights_are_those_of_a_window_and_eager_attention_alone_has_them(model, ids):
+def test_only_eager_attention_returns_weights_and_they_lie_in_the_window(model, ids):
     with pytest.raises(ValueError, match=r'set_attn_implementation\("eager"\)'):
         model(ids, output_attentions=True)
     model.set_attn_implementation("eager")
@@ -55,14 +55,14 @@ def test_attention_weights_are_those_of_a_window_and_eager_attention_alone_has_t
         assert (weights[..., ~inside] == 0).all() and (weights[..., inside] > 0).all()
 
 
-def test_generation_returns_both_for_each_step(model, ids):
+def test_generation_returns_hidden_states_and_attentions_of_each_step(model, ids):
     model.set_attn_implementation("eager")
     output = model.generate(ids, **GENERATED, output_hidden_states=True, output_attentions=True)
     assert [[state.shape for state in step] for step in output.hidden_states] == [[(3, n, 32)] * 3 for n in (50, 1, 1)]
     assert [len(step) for step in output.attentions] == [2] * 3
 
 
-def test_without_return_dict_the_output_is_a_tuple_of_what_there_is(model, ids):
+def test_without_return_dict_the_output_is_a_tuple(model, ids):
     expected = model(ids, labels=ids)
     given = model(ids, labels=ids, use_cache=False, return_dict=False)
     assert type(given) is tuple

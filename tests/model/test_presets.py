@@ -1,4 +1,4 @@
-"""The presets have the sizes that they are named after, and every way to make a model initialises all of it."""
+"""Presets have the sizes in their names, and every way to create a model initialises all of it."""
 
 import pytest
 import torch
@@ -22,14 +22,14 @@ def preset_without_memory(name: str) -> LiquidForCausalLM:
 
 
 def uninitialised(model: torch.nn.Module) -> list[str]:
-    """Names of the parameters and buffers that are not finite everywhere."""
+    """Return the names of parameters and buffers that are not finite everywhere."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return [name for name, tensor in tensors if not tensor.isfinite().all()]
 
 
 @pytest.fixture
 def memory_begins_as_nan():
-    """Let every allocation hold NaN until something is written to it."""
+    """Fill every allocation with NaN until something is written to it."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -44,7 +44,7 @@ def test_every_preset_is_counted():
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_a_preset_has_its_parameters_total_and_active(name):
+def test_a_preset_has_its_total_and_active_parameters(name):
     assert count_parameters(preset_without_memory(name)) == PARAMETERS[name]
 
 
@@ -64,7 +64,7 @@ def test_the_larger_presets_fit_the_tiles_of_a_gpu(name):
     assert config.max_position_embeddings % config.sliding_window == 0
 
 
-def test_a_token_is_counted_with_its_chosen_experts_and_a_tied_head_once(config, model):
+def test_active_parameters_leave_out_unchosen_experts_and_a_tied_head_counts_once(config, model):
     expert = 3 * config.moe_intermediate_size * config.hidden_size
     unused = config.num_hidden_layers * (config.num_experts - config.num_experts_per_tok) * expert
     count = count_parameters(model)
@@ -72,7 +72,7 @@ def test_a_token_is_counted_with_its_chosen_experts_and_a_tied_head_once(config,
     assert count.active == count.total - unused
 
 
-def test_a_model_made_without_memory_is_initialised_as_a_whole(config):
+def test_a_model_made_on_the_meta_device_is_initialised_completely(config):
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.to_empty(device="cpu")
@@ -85,11 +85,11 @@ def test_a_model_made_without_memory_is_initialised_as_a_whole(config):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_what_loaded_weights_lack_is_initialised(config, memory_begins_as_nan):
+def test_parameters_missing_from_loaded_weights_are_initialised(config, memory_begins_as_nan):
     model = LiquidForCausalLM.from_pretrained(None, config=config, state_dict={})
     assert uninitialised(model) == []
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_model_made_in_memory_is_initialised_as_a_whole(config, memory_begins_as_nan):
+def test_a_model_made_in_memory_is_initialised_completely(config, memory_begins_as_nan):
     assert uninitialised(LiquidForCausalLM(config)) == []

@@ -1,4 +1,4 @@
-"""The table holds more rows than the tokenizer has tokens; what the model knows are the tokens."""
+"""The embedding table has more rows than the tokenizer has tokens; the model predicts only the tokens."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_labels_that_are_no_tokens_are_refused(model, ids, label):
 @pytest.mark.parametrize(
     ("tokens", "multiple", "rows"), [(140, None, 140), (140, 128, 256), (105, 128, 128), (64, None, 64), (64, 128, 128)]
 )
-def test_resized_the_model_predicts_the_asked_tokens_and_can_be_saved(model, tmp_path, tokens, multiple, rows):
+def test_a_resized_model_predicts_its_new_tokens_and_can_be_saved(model, tmp_path, tokens, multiple, rows):
     model.resize_token_embeddings(tokens, pad_to_multiple_of=multiple)
     assert (model.config.vocab_size, model.config.used_vocab_size) == (rows, tokens)
     ids = torch.arange(4, tokens).unsqueeze(0)
@@ -50,7 +50,7 @@ def test_resized_the_model_predicts_the_asked_tokens_and_can_be_saved(model, tmp
     assert torch.equal(loaded(ids).logits, output.logits)
 
 
-def test_only_padding_the_table_leaves_the_tokens_as_they_are(model, ids):
+def test_padding_the_table_changes_no_tokens(model, ids):
     before = model(ids).logits
     model.resize_token_embeddings(pad_to_multiple_of=256)
     assert (model.config.vocab_size, model.config.used_vocab_size) == (256, 101)

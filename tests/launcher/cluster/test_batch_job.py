@@ -1,4 +1,4 @@
-"""What becomes of a batch job, by what its run folder tells."""
+"""The verdict on a batch job, from the files in its run folder."""
 
 import json
 import os
@@ -35,28 +35,28 @@ def status(log: JobLog, state: str, **facts) -> None:
         ("done", {}, 0, "", "done"),
         ("done", {}, 137, "", "done"),  # the first rank to leave made srun kill the rest
         ("stopped", {}, 137, "USR1", "retry"),
-        ("stopped", {}, 75, "", "retry"),  # the ranks alone heard of it
+        ("stopped", {}, 75, "", "retry"),  # only the ranks got the signal
         ("failed", {}, 1, "", "fail"),
         ("failed", {}, 1, "USR1", "fail"),
         ("failed", {"suspects": ["node2"]}, 137, "", "retry node2"),
         ("failed", {"suspects": ["elsewhere; touch x"]}, 137, "", "retry"),
-        ("failed", {"suspects": ["node2"]}, 77, "USR1", "retry"),  # the signal killed a rank that did not listen yet
+        ("failed", {"suspects": ["node2"]}, 77, "USR1", "retry"),  # the signal killed a rank that had no handler yet
         ("failed", {"suspects": []}, 77, "", "retry"),
         ("failed", {"suspects": []}, 137, "", "fail"),
         ("failed", {"suspects": ["node1.cluster.example"]}, 143, "", "retry node1"),
         ("running", {}, 137, "", "fail"),
         ("running", {}, 76, "", "retry"),
-        ("done", {"restart": 0}, 1, "", "fail"),  # an earlier attempt's
+        ("done", {"restart": 0}, 1, "", "fail"),  # written by an earlier attempt
         ("done", {"job": "6"}, 2, "", "fail"),
-        ("stopped", {"restart": 0}, 138, "USR1", "retry"),  # asked while Python was starting
-        ("starting", {}, 138, "USR1", "retry"),  # asked while rank 0 was planning
+        ("stopped", {"restart": 0}, 138, "USR1", "retry"),  # asked to stop while Python was starting
+        ("starting", {}, 138, "USR1", "retry"),  # asked to stop while rank 0 was planning
         ("starting", {}, 1, "", "fail"),
         ("starting", {}, 77, "", "retry"),
         ("stopped", {"restart": 0}, 138, "", "fail"),
         ("stopped", {"restart": 0}, 2, "USR1", "fail"),
     ],
 )
-def test_the_runs_own_word_counts_before_sruns(log, state, facts, code, signal, verdict):
+def test_the_runs_status_counts_more_than_sruns_exit_code(log, state, facts, code, signal, verdict):
     status(log, state, **facts)
     assert end(log, code, signal, HOSTS) == verdict
 
@@ -75,26 +75,26 @@ def preflight(log: JobLog, level: str, suspects: list[str] | None) -> None:
         ("red", [], "retry"),
     ],
 )
-def test_preflight_ends_a_job_for_its_settings_alone(log, level, suspects, verdict):
+def test_preflight_fails_a_job_only_for_its_settings(log, level, suspects, verdict):
     preflight(log, level, suspects)
     assert check(log, 1, HOSTS) == verdict
 
 
-def test_a_preflight_that_was_cut_short_ends_nothing(log, capsys):
+def test_an_interrupted_preflight_does_not_end_the_job(log, capsys):
     preflight(log, "red", None)
-    assert begin(log, HOSTS) == "go"  # and what an earlier start found does not count
+    assert begin(log, HOSTS) == "go"  # the report of an earlier start does not count
     assert check(log, 137, HOSTS) == "go"
     assert "did not finish (code 137)" in capsys.readouterr().err
 
 
-def test_three_sets_of_broken_machines_are_enough(log):
+def test_the_third_red_preflight_holds_the_job(log):
     for verdict in ("retry node2", "retry node2", "hold"):
         preflight(log, "red", ["node2"])
         assert check(log, 1, HOSTS) == verdict
         begin(log, HOSTS)
 
 
-def test_stacks_of_this_attempt_tell_of_a_hang(log, capsys):
+def test_stacks_written_by_this_attempt_mean_a_hang(log, capsys):
     status(log, "running")
     stacks = log.folder / "stacks"
     stacks.mkdir()
@@ -103,32 +103,34 @@ def test_stacks_of_this_attempt_tell_of_a_hang(log, capsys):
     os.utime(stacks / "rank-1.txt", (time.time() - 3600,) * 2)
     assert end(log, 137, "", HOSTS) == "fail"
     (stacks / "rank-1.txt").write_text("Thread 2")
-    os.utime(stacks / "rank-1.txt", (time.time() + 1,) * 2)  # the kernel's own clock for files may lag by milliseconds
+    os.utime(stacks / "rank-1.txt", (time.time() + 1,) * 2)  # the clock of the file system may lag by milliseconds
     assert end(log, 137, "", HOSTS) == "retry"
     assert "the run hung" in capsys.readouterr().err
 
 
-def test_three_starts_without_a_new_checkpoint_are_the_last(log):
-    for _ in range(2):  # of three starts; SLURM restarts a job whose node has died, and no end is noted
+def test_three_starts_without_a_new_checkpoint_hold_the_job(log):
+    for _ in range(
+        2
+    ):  # the fixture began the first of three; if a node dies, SLURM restarts the job without a recorded end
         assert begin(log, HOSTS) == "go"
     (log.folder / "latest").write_text("step-00000010\n")
-    assert end(log, 76, "", HOSTS) == "retry"  # the third has got on
+    assert end(log, 76, "", HOSTS) == "retry"  # the third start made progress
     for _ in range(2):
         assert begin(log, HOSTS) == "go"
         assert end(log, 76, "", HOSTS) == "retry"
     other = JobLog(log.folder, "8", 0)
-    assert begin(other, HOSTS) == "go"  # another job counts for itself
+    assert begin(other, HOSTS) == "go"  # another job has its own count
     with open(log.folder / "jobs.jsonl", "a") as file:
         file.write('{"event": "beg\n')  # a power cut
     assert begin(log, HOSTS) == "go"
     assert end(log, 76, "", HOSTS) == "hold"
-    assert begin(log, HOSTS) == "go"  # released, the job has three starts again
+    assert begin(log, HOSTS) == "go"  # a released job has three starts again
     for _ in range(2):
         assert begin(log, HOSTS) == "go"
     assert begin(log, HOSTS) == "hold"
 
 
-def test_a_full_disk_does_not_keep_a_job_from_its_way_back(log, capsys):
+def test_a_full_disk_does_not_prevent_a_retry(log, capsys):
     status(log, "stopped")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -140,7 +142,7 @@ def test_a_full_disk_does_not_keep_a_job_from_its_way_back(log, capsys):
     assert "warning: cannot write" in capsys.readouterr().err
 
 
-def test_a_run_that_is_done_or_wrong_is_not_held(log):
+def test_a_run_that_is_done_or_failed_is_not_held(log):
     for _ in range(2):
         begin(log, HOSTS)
     assert end(log, 1, "", HOSTS) == "fail"
@@ -160,7 +162,7 @@ def test_a_run_that_is_done_or_wrong_is_not_held(log):
         ["output='runs/in quotes'"],
     ],
 )
-def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
+def test_the_run_folder_is_the_one_that_training_uses(words, tmp_path):
     (tmp_path / "CONFIG").write_text("output: runs/named\nmax_steps: 3\n")
     (tmp_path / "EMPTY").write_text("max_steps: 3\n")
     words = [str(tmp_path / word) if word.isupper() else word for word in words]
@@ -169,12 +171,12 @@ def test_the_run_folder_is_the_one_that_training_takes(words, tmp_path):
     assert run_folder(["--deepspeed_config", "x.json", *words]) == expected
 
 
-def test_a_configuration_that_is_not_there_is_one_sentence():
+def test_a_missing_configuration_is_an_error_of_one_sentence():
     with pytest.raises(ConfigurationError, match="cannot read the run configuration /nowhere.yaml: No such file"):
         run_folder(["--config", "/nowhere.yaml"])
 
 
-def test_the_batch_script_gets_one_word(tmp_path):
+def test_the_batch_script_gets_one_line(tmp_path):
     command = [sys.executable, "-m", "launcher.cluster.batch_job"]
     arguments = ["--deepspeed_config", "ds_configs/zero3.json", "max_steps=3", f"output={tmp_path}/a b"]
     variables = {**os.environ, "SLURM_JOB_ID": "5"}

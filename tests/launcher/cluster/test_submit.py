@@ -1,4 +1,4 @@
-"""`lfm submit`: the calls of sbatch, the site's settings, a sweep's table; tests/cluster submits for real."""
+"""`lfm submit`: the calls of sbatch, the site's settings and a sweep's table; tests/cluster submits real jobs."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def home(tmp_path, monkeypatch) -> Path:
 
 
 def shown(capsys, *words: str) -> list[list[str]]:
-    """The calls of sbatch that a dry run shows."""
+    """Return the calls of sbatch that a dry run shows."""
     lfm(["submit", "--dry-run", *words])
     lines = capsys.readouterr().out.splitlines()
     return [shlex.split(line) for before, line in itertools.pairwise(lines) if before == "# sbatch command:"]
@@ -73,12 +73,12 @@ def test_a_dry_run_shows_the_script_and_the_call(capsys):
         (["--gpus", "8", "--sbatch=--mem=100G"], ["--mem=100G"]),
     ],
 )
-def test_a_job_of_many_gpus_gets_their_nodes_memory(capsys, words, named):
+def test_a_job_of_many_gpus_gets_the_nodes_whole_memory(capsys, words, named):
     (call,) = shown(capsys, *words, "train")
     assert [word for word in call if word.startswith("--mem")] == named
 
 
-def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, monkeypatch):
+def test_a_sites_settings_are_written_once_and_apply_to_every_job(capsys, home, monkeypatch):
     lfm(["submit", "--site", "partition=gpu", "modules=cuda/12.4 gcc/12", "account=x"])
     lfm(["submit", "--site", "account="])
     assert yaml.safe_load((home / "lfm" / "site.yaml").read_text()) == {
@@ -88,7 +88,7 @@ def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, 
     capsys.readouterr()
     expected = ["LFM_MODULES=cuda/12.4 gcc/12", "sbatch", "--parsable", "--partition=gpu", "slurm/prepare.sbatch"]
     assert shown(capsys, "prepare") == [expected]
-    monkeypatch.setenv("LFM_MODULES", "cuda/13")  # what the shell says goes before
+    monkeypatch.setenv("LFM_MODULES", "cuda/13")  # the shell's variables take precedence
     assert shown(capsys, "prepare") == [expected[1:]]
     monkeypatch.setenv("SBATCH_PARTITION", "other")
     assert shown(capsys, "prepare") == [["sbatch", "--parsable", "slurm/prepare.sbatch"]]
@@ -97,7 +97,7 @@ def test_a_sites_settings_are_written_once_and_hold_for_every_job(capsys, home, 
     assert "fix or delete it" in refused(capsys, "--dry-run", "train")
 
 
-def test_a_sites_file_written_by_hand_holds_texts(capsys, home):
+def test_values_in_a_hand_written_site_file_are_texts(capsys, home):
     (home / "lfm").mkdir()
     file = home / "lfm" / "site.yaml"
     file.write_text("partition:\naccount: 007\nqos: yes\nmodules: [cuda/12.4, gcc]\n")
@@ -107,7 +107,7 @@ def test_a_sites_file_written_by_hand_holds_texts(capsys, home):
     assert "has a dict as account" in refused(capsys, "--dry-run", "prepare")
 
 
-def test_a_shells_python_takes_the_place_of_the_sites(capsys, monkeypatch):
+def test_the_shells_python_replaces_the_sites(capsys, monkeypatch):
     lfm(["submit", "--site", "conda=train", "interface=ib0"])
     capsys.readouterr()
     assert shown(capsys, "prepare")[0][:2] == ["LFM_INTERFACE=ib0", "LFM_CONDA=train"]
@@ -115,7 +115,7 @@ def test_a_shells_python_takes_the_place_of_the_sites(capsys, monkeypatch):
     assert shown(capsys, "prepare")[0][:2] == ["LFM_INTERFACE=ib0", "sbatch"]
 
 
-def test_a_chain_waits_for_what_came_before(capsys):
+def test_each_job_of_a_chain_waits_for_the_one_before(capsys):
     words = [
         "--nodes",
         "4",
@@ -153,7 +153,7 @@ def test_a_chain_waits_for_what_came_before(capsys):
         (["--table", "/nowhere"], "/nowhere is not the folder of a sweep"),
     ],
 )
-def test_a_wrong_call_is_one_sentence(capsys, words, sentence):
+def test_a_wrong_call_is_an_error_of_one_sentence(capsys, words, sentence):
     assert sentence in refused(capsys, "--dry-run", *words)
 
 
@@ -170,7 +170,7 @@ def test_a_swept_value_may_be_a_list(setting, values):
     assert check_setting(setting)[1] == values
 
 
-def test_the_table_of_a_sweep_is_let_in_as_its_runs_are(capsys, tmp_path):
+def test_a_sweeps_table_job_has_the_runs_account_but_not_their_excluded_nodes(capsys, tmp_path):
     given = ["--sbatch=--account=x", "--sbatch=--exclude=node7"]
     array, table = shown(capsys, *given, "--sweep", "seed=1,2", "train", f"output={tmp_path}")
     assert {"--account=x", "--exclude=node7"} <= set(array)
@@ -193,7 +193,7 @@ def test_a_sweep_is_one_array_with_a_folder_for_each_run(tmp_path, capsys):
     assert lines[2].startswith("| 1 | 0.1 | not started |")
     assert lines[3].startswith("| 1 | 0.2 | failed | 3 |")
     assert (output / "table.md").read_text().splitlines() == lines
-    # A second one leaves the first's settings, which its tasks may still have to read, and adds to the table.
+    # A second sweep keeps the settings of the first, which its tasks may still have to read, and adds to the table.
     again, job = sweep(["seed=2,3"], [], output, {}, [])
     write_runs(again, Path(job.variables["LFM_SWEEP"]))
     assert (output / "sweep" / "1" / "2").read_text().splitlines() == runs[2]

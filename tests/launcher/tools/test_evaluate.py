@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-m", "launcher.cli", "evaluate"]
 
 @pytest.fixture(scope="module")
 def held_out(sample_data, tmp_path_factory):
-    """Shards made with the model's tokenizer whose held-out part some answers leave at a row's end."""
+    """Shards made with the model's tokenizer; in the held-out part, the ends of rows cut some answers."""
     folder = tmp_path_factory.mktemp("held_out") / "data"
     settings = Settings(seq_len=16, validation_share=0.02, tokenizer=str(sample_data / "tokenizer"))
     prepare("sample", folder, settings, progress=False)
@@ -52,7 +52,7 @@ def learned(exported, sample_data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(learned, held_out, tmp_path_factory):
-    """The folder of one process's results and of two processes'."""
+    """The folder with the results of one process and of two, and what they printed."""
     folder = tmp_path_factory.mktemp("evaluated")
     arguments = [str(learned), "--data", str(held_out), "--max-new-tokens", "6", "--batch-size", "4", "--limit", "23"]
     one = fork_server.run(
@@ -65,13 +65,13 @@ def evaluated(learned, held_out, tmp_path_factory):
     return folder, one.stdout, [result.stdout for result in results]
 
 
-def test_two_processes_find_the_figures_of_one_to_the_last_digit(evaluated):
+def test_two_processes_give_the_figures_of_one_to_the_last_digit(evaluated):
     folder, one, (first, second) = evaluated
     for name in ("metrics.json", "samples.jsonl"):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
     assert one.splitlines()[-1] == first.splitlines()[-1]
     assert "held-out answers are exactly right" in one.splitlines()[-1]
-    assert "answers" not in second  # the first alone speaks
+    assert "answers" not in second  # only the first one prints
 
 
 def test_the_likelihood_figures_are_those_of_plain_pytorch(evaluated, learned, held_out):
@@ -107,19 +107,19 @@ def test_the_likelihood_figures_are_those_of_plain_pytorch(evaluated, learned, h
     assert metrics["evaluated"]["data_fingerprint"] == data.fingerprint
 
 
-def test_likelihood_figures_by_hand():
+def test_likelihood_figures_match_a_case_worked_by_hand():
     whole = DocumentScore(math.log(2) * 6, 3, 6, (3, 3, 3, 3), is_whole=True)
     wrong = DocumentScore(math.log(2) * 14, 1, 2, (0, 0, 1, 1), is_whole=True)
     piece = DocumentScore(0.0, 1, 2, (1, 1, 1, 1), is_whole=False)
     found = likelihood_metrics([whole, wrong, piece])
-    assert found["perplexity"] == pytest.approx(2 ** (20 / 5))  # of a token, where a mean over documents' would differ
+    assert found["perplexity"] == pytest.approx(2 ** (20 / 5))  # per token; a mean over documents would differ
     assert found["bits_per_byte"] == pytest.approx(20 / 10)
     names = ("token_accuracy", "top3_accuracy", "top5_accuracy", "top10_accuracy")
     assert [found[name] for name in names] == [4 / 5, 4 / 5, 1, 1]
     assert found["sequence_accuracy"] == 1 / 2
 
 
-def test_bytes_are_those_of_the_text(exported):
+def test_the_bytes_of_tokens_are_those_of_their_text(exported):
     _, tokenizer = load_model(exported)
     text = "What is 12 × 7?\n\tñ中 😀"
     ids = tokenizer(text)["input_ids"]
@@ -127,7 +127,7 @@ def test_bytes_are_those_of_the_text(exported):
 
 
 @pytest.mark.slow
-def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
+def test_questions_from_a_file_give_figures_and_the_best_and_worst_answers(exported, tmp_path):
     rows = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(5)]
     rows.append({"question": "What is <b>5</b> plus 1?", "answer": "6"})
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -152,7 +152,7 @@ def test_questions_of_a_file_and_the_best_and_worst_answers(exported, tmp_path):
     assert json.loads((out / "metrics.json").read_text())["counts"]["answers"] == 6
 
 
-def test_a_run_is_asked_its_own_held_out_rows(tmp_path):
+def test_a_run_is_evaluated_on_its_own_held_out_rows(tmp_path):
     run, data = tmp_path / "run", tmp_path / "data"
     run.mkdir()
 
@@ -164,13 +164,13 @@ def test_a_run_is_asked_its_own_held_out_rows(tmp_path):
     for keys in ({"data": str(data)}, {"data": [{"path": str(data), "weight": 1}]},
                  {"data": "there", "validation_data": "https://elsewhere"}):  # fmt: skip
         with pytest.raises(ConfigurationError, match="no held-out rows on this machine; give --data"):
-            asked(**keys)  # nothing is held out in `data`, whose own rows it was trained on
+            asked(**keys)  # `data` has no held-out part, and its own rows were trained on
     (data / "validation").mkdir(parents=True)
     assert asked(data=str(data)) == str(data / "validation")
 
 
 @pytest.mark.slow
-def test_what_cannot_be_evaluated_is_one_sentence(exported, sample_data, tmp_path):
+def test_an_evaluation_that_cannot_run_is_an_error_of_one_sentence(exported, sample_data, tmp_path):
     other = tmp_path / "other"
     prepare("sample", other, Settings(seq_len=512), progress=False)
     (tmp_path / "wrong.jsonl").write_text('{"question": "a", "answer": 1}')

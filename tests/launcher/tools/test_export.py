@@ -1,4 +1,4 @@
-"""An exported folder: the engine's model, whole for others, and made without ever holding the whole."""
+"""An exported folder: the engine's model, usable without this project, and written without holding all of it."""
 
 import json
 import re
@@ -32,7 +32,7 @@ from tests.launcher.trainer import start
 from tests.small_model import SIZES
 
 STEPS = 4
-# Nothing but the standard library and what is installed; `-S` leaves out what an editable install adds to the path.
+# Has only the standard library and installed packages; `-S` leaves out the paths that an editable install adds.
 ISOLATED = """\
 import importlib.util, json, sys
 folder, site, tokens, out = sys.argv[1:]
@@ -52,7 +52,7 @@ exec(card.split("```python")[1].split("```")[0].replace("FOLDER", folder))
 
 @pytest.fixture(scope="module")
 def run(trainer, tmp_path_factory) -> RunFolder:
-    """Two ranks that share the experts, looked at on held-out questions at the end."""
+    """A run of two ranks that share the experts, validated at its end."""
     data = tmp_path_factory.mktemp("held-out") / "sample"
     prepare("sample", data, Settings(seq_len=64, validation_share=0.02), progress=False)
     options = ["expert_parallel_size=2", f"max_steps={STEPS}", f"validate_every={STEPS}", "validation_samples=0"]
@@ -78,12 +78,12 @@ def test_the_folders_logits_are_the_engines(run, exported):
     assert engines[..., :tokens].std() > 0.1 and (engines[..., tokens:] == UNUSED_LOGIT).all()
     torch.testing.assert_close(folders, engines[..., :tokens], atol=1e-5, rtol=1e-5)
     assert torch.equal(folders, load_run(run.path)(TOKENS).logits)
-    # A fused head multiplies by the whole table, whatever the model's own forward leaves out.
+    # Fused heads of other tools multiply by the whole table, so it may only have the rows of tokens.
     assert len(folder.get_output_embeddings().weight) == folder.config.vocab_size == tokens < engines.shape[-1]
 
 
 @torch.no_grad()
-def test_the_folder_is_enough_where_this_project_is_not_installed(exported, tmp_path):
+def test_the_folder_works_without_this_project(exported, tmp_path):
     logits = tmp_path / "logits.pt"
     site = Path(torch.__file__).parents[1]
     command = [sys.executable, "-I", "-S", "-c", ISOLATED, exported, site, json.dumps(TOKENS.tolist()), logits]
@@ -93,7 +93,7 @@ def test_the_folder_is_enough_where_this_project_is_not_installed(exported, tmp_
     assert torch.equal(torch.load(logits), AutoModelForCausalLM.from_pretrained(exported).eval()(TOKENS).logits)
 
 
-def test_files_stay_below_the_size_asked_for_but_for_a_tensor_that_is_larger(exported):
+def test_files_stay_below_the_requested_size_except_for_a_larger_tensor(exported):
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     files = sorted(exported.glob("*.safetensors"))
     assert len(files) >= 3 and {path.name for path in files} == set(index["weight_map"].values())
@@ -109,7 +109,7 @@ def test_files_stay_below_the_size_asked_for_but_for_a_tensor_that_is_larger(exp
     assert "lm_head.weight" not in found  # it is the token table
 
 
-def test_bf16_rounds_the_weights_once_and_leaves_the_routers_bias_as_it_is(run, tmp_path):
+def test_bf16_rounds_the_weights_once_and_does_not_change_the_routers_bias(run, tmp_path):
     lfm(["export", str(run.path), "--out", str(tmp_path / "model"), "--dtype", "bf16"])
     folder, whole = AutoModelForCausalLM.from_pretrained(tmp_path / "model"), load_run(run.path)
     assert folder.dtype == torch.bfloat16
@@ -120,7 +120,7 @@ def test_bf16_rounds_the_weights_once_and_leaves_the_routers_bias_as_it_is(run, 
     assert trained.any() and torch.equal(balancing_bias(folder), trained)
 
 
-def test_the_card_says_what_the_run_was(run, exported):
+def test_the_model_card_describes_the_run(run, exported):
     card = (exported / "README.md").read_text()
     (checkpoint,) = run.checkpoints.glob("step-*")
     state = read_train_state(checkpoint)
@@ -134,7 +134,7 @@ def test_the_card_says_what_the_run_was(run, exported):
     assert shown == pytest.approx(state.best_metric, abs=1e-4)
 
 
-def test_an_earlier_export_is_replaced_by_the_new_one_and_nothing_else_is(run, tmp_path, monkeypatch, capsys):
+def test_a_new_export_replaces_an_earlier_one_and_nothing_else(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "models" / "model"
     lfm(["export", str(run.path), "--out", str(out)])
     (out / "tokenizer-note.txt").write_text("of the earlier one")
@@ -157,8 +157,8 @@ def test_an_earlier_export_is_replaced_by_the_new_one_and_nothing_else_is(run, t
 
 
 @pytest.mark.slow
-def test_an_export_that_is_ended_by_a_signal_leaves_nothing(run, tmp_path):
-    """Ended while it writes, which it is given much of: a file for each weight."""
+def test_an_export_that_a_signal_ends_leaves_nothing_behind(run, tmp_path):
+    """The signal comes while it writes. It has much to write: a file for each weight."""
     options = ["--out", str(tmp_path / "model"), "--max-shard-size", "1KB"]
     process = fork_server.Popen([sys.executable, "-m", "launcher.cli", "export", str(run.path), *options])
     while not (writes := any(tmp_path.glob(".model.*/*.safetensors"))) and process.poll() is None:
@@ -167,8 +167,8 @@ def test_an_export_that_is_ended_by_a_signal_leaves_nothing(run, tmp_path):
     assert process.wait(timeout=60) == 143 and writes and not list(tmp_path.iterdir())
 
 
-def test_the_card_knows_the_dataset_of_downloaded_files(sample_data, tmp_path):
-    """One line a folder, however many files it was made of."""
+def test_the_model_card_names_the_dataset_of_downloaded_files(sample_data, tmp_path):
+    """The card has one line for a folder, however many files it was made from."""
     files = tmp_path / "hub" / "dataset" / "data"
     files.mkdir(parents=True)
     for number in range(3):
@@ -193,7 +193,7 @@ def test_the_card_knows_the_dataset_of_downloaded_files(sample_data, tmp_path):
 
 
 @pytest.mark.parametrize("size", ["", "2", "0MB", "2TB"])
-def test_a_size_that_is_none_is_refused(size, capsys):
+def test_an_invalid_size_is_refused(size, capsys):
     with pytest.raises(SystemExit):
         lfm(["export", "run", "--out", "out", "--max-shard-size", size])
     assert "write it as 500MB or 2GB" in capsys.readouterr().err
@@ -211,7 +211,7 @@ def test_a_size_that_is_none_is_refused(size, capsys):
     ],
 )
 def test_the_weights_are_those_of_deepspeeds_converter(trainer, tmp_path, world_size, experts, json_changes, overrides):
-    """DeepSpeed's universal form, one file a parameter, is the other way to the same values."""
+    """DeepSpeed's universal form, one file a parameter, is an independent way to the same values."""
     name = tmp_path.name
     path = trainer.deepspeed_config(name, **json_changes)
     options = ["max_steps=2", f"expert_parallel_size={experts}", *overrides]
@@ -222,7 +222,7 @@ def test_the_weights_are_those_of_deepspeeds_converter(trainer, tmp_path, world_
     own = load_run(run).state_dict()
     seen = set()
     for file in (tmp_path / "universal" / "zero").glob("*/fp32.pt"):
-        if file.parent.name == "lm_head.weight":  # stage 1 writes it apart, rounded
+        if file.parent.name == "lm_head.weight":  # stage 1 writes it separately, rounded
             continue
         content = torch.load(file, weights_only=True)
         value = content["param"] if isinstance(content, dict) else content
@@ -240,7 +240,7 @@ import json, sys
 import deepspeed
 from launcher.tools.export.export import export
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew
+    file.write("5")  # resets the peak
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()
@@ -251,7 +251,7 @@ print(json.dumps(peak() - before))
 
 @pytest.mark.slow
 def test_an_export_holds_little_more_than_its_largest_tensor(trainer, tmp_path):
-    """Resident memory, mapped files included: a few of the largest tensors and a shard, an eighth of the model."""
+    """Resident memory, mapped files included, grows by three of the largest tensors and a shard at most."""
     larger = {**SIZES, "hidden_size": 256, "num_hidden_layers": 24, "num_experts": 8, "moe_intermediate_size": 512}
     (tmp_path / "model.yaml").write_text(yaml.safe_dump(larger))
     trainer.run(2, trainer.arguments("larger", f"model={tmp_path / 'model.yaml'}", "max_steps=1"))

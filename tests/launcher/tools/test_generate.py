@@ -24,7 +24,7 @@ def small(exported):
 
 
 @pytest.mark.slow
-def test_questions_from_everywhere_get_the_same_answers(exported, small, tmp_path):
+def test_questions_from_arguments_a_file_or_the_standard_input_get_the_same_answers(exported, small, tmp_path):
     expected = answer(*small, QUESTIONS, Decoding(max_new_tokens=5))
     (tmp_path / "q.txt").write_text("\n".join(QUESTIONS) + "\n\n")
     (tmp_path / "q.jsonl").write_text("\n".join(json.dumps({"question": question}) for question in QUESTIONS))
@@ -69,11 +69,11 @@ def test_one_question_on_a_terminal_is_answered_piece_by_piece(exported, small):
     os.close(terminal)
     assert process.returncode == 0
     assert b"".join(pieces).decode().replace("\r\n", "\n").strip() == expected.strip()
-    # One read may hold several writes, but the first has not waited for the last.
+    # One read may return several writes, but the first one did not wait for the last.
     assert pieces[0].decode(errors="replace").strip() != expected.strip()
 
 
-def test_each_way_of_decoding_does_its_part(small):
+def test_each_decoding_option_has_its_effect(small):
     model, tokenizer = small
     plain = answer(*small, QUESTIONS, Decoding(20))
     beams = answer(*small, QUESTIONS, Decoding(20, num_beams=4))
@@ -98,17 +98,17 @@ def test_each_way_of_decoding_does_its_part(small):
         torch.manual_seed(seed)
         drawn.append(answer(*small, QUESTIONS, Decoding(20, temperature=1.0)))
     assert drawn[0] == drawn[1] != drawn[2]
-    assert answer(*small, QUESTIONS, Decoding(20, temperature=1.0, top_p=1e-9)) == plain  # the likeliest alone is left
+    assert answer(*small, QUESTIONS, Decoding(20, temperature=1.0, top_p=1e-9)) == plain  # only the likeliest is left
     assert answer(*small, QUESTIONS, Decoding(20, temperature=1e-300)) == plain
 
 
-def test_a_batch_is_answered_as_its_questions_alone(small):
+def test_a_batch_gives_the_answers_of_its_questions_alone(small):
     together = answer(*small, QUESTIONS, Decoding(12), batch_size=3)
     assert together == answer(*small, QUESTIONS, Decoding(12), batch_size=1)
 
 
-def test_a_line_of_a_file_ends_where_json_ends_it(tmp_path):
-    """And not at U+2028 or U+0085, which JSON leaves as they are; nor does a byte order mark belong to it."""
+def test_only_newlines_end_a_line_of_a_file(tmp_path):
+    """Not U+2028 or U+0085, which JSON texts may contain. A byte order mark is not part of the first line."""
     texts = ["one\u2028two", "three\x85four", "five\x0bsix"]
     rows = [json.dumps({"question": text, "answer": text}, ensure_ascii=False) for text in texts]
     file = tmp_path / "q.jsonl"
@@ -128,12 +128,12 @@ def test_a_line_that_is_no_question_is_named(tmp_path, line):
 
 
 @pytest.mark.parametrize("text", ["https://example.com", "<p></p>", " \t\n", "\x00"])
-def test_a_question_of_which_cleaning_leaves_nothing_is_refused(small, text):
+def test_a_question_that_cleaning_empties_is_refused(small, text):
     with pytest.raises(ConfigurationError, match="the question is .*, and cleaning leaves nothing of it"):
         answer(*small, ["Why?", text], Decoding(2))
 
 
-def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
+def test_a_note_shows_a_question_whose_words_cleaning_changed(exported):
     def noted(text: str) -> str:
         return told_if_changed(text, cleaned(text))
 
@@ -153,7 +153,7 @@ def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
     assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned like the training data"]
 
 
-def test_what_cannot_be_is_one_sentence(exported, small):
+def test_questions_and_options_that_cannot_work_are_errors_of_one_sentence(exported, small):
     with pytest.raises(
         ConfigurationError, match=r"more than the model's 256 positions; shorten it, or ask for at most"
     ):

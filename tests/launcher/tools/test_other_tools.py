@@ -1,4 +1,4 @@
-"""What others built, on what this project writes: exported folders and shards, through the tools' own doors."""
+"""Other projects' tools, used as their users do, work with this project's exported folders and shards."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def wanted(package: str):
 
 @pytest.fixture(scope="module")
 def folder(trainer) -> Path:
-    """A few steps of training, exported with the model's code, as a stranger would get it."""
+    """A short run, exported with the model's code as for other people."""
     trainer.run(1, trainer.arguments("run", "max_steps=10"))
     out = trainer.folder / "model"
     lfm(["export", str(trainer.folder / "run"), "--out", str(out), "--custom-code"])
@@ -38,7 +38,7 @@ def tokenizer(folder):
 
 
 def test_lm_evaluation_harness_runs_on_the_folder(folder, tmp_path):
-    """A task from local files, both of likelihoods and of generated text, without the hub."""
+    """One task compares likelihoods and one generates text; both read local files, without the hub."""
     wanted("lm_eval")
     documents = [{"question": f"What is {n} plus 1?", "answer": str(n + 1)} for n in range(6)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in documents))
@@ -103,12 +103,12 @@ def test_a_pipeline_answers_questions_alone_and_in_batches(folder):
     assert single["generated_text"][-1]["role"] == "assistant"
     longer = [{"role": "user", "content": "What is the capital of Peru, and which country is it in?"}]
     batch = answers([QUESTION, longer], batch_size=2, max_new_tokens=5, do_sample=False)
-    assert batch[0][0]["generated_text"] == single["generated_text"]  # the padding beside it changes nothing
+    assert batch[0][0]["generated_text"] == single["generated_text"]  # padding in the batch changes nothing
     (sampled,) = answers("What is 1 plus 1?", max_new_tokens=3, return_full_text=False)
     assert isinstance(sampled["generated_text"], str)
 
 
-def test_prompt_tuning_takes_batches_that_are_padded_on_the_left(folder, tokenizer):
+def test_prompt_tuning_works_with_batches_that_are_padded_on_the_left(folder, tokenizer):
     """PEFT puts its virtual tokens in front of the padding."""
     peft = wanted("peft")
     torch.manual_seed(0)
@@ -134,7 +134,7 @@ def test_prompt_tuning_takes_batches_that_are_padded_on_the_left(folder, tokeniz
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_one_step_of_trls_trainer_changes_nothing_but_the_adapters(folder, tokenizer, tmp_path, packing):
+def test_one_step_of_trls_trainer_changes_only_the_adapters(folder, tokenizer, tmp_path, packing):
     peft, trl, datasets = wanted("peft"), wanted("trl"), wanted("datasets")
     conversations = [
         {
@@ -167,7 +167,7 @@ def test_one_step_of_trls_trainer_changes_nothing_but_the_adapters(folder, token
 
 
 def test_transformers_trainer_accumulates_and_evaluates(folder, tokenizer, tmp_path):
-    """Two micro-batches of unequal lengths, padded, are one step; the evaluation gathers logits and nothing else."""
+    """Two padded micro-batches of different lengths make one step; the evaluation gathers only the logits."""
     wanted("accelerate")
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -184,4 +184,4 @@ def test_transformers_trainer_accumulates_and_evaluates(folder, tokenizer, tmp_p
     found = trainer.predict(rows)
     mean = found.metrics["test_loss"]
     assert found.predictions.shape[::2] == (8, whole.config.vocab_size)
-    assert mean < trainer.train().training_loss < 1.3 * mean  # the other terms as well, and not twice that
+    assert mean < trainer.train().training_loss < 1.3 * mean  # it has the other terms as well, but nothing twice

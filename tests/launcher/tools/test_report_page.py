@@ -17,7 +17,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
     "--force-device-scale-factor=1",
 )  # fmt: skip
-# Of every drawing: its title, where it stands on the page, and each curve's box and colour.
+# For every drawing: its texts, its position on the page, and each curve's box and colour.
 MEASURE = """
 return [...document.querySelectorAll("figure > svg")].map(svg => {
     const box = element => { const r = element.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
@@ -35,9 +35,9 @@ return [...document.querySelectorAll("figure > svg")].map(svg => {
 
 @pytest.fixture(scope="module")
 def page(trainer, tmp_path_factory):
-    """The report of a small run with validation, opened: its size, its drawings, and a picture of all of it."""
+    """The report of a small run with validation in a browser: its size, its drawings, and a screenshot of all of it."""
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("there is no Chromium to look with; apt-get install chromium chromium-driver")
+        pytest.skip("there is no Chromium to open the page; apt-get install chromium chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
@@ -56,7 +56,7 @@ def page(trainer, tmp_path_factory):
         browser.set_page_load_timeout(60)
         browser.set_window_size(WIDTH, 1000)
         browser.get((folder / "report.html").as_uri())
-        # The window is made as high as the page, so that the picture holds all of it.
+        # Make the window as high as the page, so that the screenshot has all of it.
         outer, inner = browser.execute_script("return [window.outerHeight, window.innerHeight]")
         height = browser.execute_script("return document.documentElement.scrollHeight")
         browser.set_window_size(WIDTH, height + outer - inner)
@@ -91,11 +91,11 @@ def test_every_plot_is_drawn(page):
             assert x1 - x0 > 100 and left <= x0 and x1 <= right and top <= y0 <= y1 <= bottom, name
             seen = page["pixels"][int(y0) - 2 : int(y1) + 3, int(x0) : int(x1) + 1]
             near = np.abs(seen - curve["colour"][:3]).max(axis=2) < 40
-            hidden += not near.any(axis=0).mean() > 0.3  # of the columns; a later curve may lie upon an earlier one
+            hidden += not near.any(axis=0).mean() > 0.3  # of the columns; a later curve may cover an earlier one
         assert hidden <= len(curves) // 2, name
 
 
-def test_nothing_of_a_plot_is_cut_off_or_lies_outside_of_the_window(page):
+def test_no_text_of_a_plot_is_cut_off_and_the_page_fits_the_window(page):
     width, window = page["widths"]
     assert width <= window
     for drawing in page["drawings"]:

@@ -1,4 +1,4 @@
-"""`lfm serve`: a real server process, asked by OpenAI's own client, by hand-made requests and by a browser."""
+"""`lfm serve`: a real server process, queried by OpenAI's client, by hand-made requests and by a browser."""
 
 import asyncio
 import contextlib
@@ -46,7 +46,7 @@ class Server:
         self.url = re.search(r"http://\S+", line)[0]
 
     def request(self, path: str, body: dict | bytes | None = None, **headers) -> tuple[int, dict]:
-        """Status and contents of the answer, whatever it is."""
+        """Return the status and the content of the response, even of an error."""
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         given = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
         given |= {name.replace("_", "-"): value for name, value in headers.items()}
@@ -82,7 +82,7 @@ def small(exported):
     return load_model(exported)
 
 
-def test_openais_own_client_is_answered(server, small):
+def test_openais_own_client_gets_answers(server, small):
     from openai import AuthenticationError, BadRequestError, OpenAI
 
     client = OpenAI(base_url=server.url + "/v1", api_key="secret", max_retries=0, timeout=60)
@@ -130,7 +130,7 @@ def test_openais_own_client_is_answered(server, small):
         OpenAI(base_url=server.url + "/v1", api_key="guess", max_retries=0).models.list()
 
 
-def test_what_is_refused_says_why_in_openais_form(server):
+def test_refused_requests_say_why_in_openais_format(server):
     completions = "/v1/chat/completions"
     for status, body, headers, message in (
         (401, chat(), {"Authorization": "Bearer secre"}, "requires a token"),
@@ -163,7 +163,7 @@ def test_what_is_refused_says_why_in_openais_form(server):
         assert message in content["error"]["message"]
         assert set(content["error"]) == {"message", "type", "param", "code"}
     assert server.request("/nowhere")[0] == 404
-    assert server.request("/v1/models", Host="elsewhere.example")[0] == 400  # a name that was made to lead here
+    assert server.request("/v1/models", Host="elsewhere.example")[0] == 400  # a foreign name that leads to this server
     assert server.request("/health", Authorization="")[1] == {"status": "ok"}
 
 
@@ -179,13 +179,13 @@ def test_what_is_refused_says_why_in_openais_form(server):
     ],
     ids=["deep", "temperature", "max_tokens", "nan", "long", "model"],
 )
-def test_what_no_field_can_be_is_a_short_sentence(small, body, message):
+def test_absurd_values_give_a_short_error(small, body, message):
     with pytest.raises(RequestError, match=message) as refused:
         read_request(body, small[1], "small", 256, Limits())
     assert refused.value.status in (400, 404) and len(refused.value.message) < 300
 
 
-def test_messages_become_what_the_chat_template_makes_of_them(small):
+def test_messages_are_encoded_as_by_the_chat_template(small):
     _, tokenizer = small
     messages = [
         {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So."), ("user", "Oh?"))
@@ -207,8 +207,8 @@ def test_messages_become_what_the_chat_template_makes_of_them(small):
         read_request(json.dumps({"messages": messages * 22}).encode(), tokenizer, "small", 256, Limits())
 
 
-def test_an_answer_that_fails_on_the_way_ends_with_an_error_event(small):
-    """And with the exception, which the log is to have."""
+def test_an_answer_that_fails_midway_ends_with_an_error_event(small):
+    """The exception is raised as well, because it belongs in the log."""
     _, tokenizer = small
 
     def generate(ids, streamer, **options):
@@ -229,8 +229,8 @@ def test_an_answer_that_fails_on_the_way_ends_with_an_error_event(small):
 
 
 @pytest.mark.slow
-def test_too_many_and_too_long_requests_are_turned_away(exported, tmp_path):
-    """Over HTTP, as the options have it: no answer is whole within a millisecond."""
+def test_too_many_and_too_long_requests_are_rejected(exported, tmp_path):
+    """The command's options set the limits; no answer is complete within a millisecond."""
     server = Server(exported, tmp_path / "log", "--max-waiting", "1", "--request-seconds", "0.001")
     try:
         found = []
@@ -249,22 +249,22 @@ def test_too_many_and_too_long_requests_are_turned_away(exported, tmp_path):
 
 
 @pytest.mark.slow
-def test_whoever_leaves_in_the_middle_does_not_hold_up_the_next(server):
+def test_a_client_that_disconnects_during_its_answer_does_not_delay_the_next_one(server):
     usage = server.request("/v1/chat/completions", chat(max_tokens=200))[1]["usage"]
-    assert usage["completion_tokens"] > 100, "too short to be left in the middle"
+    assert usage["completion_tokens"] > 100, "the answer is too short to disconnect before its end"
     tries = []
-    while len(tries) < 3:  # a machine that is busy elsewhere may slow down either side of one comparison
+    while len(tries) < 3:  # another busy process may slow down either side of a comparison
         begin = time.monotonic()
         server.request("/v1/chat/completions", chat(max_tokens=200))
         whole = time.monotonic() - begin
         tries.append((seconds_behind_one_who_leaves(server), whole))
         if tries[-1][0] < whole / 2:
             return
-    raise AssertionError(f"seconds behind one who leaves, and of a whole answer: {tries}")
+    raise AssertionError(f"seconds after a disconnected client, and of a whole answer: {tries}")
 
 
 def seconds_behind_one_who_leaves(server: Server) -> float:
-    """What a single token takes once somebody has left a long answer that has begun."""
+    """Return the seconds of a single token after another client has disconnected during a long answer."""
     host, port = server.url.removeprefix("http://").split(":")
     body = json.dumps(chat(max_tokens=200, stream=True)).encode()
     with socket.create_connection((host, int(port))) as leaver:
@@ -286,7 +286,7 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=60)
 
 
-def test_silent_connections_keep_nobody_out(server):
+def test_silent_connections_do_not_block_other_clients(server):
     with contextlib.ExitStack() as stack:
         for number in range(150):
             silent = stack.enter_context(connect(server))
@@ -295,7 +295,7 @@ def test_silent_connections_keep_nobody_out(server):
 
 
 @pytest.mark.slow
-def test_silent_connections_are_closed_and_those_that_have_asked_are_not(server):
+def test_silent_connections_are_closed_and_those_with_a_request_are_not(server):
     silent, half, second, asked = (connect(server) for _ in range(4))
     body = json.dumps(chat(max_tokens=1)).encode()
     half.sendall(HEAD)
@@ -316,7 +316,7 @@ def test_silent_connections_are_closed_and_those_that_have_asked_are_not(server)
 
 
 @pytest.mark.slow
-def test_a_port_for_others_asks_for_a_token_and_one_that_is_taken_is_said(exported, server):
+def test_a_public_address_needs_a_token_and_a_taken_port_is_reported(exported, server):
     environment = {name: value for name, value in os.environ.items() if name != "LFM_TOKEN"}
     port = server.url.rsplit(":", 1)[1]
     for arguments, message in (
@@ -351,13 +351,13 @@ def test_the_page_shows_the_answer_as_it_comes(server, small, tmp_path):
         error = wait.until(lambda _: browser.find_element(By.CSS_SELECTOR, ".error"))
         assert "requires a token" in error.text
         told = browser.execute_script("return reason(new Response('Invalid host header', {status: 400}))")
-        assert told == "400 Invalid host header"  # a plain text, as a proxy's would be
+        assert told == "400 Invalid host header"  # plain text, as from a proxy
         browser.find_element(By.TAG_NAME, "summary").click()
         browser.find_element(By.ID, "token").send_keys("secret")
         tokens = browser.find_element(By.ID, "tokens")
         tokens.clear()
         tokens.send_keys("100")
-        # What stands there at each change, seen by the page itself.
+        # The page itself records the length of the shown answer at each change.
         browser.execute_script(
             "window.seen = []; new MutationObserver(() => { const box = document.querySelector('.answer');"
             "if (box) seen.push(box.textContent.length) }).observe(document.getElementById('talk'),"

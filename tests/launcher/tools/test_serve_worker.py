@@ -1,4 +1,4 @@
-"""The thread behind `lfm serve`: pieces of text, a queue that ends, and answers that come too late."""
+"""The thread behind `lfm serve`: pieces of text, a queue with a limit, and answers that take too long."""
 
 import asyncio
 import threading
@@ -63,12 +63,12 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("stop", [(), ("never",)])
-def test_text_of_any_script_comes_out_whole_with_leds_vocabulary(led, text, stop):
-    """Some of its tokens hold the tail of one character and the head of the next."""
+def test_text_of_any_script_is_decoded_whole_with_leds_vocabulary(led, text, stop):
+    """Some of its tokens have the end of one character and the beginning of the next."""
     ids = led(text, add_special_tokens=False)["input_ids"]
     pieces = TextPieces(led, stop)
     assert "".join([*map(pieces.add, ids), pieces.end()]) == text
-    for cut in range(len(ids)):  # an answer that is cut anywhere is what the tokenizer makes of its ids
+    for cut in range(len(ids)):  # an answer that is cut anywhere decodes as its ids do
         pieces = TextPieces(led, ())
         assert "".join([*map(pieces.add, ids[:cut]), pieces.end()]) == decode_answer(led, ids[:cut])
 
@@ -82,7 +82,7 @@ async def read(job) -> str:
     return "".join([piece async for piece in job.pieces()])
 
 
-def test_one_is_answered_one_waits_and_the_third_is_told_to_come_back(tokenizer):
+def test_one_request_is_answered_one_waits_and_the_third_is_rejected(tokenizer):
     may_end = threading.Event()
 
     def generate(ids, streamer, **options):
@@ -105,7 +105,7 @@ def test_one_is_answered_one_waits_and_the_third_is_told_to_come_back(tokenizer)
     asyncio.run(ask())
 
 
-def test_an_answer_that_takes_too_long_is_ended_and_said_to_be_late(tokenizer):
+def test_an_answer_that_takes_too_long_is_stopped_with_an_error(tokenizer):
     ended = []
 
     def generate(ids, streamer, stopping_criteria, **options):
@@ -119,7 +119,7 @@ def test_an_answer_that_takes_too_long_is_ended_and_said_to_be_late(tokenizer):
         worker = Worker(SimpleNamespace(device="cpu", generate=generate), tokenizer, Limits(seconds=seconds))
         await read(worker.submit(ChatRequest([1, 2], Decoding(), None, (), False, False)))
 
-    for seconds, ends in ((-1.0, []), (1.0, [True])):  # late before its turn comes, and in the middle
+    for seconds, ends in ((-1.0, []), (1.0, [True])):  # too late before its turn, and midway
         with pytest.raises(RequestError, match="longer than this server allows") as refused:
             asyncio.run(ask(seconds))
         assert refused.value.status == 503 and ended == ends

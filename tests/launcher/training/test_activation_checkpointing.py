@@ -1,4 +1,4 @@
-"""Activation checkpointing recomputes, and lowers the memory that a step needs."""
+"""Activation checkpointing recomputes layers and lowers the memory of a step."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.slow  # test_same_mathematics recomputes among the fast ones
+pytestmark = pytest.mark.slow  # test_same_mathematics.py has fast tests with recomputation
 
 MEASURE = """
 import gc, json, sys
@@ -48,7 +48,7 @@ with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
 kept = saved
 gc.collect()
 with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")  # the peak begins anew, after the forward: what stays is what backward needs
+    file.write("5")  # resets the peak after the forward: what remains is kept for the backward
 loss_value = loss.item()
 engine.backward(loss)
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
@@ -71,7 +71,7 @@ def measured(trainer):
     return results
 
 
-def test_every_layer_is_computed_again_in_the_backward(measured):
+def test_every_layer_is_recomputed_in_the_backward_pass(measured):
     layers = 4
     assert measured["true"]["forwards"] == 2 * layers
     assert measured["false"]["forwards"] == layers
@@ -81,6 +81,6 @@ def test_the_loss_is_the_same(measured):
     assert measured["true"]["loss"] == pytest.approx(measured["false"]["loss"], rel=1e-6)
 
 
-def test_less_is_kept_for_the_backward_and_the_peak_is_lower(measured):
+def test_less_is_kept_for_the_backward_pass_and_the_peak_is_lower(measured):
     assert measured["true"]["kept"] < measured["false"]["kept"] / 3
     assert measured["true"]["peak"] < measured["false"]["peak"] - 100e6

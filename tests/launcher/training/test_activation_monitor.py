@@ -1,4 +1,4 @@
-"""What is seen inside the model: under ZeRO-3 and recomputation the numbers of plain PyTorch, each once."""
+"""The activation monitor shows plain PyTorch's numbers under ZeRO-3 and recomputation, and counts each value once."""
 
 import dataclasses
 import shutil
@@ -32,7 +32,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def config(trainer):
-    """A run that begins with no weight at zero, so that every part has a gradient."""
+    """A run in which no parameter begins as zeros, so that every part has a gradient."""
     config = load_run_config(trainer.config)
     data = ShardFolder(config.data)
     model = build_model(config, data)
@@ -48,7 +48,7 @@ def config(trainer):
 
 @pytest.fixture(scope="module")
 def watched(trainer, config):
-    """One step of each way on two ranks, in one pair of processes; and one whose learning rate is far too high."""
+    """One step in each of `WAYS` on two ranks, in one pair of processes; and a run with a far too high learning rate."""
     zero1 = trainer.deepspeed_config("zero1", zero_optimization={"stage": 1})
     common = [f"init_from={config.init_from}", "expert_parallel_size=2", "monitor.every=1"]
     runs = [
@@ -64,7 +64,7 @@ def watched(trainer, config):
 
 @pytest.fixture(scope="module")
 def plain(config):
-    """What plain PyTorch finds in the same step, by tag: statistics of layers, norms of groups."""
+    """The statistics of layers and the norms of groups in the same step of plain PyTorch, by tag."""
     data = ShardFolder(config.data)
     model = build_model(config, data).train()
     (batch,) = BatchStream(data, seed=config.seed, global_batch_rows=4, micro_batch_rows=4, rank=0, world_size=1,
@@ -119,7 +119,7 @@ def test_gradient_norms_of_groups_are_those_of_plain_pytorch(watched, plain, way
     assert total == pytest.approx(scalars["train/grad_norm"][1], rel=1e-5)
 
 
-def test_a_run_that_diverges_is_told_so_in_words(watched):
+def test_a_run_that_diverges_prints_a_warning_on_rank_0(watched):
     said = [line for line in watched.outputs[0].stdout.splitlines() if "lower learning_rate" in line]
     assert any("the activations of model.layers.1 have grown to" in line or "are not finite" in line for line in said)
     assert not any("lower learning_rate" in line for line in watched.outputs[1].stdout.splitlines())
@@ -133,7 +133,7 @@ def process_group():
 
 
 class Recomputing(nn.Module):
-    """Two linear layers, the first computed again in the backward."""
+    """Two linear layers, the first recomputed in the backward pass."""
 
     def __init__(self, use_reentrant: bool):
         super().__init__()
@@ -145,11 +145,11 @@ class Recomputing(nn.Module):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_forward_that_is_computed_again_counts_once_and_nothing_after_the_step(process_group, use_reentrant):
+def test_a_recomputed_forward_counts_once_and_later_steps_do_not_count(process_group, use_reentrant):
     model = Recomputing(use_reentrant)
     monitor = ActivationMonitor(model, ["first", "second"])
     inputs = torch.randn(3, 4, requires_grad=True)
-    model(inputs).backward()  # not a step to look at
+    model(inputs).backward()  # not a monitored step
     monitor.begin(torch.device("cpu"))
     for _ in range(2):  # micro-batches
         model(inputs).backward()
@@ -160,7 +160,7 @@ def test_a_forward_that_is_computed_again_counts_once_and_nothing_after_the_step
     assert monitor._sums[..., 0].tolist() == [[24, 24], [24, 24]]
 
 
-def test_values_that_overflow_or_are_about_to_are_counted_apart(process_group):
+def test_nonfinite_and_nearly_overflowing_values_are_counted_separately(process_group):
     model = nn.Sequential(nn.Identity())
     monitor = ActivationMonitor(model, ["0"])
     monitor.begin(torch.device("cpu"))
@@ -171,14 +171,14 @@ def test_values_that_overflow_or_are_about_to_are_counted_apart(process_group):
     assert "gradients" in monitor.collect(1.0) and monitor.collect(1.0)["gradients"] == {}
 
 
-def test_a_layer_that_leaves_its_range_is_named_once_until_it_is_back():
+def test_a_layer_that_leaves_its_range_is_reported_once_until_it_is_back():
     monitor = ActivationMonitor(nn.Sequential(nn.Identity()), ["0"])
 
     def look(rms, nonfinite=0.0, kind="activations", loss_scaled=False):
         found = {kind: {"0": Statistics(0.0, rms, rms, nonfinite, 0.0)}}
         return monitor.warnings(found, loss_scaled)
 
-    assert [look(rms) for rms in (1.0, 30.0, 1.1, 0.9)] == [[], [], [], []]  # the first few say what is usual
+    assert [look(rms) for rms in (1.0, 30.0, 1.1, 0.9)] == [[], [], [], []]  # the first values set what is usual
     (said,) = look(50.0)
     assert "the activations of 0 have grown to" in said and "lower learning_rate" in said
     assert look(60.0) == [] and look(1.0) == []
@@ -188,7 +188,7 @@ def test_a_layer_that_leaves_its_range_is_named_once_until_it_is_back():
     assert look(1.0, nonfinite=0.125, kind="gradients", loss_scaled=True) == []
 
 
-def test_layers_that_are_not_there_are_refused():
+def test_layer_patterns_that_match_nothing_or_are_invalid_are_refused():
     for patterns, fault in ((["no_such"], "'no_such', which matches no layer; .* of the model are 0"),
                             (["("], "not a valid regular expression")):  # fmt: skip
         with pytest.raises(ConfigurationError, match=fault):
@@ -203,8 +203,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def test_looking_every_100_steps_takes_less_than_a_hundredth_of_the_time(process_group, config, one_thread):
-    """In processor time of one thread: threads that wait for one another spin, which would count."""
+def test_monitoring_every_100_steps_takes_less_than_a_hundredth_of_the_time(process_group, config, one_thread):
+    """The test measures processor time on one thread: threads that wait for one another spin, which would count."""
     data = ShardFolder(config.data)
     model = build_model(dataclasses.replace(config, model="tiny", init_from=None), data).train()
     (batch,) = BatchStream(data, seed=1, global_batch_rows=8, micro_batch_rows=8, rank=0, world_size=1).next_step()
@@ -223,4 +223,4 @@ def test_looking_every_100_steps_takes_less_than_a_hundredth_of_the_time(process
         taken[looks].append(time.process_time() - begun)
     usual = min(taken[False])
     assert (min(taken[True]) - usual) / settings.every < 0.01 * usual
-    assert min(taken[True]) < 1.5 * usual  # nor does the step that is looked at stand out
+    assert min(taken[True]) < 1.5 * usual  # nor is the monitored step much slower

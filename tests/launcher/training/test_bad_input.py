@@ -1,4 +1,4 @@
-"""What a user gets wrong is answered by one sentence, exit code 2 and no traceback, through the real commands."""
+"""A user's mistake gives one sentence, exit code 2 and no traceback in the real commands."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_prepare_refuses_sources_that_it_cannot_use(capsys, tmp_path):
     assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_commands_refuse_folders_that_are_not_what_they_need(capsys, tmp_path):
+def test_commands_refuse_folders_of_the_wrong_kind(capsys, tmp_path):
     nothing = str(tmp_path / "nothing")
     assert "nothing" in lfm_refuses(capsys, "verify", nothing)
     assert "no whole checkpoint" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path / "model"))
@@ -66,8 +66,8 @@ def test_training_refuses_before_it_starts(trainer, overrides, parts):
     assert all(part in sentence for part in parts), sentence
 
 
-def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
-    """AutoEP is content with what its pattern matches; a layer that it misses would be whole on every rank."""
+def test_a_model_with_a_layer_that_autoep_misses_is_refused(trainer):
+    """AutoEP converts only layers that match its pattern; the experts of others would be whole on every rank."""
     program = (
         "import runpy\nfrom launcher.training.setup.json_keys import AUTOEP\n"
         "AUTOEP['moe_layer_pattern'] = r'model\\.layers\\.0\\.moe'\nrunpy.run_path('train.py', run_name='__main__')"
@@ -79,11 +79,11 @@ def test_a_model_whose_experts_would_not_all_be_parallel_is_refused(trainer):
     status = json.loads((trainer.folder / "partial" / "status.json").read_text())
     assert (
         status["state"] == "failed" and "1 of 2 mixtures" in status["reason"]
-    )  # an end before the first step has one, too
+    )  # there is a status even before the first step
 
 
 def test_two_ranks_under_the_real_launcher_give_one_sentence_and_end(trainer):
-    """A batch that does not divide, under `deepspeed --num_gpus 2`: rank 0 says it, nobody hangs."""
+    """The batch does not divide under `deepspeed --num_gpus 2`: rank 0 prints the error, and no rank hangs."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
     command += trainer.arguments("refused", "global_batch_rows=5")
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}

@@ -1,4 +1,4 @@
-"""A bf16 engine, for real: the small steps of the balancing bias arrive, which bf16 itself would round away."""
+"""In a real bf16 engine the balancing bias keeps its small updates, which bf16 would round away."""
 
 import json
 import sys
@@ -70,13 +70,13 @@ def measured(trainer) -> dict:
     return json.loads(result.stdout.split("RESULT", 1)[1].splitlines()[0])
 
 
-def test_a_hundred_small_steps_arrive_at_the_router_that_computes_in_bf16(measured):
+def test_a_hundred_small_updates_of_the_bias_reach_a_router_in_bf16(measured):
     assert (measured["weights"], measured["router"]) == ("torch.bfloat16", "TokenChoiceTopKRouter")
     away, towards = -1.5 * RATE * STEPS, 0.5 * RATE * STEPS
     assert measured["bias"] == pytest.approx([0.5 + away, *[0.5 + towards] * 3], abs=1e-5)
 
 
-def test_the_router_chooses_with_it_and_the_load_says_so(measured):
+def test_the_router_chooses_with_the_bias_and_the_load_counts_its_choices(measured):
     assert measured["chosen_as_expected"]
     assert measured["load"] == measured["counted"]
     assert measured["counted"][0] < measured["unbiased"][0] / 2

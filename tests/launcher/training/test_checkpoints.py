@@ -1,4 +1,4 @@
-"""Saves that the disk does not take, processes that die while saving, and which checkpoints are kept."""
+"""Saves that fail, processes that die while saving, and which checkpoints are kept."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def full(trainer):
-    """`whole`: undisturbed. `full`: its checkpoints on a small disk, full at step 4; one rank fails at 6 and at the end."""
+    """`whole`: undisturbed. `full`: its small disk is full at step 4, and one rank cannot save at 6 and at the end."""
     folder = trainer.folder / "full" / "checkpoints"
     folder.mkdir(parents=True)
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder)], capture_output=True)
     if mount.returncode:
-        pytest.skip("mounting a small disk takes root")
+        pytest.skip("mounting a small disk needs root")
     whole = trainer.arguments("whole", f"max_steps={STEPS}", *COMMON)
     shorter, longer = (trainer.arguments("full", f"max_steps={steps}", *COMMON) for steps in (10, STEPS))
     faults = [(1, 4, 0, "full disk"), (1, 6, 1, "file size limit"), (2, STEPS, 1, "file size limit")]
@@ -43,7 +43,7 @@ def full(trainer):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_fails_the_save_not_the_run(full):
+def test_a_full_disk_fails_the_save_and_not_the_run(full):
     output = full.outputs[0].stdout
     failures = [line for line in output.splitlines() if line.startswith("checkpoint") and "could not be saved" in line]
     assert len(failures) == 2, output
@@ -74,7 +74,7 @@ def test_failed_saves_leave_the_older_checkpoints_whole_and_nothing_else(full):
 
 
 @pytest.mark.slow
-def test_a_rank_killed_inside_a_file_of_a_save_costs_only_the_steps_since_the_last(full):
+def test_a_rank_killed_while_it_writes_a_file_costs_only_the_steps_since_the_last_checkpoint(full):
     arguments = full.arguments("inside", f"max_steps={STEPS}", *COMMON)
     killed = full.run_with_save_faults([arguments], [(0, 8, 1, "kill inside a file")])
     assert killed[1].returncode == -9, killed[1].stdout
@@ -99,7 +99,7 @@ def test_a_run_killed_at_every_stage_of_publishing_has_the_curve_of_an_undisturb
 
 
 def make_checkpoint(run: RunFolder, step: int, metric: float | None = None, of: str = "all of x") -> None:
-    """A checkpoint of a step that was validated with this cross entropy, or was not."""
+    """Write the checkpoint of a step that was validated with this cross entropy, or not validated if it is None."""
     folder = run.checkpoints / f"step-{step:08d}"
     folder.mkdir(parents=True)
     state = TrainState(step, 4 * step, 100 * step, [], 0.0, [])
@@ -118,7 +118,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert kept == [[2], [2, 4], [4, 6], [4, 6, 8], [4, 8, 10], [10, 12]]
 
 
-def test_the_best_by_validation_can_be_asked_for(tmp_path):
+def test_the_best_checkpoint_by_validation_is_found(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step, metric in {2: 3.0, 4: 2.0, 6: 2.5, 8: None}.items():
         make_checkpoint(run, step, metric)
@@ -143,7 +143,7 @@ def test_a_validation_between_two_saves_makes_neither_the_best(tmp_path):
     assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000005", [])
 
 
-def test_what_was_measured_on_other_rows_or_labels_is_not_compared(tmp_path):
+def test_validations_on_other_rows_or_labels_are_not_compared(tmp_path):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 2, 0.5, of="all of x")
     for step, metric in {4: 2.0, 6: 3.0}.items():
@@ -153,7 +153,7 @@ def test_what_was_measured_on_other_rows_or_labels_is_not_compared(tmp_path):
     assert state.note_validation(4.0, "answer of x") and state.best_metric == 4.0
 
 
-def test_the_best_of_another_course_at_the_same_step_is_not_this_ones(tmp_path):
+def test_the_best_checkpoint_is_not_confused_with_another_of_its_step(tmp_path):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 4, 3.0)
     make_checkpoint(run, 8, 2.0)
@@ -167,7 +167,7 @@ def test_the_best_of_another_course_at_the_same_step_is_not_this_ones(tmp_path):
     assert steps_of(run) == ["12", "16", "left-08"]
 
 
-def test_a_validation_that_is_not_finite_is_no_ones_best():
+def test_a_validation_that_is_not_finite_is_never_the_best():
     state = TrainState(1, 4, 100, [], 0.0, [])
     assert not state.note_validation(math.nan, "x") and state.best_step is None
     state.step = 2
@@ -176,7 +176,7 @@ def test_a_validation_that_is_not_finite_is_no_ones_best():
     assert not state.note_validation(math.nan, "x") and (state.best_step, state.best_metric) == (2, 3.0)
 
 
-def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
+def test_without_validations_the_newest_are_kept(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):
         make_checkpoint(run, step)
@@ -187,7 +187,7 @@ def test_where_nothing_was_validated_the_newest_are_kept(tmp_path):
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["step-00000006", "universal-step-00000006"]
 
 
-def test_a_validation_is_noted_in_a_checkpoint_and_in_its_universal_form(tmp_path):
+def test_a_validation_is_recorded_in_a_checkpoint_and_in_its_universal_form(tmp_path):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 2, 1.0)
     make_checkpoint(run, 4)
@@ -213,10 +213,10 @@ def test_a_checkpoint_without_best_metric_and_skipped_ranges_is_still_read(tmp_p
     manifest.write_text(json.dumps({**content, "format": 2}))
     state = read_train_state(find_checkpoint(run, "auto")[0])
     assert (state.step, state.best_metric, state.best_step, state.skipped_ranges) == (2, None, None, [])
-    assert state.validated_step == 2  # or each old run would be validated again at its next start
+    assert state.validated_step == 2  # otherwise every old run would be validated again at its next start
 
 
-def test_the_best_of_checkpoints_from_before_each_noted_its_own_is_found(tmp_path):
+def test_the_best_of_older_checkpoints_without_their_own_metric_is_found(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step, best_step in {2: 2, 4: 4, 6: 4}.items():
         make_checkpoint(run, step)
@@ -227,7 +227,7 @@ def test_the_best_of_checkpoints_from_before_each_noted_its_own_is_found(tmp_pat
             del content["train_state"][name]
         manifest.write_text(json.dumps(content))
     assert find_checkpoint(run, "best") == (run.checkpoints / "step-00000004", [])
-    make_checkpoint(run, 8, 2.0)  # the first that notes its own, and it is worse than step 4 with 1.0
+    make_checkpoint(run, 8, 2.0)  # the first with its own metric, which is worse than step 4's 1.0
     delete_old(run, keep=1)
     assert steps_of(run) == ["04", "08"]
     state = read_train_state(run.checkpoints / "step-00000004")
@@ -239,13 +239,13 @@ def steps_of(run: RunFolder) -> list[str]:
 
 
 def start_with(run: RunFolder, resume: str) -> str:
-    """What rank 0 does with `resume`: the name of the checkpoint that the run goes on from."""
+    """Apply `resume` as rank 0 does, and return the name of the checkpoint that the run resumes from."""
     chosen, _ = find_checkpoint(run, still_to_do(run, resume)[0])
     return go_back(run, chosen, resume)[0].name
 
 
 @pytest.mark.parametrize("resume", ["step-00000002", "best"])
-def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, resume):
+def test_a_requeued_job_with_the_same_resume_goes_back_once(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 2, 1.0)
     make_checkpoint(run, 4, 2.0)
@@ -262,10 +262,10 @@ def test_a_job_that_comes_back_with_the_same_resume_goes_back_once(tmp_path, res
     assert start_with(run, resume) == "step-00000002"
     assert steps_of(run) == ["02", "left-03", "left-04", "left-04-2"]  # an older one of the same name stays
     assert start_with(run, "auto") == "step-00000002"
-    assert still_to_do(run, resume) == (resume, [])  # the person has gone on in between: it is a new wish
+    assert still_to_do(run, resume) == (resume, [])  # the run was resumed otherwise in between, so it is applied again
 
 
-def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
+def test_a_run_can_resume_from_a_checkpoint_that_was_set_aside(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4, 6):
         make_checkpoint(run, step)
@@ -280,7 +280,7 @@ def test_what_was_set_aside_can_be_gone_on_from(tmp_path):
     assert steps_of(run) == ["02", "03", "04", "left-04-2", "left-06"]
 
 
-def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_path):
+def test_a_damaged_checkpoint_that_is_skipped_is_renamed(tmp_path):
     run = RunFolder(tmp_path / "run")
     for step in (2, 4):
         make_checkpoint(run, step)
@@ -290,7 +290,7 @@ def test_a_damaged_checkpoint_that_is_passed_over_makes_room_for_its_step(tmp_pa
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
+def test_a_run_with_only_set_aside_checkpoints_does_not_start_anew(tmp_path, resume):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 4)
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "left-step-00000004")
@@ -298,7 +298,7 @@ def test_a_run_does_not_begin_anew_over_what_was_set_aside(tmp_path, resume):
         find_checkpoint(run, resume)
 
 
-def test_only_a_checkpoint_is_resumed_from(tmp_path):
+def test_a_universal_folder_cannot_be_resumed_from(tmp_path):
     run = RunFolder(tmp_path / "run")
     make_checkpoint(run, 4)
     (run.checkpoints / "step-00000004").rename(run.checkpoints / "universal-step-00000004")

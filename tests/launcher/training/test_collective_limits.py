@@ -1,4 +1,4 @@
-"""How long ranks wait for one another: hours before the first step, and then longer than the watchdog does."""
+"""Ranks wait for one another for hours before the first step, and later slightly longer than the watchdog."""
 
 import sys
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.launcher.trainer import start
 
-# Rank 0 is late, as where it prepares the data, and later rank 1, as where it hangs.
+# Rank 0 is late with the plan, as if it prepared the data. Later rank 1 is late, as if it hung.
 LATE = """
 import os, sys, time
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""What a run prints, on a real terminal and where there is none."""
+"""What a run prints, on a real terminal and without one."""
 
 import os
 import pty
@@ -11,7 +11,7 @@ from fcntl import ioctl
 
 import pytest
 
-# A clock by which every step takes a second, however busy the machine is.
+# With this clock every step takes a second, however busy the machine is.
 LINES = """
 import itertools
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 
 
 def on_a_terminal(command: list[str], columns: int, timeout: int = 60) -> str:
-    """What a command writes to a terminal of its own, control sequences and all; it must succeed."""
+    """Run a command on a terminal of its own, and return its output with control sequences; it must succeed."""
     master, terminal = pty.openpty()
     ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
@@ -39,7 +39,7 @@ def on_a_terminal(command: list[str], columns: int, timeout: int = 60) -> str:
     while True:
         try:
             part = os.read(master, 1 << 16)
-        except OSError:  # what Linux answers once the other side is closed
+        except OSError:  # raised on Linux once the other side is closed
             break
         if not part:
             break
@@ -50,7 +50,7 @@ def on_a_terminal(command: list[str], columns: int, timeout: int = 60) -> str:
 
 
 @pytest.mark.parametrize("columns", [60, 160])
-def test_a_terminal_gets_one_line_for_each_step_that_fits_into_it(columns):
+def test_a_terminal_gets_one_line_for_each_step_that_fits_its_width(columns):
     written = on_a_terminal([sys.executable, "-c", LINES], columns)
     assert "\x1b[" in written  # in colours
     lines = CONTROL.sub("", written).replace("\r", "").splitlines()
@@ -66,7 +66,7 @@ def test_a_terminal_gets_one_line_for_each_step_that_fits_into_it(columns):
         assert all("1,234 tokens/s  lr 1.00e-03" in line for line in steps)
 
 
-def test_without_a_terminal_a_line_comes_every_few_steps_in_plain_text():
+def test_without_a_terminal_every_few_steps_print_a_line_of_plain_text():
     written = subprocess.run([sys.executable, "-c", LINES], capture_output=True, text=True, check=True).stdout
     steps = [line for line in written.splitlines() if line.startswith("step ")]
     assert len(steps) == 51 and steps[0].startswith("step 1/200  loss 3.490  cross entropy 3.250")
@@ -81,6 +81,6 @@ def test_training_on_a_terminal_shows_each_step_and_its_sentences(trainer):
     lines = CONTROL.sub("", on_a_terminal(command, 100, timeout=240)).replace("\r", "").splitlines()
     steps = [line for line in lines if line.startswith("step ")]
     assert [line[:8] for line in steps] == ["step 1/3", "step 2/3", "step 3/3"]
-    assert not any("Setting accelerator" in line for line in lines)  # DeepSpeed's, where nobody names one
+    assert not any("Setting accelerator" in line for line in lines)  # DeepSpeed prints it if none is set
     assert "100%  ETA 00:00  loss " in steps[2]
     assert any(line.startswith("done at step 3: run ") for line in lines)

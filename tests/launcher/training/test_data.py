@@ -1,4 +1,4 @@
-"""What a run trains on, through the real training program: mixtures, bad shards, and waiting for neither."""
+"""The data of real training runs: mixtures, bad shards, and batches that are read ahead."""
 
 import statistics
 
@@ -28,7 +28,7 @@ def mixture(trainer, sample_data):
     return f"data=[{{path: '{sample_data}', weight: 1}}, {{path: '{damaged}', weight: 3}}]"
 
 
-def test_a_mixture_trains_and_goes_on_with_its_bad_shard_skipped_on_all_ranks(trainer, mixture):
+def test_a_mixture_trains_and_resumes_with_its_bad_shard_skipped_on_all_ranks(trainer, mixture):
     def arguments(output, steps):
         return trainer.arguments(output, mixture, "on_bad_shard=skip", f"max_steps={steps}", "checkpoint_every=4",
                                  "schedule.steps=8", "global_batch_rows=8")  # fmt: skip
@@ -37,7 +37,7 @@ def test_a_mixture_trains_and_goes_on_with_its_bad_shard_skipped_on_all_ranks(tr
     whole, halves = trainer.scalars("whole"), trainer.scalars("halves")
     assert halves["train/loss"] == pytest.approx(whole["train/loss"], rel=1e-5)
     assert halves["data/bad_shard_rows"] == whole["data/bad_shard_rows"]
-    # What the ranks counted is what one process finds in the same batches.
+    # The ranks count as many bad rows as one process finds in the same batches.
     config = load_run_config(trainer.config, [mixture, "on_bad_shard=skip"])
     data = open_run_data(config)
     assert read_manifest(trainer.folder / "whole/checkpoints/step-00000008")["data_fingerprint"] == data.fingerprint
@@ -47,9 +47,9 @@ def test_a_mixture_trains_and_goes_on_with_its_bad_shard_skipped_on_all_ranks(tr
         bad_rows = int((batch["input_ids"] == data.pad_token_id).all(dim=1).sum())
         assert whole["data/bad_shard_rows"][step] == bad_rows
     assert sum(whole["data/bad_shard_rows"].values()) > 0
-    # The first step of a start waits for its batch; then they are there before they are asked for.
+    # The first step of a start waits for its batch; the later batches are read ahead.
     waited, took = (list(whole[tag].values())[1:] for tag in ("perf/data_seconds", "perf/step_seconds"))
-    # The median, since a busy machine may hold up one of the steps.
+    # The median, because a busy machine may delay one of the steps.
     assert statistics.median(wait / step for wait, step in zip(waited, took, strict=True)) < 0.01
 
 

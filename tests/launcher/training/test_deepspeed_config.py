@@ -35,7 +35,7 @@ def changed(tmp_path):
     return change
 
 
-def test_no_auto_is_left_and_the_numbers_are_the_runs():
+def test_every_auto_is_replaced_by_the_runs_value():
     resolved, config, _ = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
     assert '"auto"' not in json.dumps(resolved)
     batch = [
@@ -55,7 +55,7 @@ def test_the_shipped_json_is_fp16_with_dynamic_scaling_zero3_and_experts():
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_cpu_leaves_fp16_and_says_so_once(monkeypatch, native):
+def test_a_cpu_does_not_use_fp16_and_prints_one_note(monkeypatch, native):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     resolved, _, notes = resolve(["expert_parallel_size=1"])
@@ -69,7 +69,7 @@ def test_a_cpu_leaves_fp16_and_says_so_once(monkeypatch, native):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_a_cpu_keeps_bf16_where_it_is_native_alone(monkeypatch, native):
+def test_a_cpu_keeps_bf16_only_if_it_is_native(monkeypatch, native):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = ZERO3.with_name("zero3_bf16.json")
@@ -80,12 +80,12 @@ def test_a_cpu_keeps_bf16_where_it_is_native_alone(monkeypatch, native):
 
 
 @pytest.mark.parametrize("name", ["zero1_ep", "zero3", "zero3_bf16"])
-def test_the_shipped_jsons_take_the_optimizer_that_needs_no_compiler(name):
+def test_the_shipped_jsons_use_the_optimizer_that_needs_no_compiler(name):
     parameters = json.loads((ZERO3.parent / f"{name}.json").read_text())["optimizer"]["params"]
     assert parameters["torch_adam"] is parameters["fused"] is True
 
 
-def test_on_a_cpu_torchs_adamw_takes_the_place_of_deepspeeds_and_a_note_says_so(changed):
+def test_on_a_cpu_torchs_adamw_replaces_deepspeeds_with_a_note(changed):
     path = changed("optimizer.params", {"lr": "auto", "weight_decay": "auto"})
     resolved, _, notes = resolve(path=path)
     assert resolved["optimizer"]["params"]["torch_adam"] is resolved["optimizer"]["params"]["fused"] is True
@@ -94,7 +94,7 @@ def test_on_a_cpu_torchs_adamw_takes_the_place_of_deepspeeds_and_a_note_says_so(
     assert "torch_adam" not in resolved["optimizer"]["params"] and not any("optimizer is" in note for note in notes)
 
 
-def test_what_auto_was_filled_with_is_one_note():
+def test_the_values_of_auto_are_listed_in_one_note():
     _, _, notes = resolve(["global_batch_rows=24", "micro_batch_rows=5", "learning_rate=0.5"], world_size=2)
     (note,) = (note for note in notes if note.startswith('"auto"'))
     assert "train_batch_size 24, train_micro_batch_size_per_gpu 4, gradient_accumulation_steps 3" in note
@@ -102,7 +102,7 @@ def test_what_auto_was_filled_with_is_one_note():
     assert note.count(", ") + 1 == ZERO3.read_text().count('"auto"')
 
 
-def test_an_auto_that_nothing_fills_is_one_sentence(changed):
+def test_an_unsupported_auto_is_an_error_of_one_sentence(changed):
     with pytest.raises(ConfigurationError, match='optimizer.params.betas is "auto" in .*, but "auto" is not supported'):
         resolve(path=changed("optimizer.params.betas", "auto"))
 
@@ -126,12 +126,12 @@ def test_a_number_in_the_json_wins_over_a_default(changed, tmp_path):
     assert resolved["gradient_clipping"] == config.gradient_clipping == 0.3
 
 
-def test_a_whole_number_may_be_written_with_a_point(changed):
+def test_a_whole_number_may_be_written_with_a_decimal_point(changed):
     resolved, config, _ = resolve(path=changed("train_batch_size", 8.0))
     assert (resolved["train_batch_size"], config.global_batch_rows) == (8, 8) and type(config.global_batch_rows) is int
 
 
-def test_different_numbers_in_both_places_are_an_error_that_names_both(changed):
+def test_different_numbers_in_the_json_and_the_run_are_an_error_that_names_both(changed):
     path = changed("optimizer.params.lr", 0.25)
     with pytest.raises(ConfigurationError, match=r"optimizer.params.lr is 0.25 in .* but learning_rate is 0.5"):
         resolve(["learning_rate=0.5"], path=path)
@@ -155,7 +155,7 @@ def test_a_batch_that_does_not_divide_names_the_nearest(changed):
         (None, "cannot read"),
     ],
 )
-def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence):
+def test_a_json_that_cannot_be_used_is_an_error_of_one_sentence(tmp_path, content, sentence):
     path = tmp_path / "x.json"
     if content is not None:
         path.write_bytes(content)
@@ -163,7 +163,7 @@ def test_a_json_that_cannot_be_used_is_one_sentence(tmp_path, content, sentence)
         resolve(path=path)
 
 
-def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_path):
+def test_keys_missing_from_the_json_have_the_runs_values_and_not_deepspeeds_defaults(tmp_path):
     content = json.loads(ZERO3.read_text())
     del content["gradient_clipping"], content["activation_checkpointing"], content["expert_parallel"]["autoep_size"]
     path = tmp_path / "short.json"
@@ -238,21 +238,23 @@ def test_what_the_json_leaves_out_is_the_runs_and_not_deepspeeds_default(tmp_pat
         ("scheduler", {"type": "WarmupLR"}, "has scheduler, .* learning_rate.*; remove it"),
     ],
 )
-def test_what_deepspeed_would_ignore_overwrite_or_stumble_over_is_one_sentence(changed, location, value, sentence):
-    """On a CPU, too, where a half precision's section is left out of what DeepSpeed gets."""
+def test_keys_that_deepspeed_would_ignore_overwrite_or_fail_on_are_errors_of_one_sentence(
+    changed, location, value, sentence
+):
+    """A CPU changes nothing about this, although DeepSpeed does not get the section of a half precision there."""
     with pytest.raises(ConfigurationError, match=sentence) as raised:
         resolve(path=changed(location, value))
     assert "\n" not in str(raised.value)
 
 
-def test_what_is_switched_off_may_stay(changed):
+def test_an_unsupported_section_may_stay_if_it_is_disabled(changed):
     resolve(path=changed("tensorboard", {"enabled": False}))
 
 
 @pytest.mark.parametrize(
     ("section", "said"), [(None, "missing"), ({"enabled": False, "autoep_size": "auto"}, "not enabled")]
 )
-def test_experts_that_the_json_does_not_spread_are_said_to_be_whole_on_each_rank(tmp_path, section, said):
+def test_a_note_says_that_the_json_does_not_distribute_the_experts(tmp_path, section, said):
     content = json.loads(ZERO3.read_text())
     content["expert_parallel"] = section
     if section is None:

@@ -1,4 +1,4 @@
-"""The shipped DeepSpeed JSONs train, and ds_configs/README.md says of their memory what is so."""
+"""The shipped DeepSpeed JSONs train, and the memory tables in ds_configs/README.md are right."""
 
 import json
 import math
@@ -46,12 +46,12 @@ def check(trainer, name: str, stage: int) -> dict[int, float]:
 @pytest.mark.parametrize(("name", "stage"), STAGES.items())
 def test_every_json_trains_two_ranks_that_share_the_experts(trained, name, stage):
     losses = check(trained, name, stage)
-    # On a CPU all of them are bf16, or all fp32.
+    # On a CPU all of them train in bf16, or all in fp32.
     assert losses == pytest.approx(trained.scalars("zero3")["train/loss"], rel=1e-2)
     assert losses[1] == pytest.approx(trained.scalars("zero3")["train/loss"][1], rel=1e-3)
 
 
-# Of every key that a JSON may hold, a value that is not DeepSpeed's default and changes nothing of what is computed.
+# For every key that a JSON may have, a value that differs from DeepSpeed's default but does not change the results.
 ANY_STAGE = {
     "managed_gradient_accumulation": True, "gradient_allreduce_op": "mean", "communication_data_type": "fp32",
     "data_types": {"grad_accum_dtype": "fp32"}, "use_data_before_expert_parallelism": True,
@@ -84,7 +84,7 @@ OF_A_STAGE = {
     2: {},
     3: {"zero_optimization": {"contiguous_gradients": False, "reduce_scatter": False}},
 }
-# Of the run, and what other tests train with: test_fp16.py, test_bf16.py, and here, with an operator that is compiled.
+# Keys that the run sets or that other tests cover: test_fp16.py, test_bf16.py, and the tests of offloading below.
 OFFLOAD = read_json(FOLDER / "zero3_offload.json")
 ELSEWHERE = {
     "": {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"},
@@ -94,7 +94,7 @@ ELSEWHERE = {
 
 
 def supported(stage: int) -> dict:
-    """The JSON's content with every key that goes with the stage."""
+    """Return a JSON's content with every key that the stage supports."""
     content = {**ANY_STAGE, **{key: value for key, value in OF_A_STAGE[stage].items() if key != "zero_optimization"}}
     more = OF_A_STAGE[stage].get("zero_optimization", {})
     return content | {"zero_optimization": {"stage": stage, **ANY_STAGE["zero_optimization"], **more}}
@@ -102,7 +102,7 @@ def supported(stage: int) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_key_that_is_supported_leaves_what_is_computed(trainer, stage):
+def test_supported_keys_do_not_change_the_results(trainer, stage):
     plain = trainer.deepspeed_config(f"plain-{stage}", zero_optimization={"stage": stage})
     full = trainer.deepspeed_config(f"full-{stage}", **supported(stage))
     overrides = ["expert_parallel_size=2", "micro_batch_rows=1", "max_steps=4"]
@@ -112,7 +112,7 @@ def test_every_key_that_is_supported_leaves_what_is_computed(trainer, stage):
         assert len(found) == 4 and found == pytest.approx(expected, rel=1e-5)
 
 
-def test_no_supported_key_is_untried():
+def test_every_supported_key_is_tested():
     def tried(section: str) -> set[str]:
         found = [value_at(supported(stage), section) if section else supported(stage) for stage in OF_A_STAGE]
         return {key for content in found for key in content or {}}
@@ -123,21 +123,21 @@ def test_no_supported_key_is_untried():
         )
 
 
-def test_what_auto_became_is_printed_by_one_rank(trained):
+def test_the_values_of_auto_are_printed_by_one_rank(trained):
     told = [result.stdout.count('"auto" in') for result in trained.outputs]
     assert told == [len(STAGES), 0]
     assert "gradient_accumulation_steps 2" in trained.outputs[0].stdout
 
 
-@pytest.mark.slow  # compiles DeepSpeed's CPU Adam where that has not been done yet
-def test_the_offload_json_trains_with_the_optimizer_that_offloading_brings(trained):
+@pytest.mark.slow  # compiles DeepSpeed's CPU Adam if that has not been done yet
+def test_the_offload_json_trains_with_deepspeeds_cpu_adam(trained):
     trained.run(2, arguments(trained, "zero3_offload"))
     losses = check(trained, "zero3_offload", 3)
     assert losses == pytest.approx(trained.scalars("zero3")["train/loss"], rel=1e-2)
 
 
 @pytest.mark.slow
-def test_a_resumed_run_with_the_offloaded_optimizer_is_exact(trained):
+def test_resuming_with_the_offloaded_optimizer_is_exact(trained):
     """Its kernel keeps products of the betas from step to step, which a new process does not have."""
     for name, steps in (("offload_halves", STEPS // 2), ("offload_halves", STEPS), ("offload_whole", STEPS)):
         overrides = ["expert_parallel_size=2", "micro_batch_rows=1", f"max_steps={steps}", f"schedule.steps={STEPS}"]
@@ -147,17 +147,17 @@ def test_a_resumed_run_with_the_offloaded_optimizer_is_exact(trained):
     assert differing_runs(trained.folder / "offload_whole", trained.folder / "offload_halves", STEPS) == []
 
 
-def test_the_readmes_table_of_model_states_is_what_is_computed():
+def test_the_readmes_table_of_model_states_is_the_computed_one():
     assert states_table(FOLDER) in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.slow
-def test_the_readmes_table_of_activations_is_what_is_counted():
+def test_the_readmes_table_of_activations_is_the_measured_one():
     assert activations_table() in (FOLDER / "README.md").read_text()
 
 
-def test_a_node_gives_no_preset_less_than_its_state():
-    """16 bytes a parameter, at least, lie somewhere: on the GPUs or in the node's memory."""
+def test_the_estimate_for_a_node_is_at_least_the_model_state():
+    """At least 16 bytes a parameter are needed, on the GPUs or in the node's memory."""
     for name in ("1b", "8b-a1b"):
         sizes = Sizes.of(preset(name))
         for file in ("zero3", "zero3_offload", "zero1_ep"):
@@ -178,12 +178,12 @@ def live():
 build_engine, results = train.build_engine, []
 def build(*arguments):
     engine = build_engine(*arguments)
-    # Where a step's most is alive: weights, gradients, their copies in fp32, moments and buckets.
+    # The peak of a step: weights, gradients, their copies in fp32, moments and buckets are alive.
     engine.optimizer.optimizer.register_step_pre_hook(lambda *_: measured.append(live()))
     return engine
 train.build_engine = build
 for run in json.loads(sys.argv[1]):
-    before = live()  # of the run before, something is left
+    before = live()  # some tensors of the run before are left
     measured = []
     assert train.main(run) == 0
     results.append(max(measured) - before)
@@ -194,8 +194,8 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_the_estimate_is_that_of_live_tensors_on_two_ranks(trainer):
-    """Small buckets, since they would hide a small model's state; bf16 is kept wherever this runs."""
+def test_the_estimate_matches_the_live_tensors_of_two_ranks(trainer):
+    """Large buckets would hide a small model's state, so they are small here; bf16 is forced on every machine."""
     runs, files = [], []
     for name in ("zero3_bf16", "zero1_ep"):
         content = json.loads((FOLDER / f"{name}.json").read_text())
@@ -223,8 +223,8 @@ def test_the_estimate_is_that_of_live_tensors_on_two_ranks(trainer):
         assert 0.7 < live / estimated < 1.05  # 16-bit gradients, which the estimators count, are freed by then
 
 
-def test_the_estimate_of_activations_is_what_a_larger_model_saves():
-    """Its own layers and experts and several times the tokens, of which the estimate has seen a few."""
+def test_the_estimate_of_activations_matches_a_larger_model():
+    """The estimate is measured on fewer layers, experts and tokens than this model has."""
     config = preset("tiny")
     estimate, tokens = Activations.of(config), 1024
     model = LiquidForCausalLM(config).bfloat16().train()
@@ -234,7 +234,7 @@ def test_the_estimate_of_activations_is_what_a_larger_model_saves():
 
 
 def test_activations_are_counted_whatever_the_tokenizers_special_ids_are():
-    """The model that is counted has few words."""
+    """The estimate is measured on a model with a small vocabulary."""
     config = preset("tiny")
     special = config.sized_for(config.used_vocab_size, pad_token_id=50_000, eos_token_id=[2, 50_001])
     assert Activations.of(special) == Activations.of(config)

@@ -1,4 +1,4 @@
-"""Going on with another number of processes, or with the experts spread otherwise, than wrote the checkpoint."""
+"""Resuming with another number of processes, or another expert_parallel_size, than wrote the checkpoint."""
 
 import json
 import shutil
@@ -15,13 +15,13 @@ from launcher.training.checkpoints.universal import convert, keep_universal
 
 STEPS, LEFT_AT = 12, 4
 COMMON = [f"schedule.steps={STEPS}", "checkpoint_every=2", "keep_checkpoints=10", "global_batch_rows=4"]
-# Processes, experts spread over how many of them, up to which step: each goes on where the one before ended.
+# Processes, expert_parallel_size and last step of each run; each one resumes where the one before ended.
 LATER = [(2, 1, 10), (2, 2, STEPS)]
 
 
 @pytest.fixture(scope="module")
 def elastic(trainer):
-    """`whole`: two ranks share the experts all the way. `one`: one process goes on from its step 4, and stops at 8."""
+    """`whole`: two ranks share the experts in all steps. `one`: one process resumes from its step 4 and stops at 8."""
     trainer.run(2, trainer.arguments("whole", f"max_steps={STEPS}", "expert_parallel_size=2", *COMMON))
     shutil.copytree(trainer.folder / "whole", trainer.folder / "one")
     arguments = trainer.arguments("one", "max_steps=8", f"resume=step-{LEFT_AT:08d}", *COMMON)
@@ -37,7 +37,7 @@ def assert_same_curve(trainer, output: str, steps: int) -> None:
 
 
 def optimizer_steps(checkpoint) -> set[float]:
-    """How many steps Adam has taken, as each parameter group of each rank has it."""
+    """Return the step counts that Adam has for the parameters of all ranks."""
     steps = set()
     for file in checkpoint.glob("*optim_states.pt"):
         optimizer = torch.load(file, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]
@@ -45,14 +45,14 @@ def optimizer_steps(checkpoint) -> set[float]:
     return steps
 
 
-def test_one_process_goes_on_where_two_that_shared_the_experts_stopped(elastic):
+def test_one_process_resumes_a_run_of_two_that_shared_the_experts(elastic):
     assert_same_curve(elastic, "one", 8)
     output = elastic.outputs[0].stdout
     assert "was written by 2 processes with expert_parallel_size 2, this run has 1 with 1" in output
     assert "converted to" in output
 
 
-def test_the_same_rows_follow_and_adam_keeps_its_steps(elastic):
+def test_a_resumed_run_continues_with_the_same_rows_and_adams_step_count(elastic):
     at_8 = [elastic.folder / name / "checkpoints" / "step-00000008" for name in ("whole", "one")]
     whole, one = map(read_train_state, at_8)
     assert (one.position, one.tokens) == (whole.position, whole.tokens) == (8 * 4, whole.tokens)
@@ -69,7 +69,7 @@ def test_a_converted_checkpoint_is_used_again(elastic):
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_where_one_stopped_and_the_experts_spread_again(elastic):
+def test_more_processes_resume_a_run_of_one_and_spread_the_experts_again(elastic):
     shutil.copytree(elastic.folder / "one", elastic.folder / "more")
     for world_size, expert_parallel_size, steps in LATER:
         overrides = [f"max_steps={steps}", f"expert_parallel_size={expert_parallel_size}", *COMMON]
@@ -82,9 +82,9 @@ def test_more_processes_go_on_where_one_stopped_and_the_experts_spread_again(ela
 
 
 @pytest.mark.slow
-def test_a_rollback_finds_the_form_that_its_ranks_can_load(elastic):
-    """Back to the checkpoint that two ranks wrote and one went on from, then to one of its own; as by hand from there."""
-    rows = [20, 40]  # of step 6, and of step 9, whose rows are two steps further on by then
+def test_a_rollback_loads_a_checkpoint_in_the_form_for_its_ranks(elastic):
+    """One rank rolls back to the checkpoint of two ranks, then to one of its own; resuming by hand gives the same."""
+    rows = [20, 40]  # of step 6, and of step 9, which is two steps further in the data by then
     folder = begin_at_4(elastic, "back")
     common = ["checkpoint_every=4", "keep_checkpoints=10", "schedule.steps=12", "global_batch_rows=4"]
     arguments = elastic.arguments(
@@ -109,7 +109,7 @@ def test_a_rollback_finds_the_form_that_its_ranks_can_load(elastic):
 
 
 def begin_at_4(trainer, name: str):
-    """A copy of the run of two ranks as it was at step 4."""
+    """Copy the run of two ranks as it was at step 4."""
     folder = trainer.folder / name
     (folder / "checkpoints").mkdir(parents=True)
     for part in ("model", "checkpoints/step-00000004"):
@@ -120,7 +120,7 @@ def begin_at_4(trainer, name: str):
 
 
 @pytest.mark.slow
-def test_a_converted_checkpoint_that_is_damaged_or_of_other_steps_is_made_anew(elastic, tmp_path):
+def test_a_converted_checkpoint_that_is_damaged_or_of_other_steps_is_converted_again(elastic, tmp_path):
     checkpoint = shutil.copytree(elastic.folder / "whole/checkpoints/step-00000004", tmp_path / "step-00000004")
     universal, is_new = keep_universal(checkpoint)
     assert is_new

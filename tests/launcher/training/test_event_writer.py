@@ -1,4 +1,4 @@
-"""TensorBoard's files on a disk that fills and gets space again."""
+"""TensorBoard's files on a disk that becomes full and later has space again."""
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -6,9 +6,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launcher.training.monitoring.event_writer import EventWriter
 from tests.launcher.disk import fill
 
-# The writer's own thread ends with the error that is told here.
+# The writer's thread ends with the error of the full disk.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-VALUES = 400  # in each part: more than the queue of the writer's thread takes
+VALUES = 400  # in each part; more than the queue of the writer's thread holds
 
 
 def shown(folder) -> dict[int, float]:
@@ -20,7 +20,7 @@ def shown(folder) -> dict[int, float]:
 
 
 @pytest.mark.parametrize("flushes", [True, False])
-def test_what_a_full_disk_does_not_take_is_written_when_there_is_space(small_disk, flushes):
+def test_values_that_a_full_disk_rejects_are_written_when_there_is_space(small_disk, flushes):
     said = []
     writer = EventWriter(small_disk / "tensorboard", 1, said.append)
     for step in range(1, 3 * VALUES + 1):
@@ -37,7 +37,7 @@ def test_what_a_full_disk_does_not_take_is_written_when_there_is_space(small_dis
         assert len(said) == 2 and "No space left on device" in said[0] and "are written again" in said[1]
 
 
-def test_where_there_is_no_space_to_the_end_it_is_said_and_nothing_raised(small_disk):
+def test_a_disk_that_stays_full_gives_a_message_and_no_error(small_disk):
     said = []
     writer = EventWriter(small_disk / "tensorboard", 1, said.append)
     writer.add_scalar("loss", 0.0, 1)

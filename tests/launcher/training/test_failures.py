@@ -1,4 +1,4 @@
-"""Which errors are of communication or a device, whom a lost rank makes suspect, and what a full disk leaves of a status."""
+"""Recognising errors of communication and devices, naming suspect hosts, and writing a status to a full disk."""
 
 import errno
 import json
@@ -35,11 +35,11 @@ GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection cl
         (OSError("No space left on device"), None),
     ],
 )
-def test_only_what_another_machine_could_cure_counts(error, kind):
+def test_only_errors_that_another_machine_could_avoid_are_recognised(error, kind):
     assert what_failed(error) == kind
 
 
-def test_such_an_error_anywhere_else_in_the_program_names_host_and_rank(monkeypatch):
+def test_a_recognised_error_outside_training_names_host_and_rank(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     said = f"rank 3 on {socket.gethostname()}: DistNetworkError: no route"
     with pytest.raises(HardwareError, match=said), recognised_failures():
@@ -54,7 +54,7 @@ def judged(notes: dict[int, tuple[str, str]], hosts: list[str], *others) -> tupl
     return failures._judge({rank: {"kind": kind, "sentence": said} for rank, (kind, said) in notes.items()}, *others)
 
 
-def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
+def test_ranks_without_a_note_are_suspect_and_ranks_that_noticed_are_not():
     hosts = ["a", "a", "b", "c"]
     noticed = ("communication", "RuntimeError: closed")
     assert judged(dict.fromkeys((0, 1, 3), noticed), hosts)[1:] == (["b"], False)
@@ -63,9 +63,9 @@ def test_the_suspect_is_who_left_no_note_and_not_who_noticed():
     reason, suspects, _ = judged({0: noticed, 1: noticed, 2: noticed, 3: ("device", "ECC")}, hosts)
     assert suspects == ["c"] and "rank 3 on c has a device fault: ECC" in reason
     assert judged(dict.fromkeys(range(4), noticed), hosts)[1:] == ([], False)
-    # Where the disk is full nobody leaves a note, and nobody is suspect for that.
+    # If the disk is full, no rank can leave a note, so a missing note makes no host suspect.
     assert judged({0: noticed}, hosts, False)[1:] == ([], False)
-    # A mistake of a rank's own would be made on another machine, too.
+    # A rank's own error would also happen on another machine.
     reason, suspects, own_error = judged({0: noticed, 2: ("error", "ValueError: 3"), 3: noticed}, hosts)
     assert (reason, suspects, own_error) == ("rank 2 on b failed: ValueError: 3", [], True)
 
@@ -88,7 +88,7 @@ with one_sentence_errors():
             raise ValueError("of rank 1 alone")
         if rank == 1 and how == "device":
             raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
-        if rank == 2:  # waits for rank 0 alone, who is alive
+        if rank == 2:  # waits only for rank 0, which is alive
             dist.recv(torch.zeros(1), src=0)
         if rank == 0:
             dist.recv(torch.zeros(1), src=1)
@@ -107,7 +107,9 @@ with one_sentence_errors():
         ("own", [1, 1, 1], False, "rank 1 on {host} failed: ValueError: of rank 1 alone"),
     ],
 )
-def test_all_that_live_agree_who_is_lost_and_the_status_names_the_host(tmp_path, how, codes, suspected, said):
+def test_the_surviving_ranks_agree_which_one_is_lost_and_the_status_names_its_host(
+    tmp_path, how, codes, suspected, said
+):
     results = start(3, [sys.executable, "-c", FAIL, str(tmp_path), how], patience=40)
     assert [result.returncode for result in results] == codes, [result.stdout for result in results]
     host = socket.gethostname()
@@ -134,7 +136,7 @@ def test_a_run_whose_rank_0_was_killed_says_so_at_the_next_start(tmp_path, capsy
     assert "rank 0 was killed" in lines[0]["reason"]
 
 
-def test_a_running_status_tells_the_step_again_after_a_while(tmp_path, monkeypatch):
+def test_a_running_status_is_updated_after_a_while(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "run")
     run.claim()
     for seconds, told in ((60.0, 0), (0.0, 7)):
@@ -146,7 +148,7 @@ def test_a_running_status_tells_the_step_again_after_a_while(tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_known_to_have_got_as_far_as_its_status_last_said(trainer, capsys):
+def test_the_last_step_of_a_killed_run_is_known_from_its_status(trainer, capsys):
     arguments = trainer.arguments("killed", "max_steps=20")
     (result,) = trainer.run_with_faults(1, arguments, [{"kind": "kill", "steps": [4]}], status_every=0.0)
     assert result.returncode == -9, result.stdout
@@ -157,7 +159,7 @@ def test_a_killed_run_is_known_to_have_got_as_far_as_its_status_last_said(traine
     assert "did not end properly: last seen at step 3" in capsys.readouterr().out
 
 
-def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_an_error_of_one_sentence(tmp_path, monkeypatch):
     def unsupported(*arguments) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -166,7 +168,7 @@ def test_a_file_system_without_locks_is_one_sentence(tmp_path, monkeypatch):
         RunFolder(tmp_path / "run").claim()
 
 
-def test_a_status_is_written_to_a_full_disk_over_the_old_one(small_disk, capsys):
+def test_a_status_overwrites_the_old_one_on_a_full_disk(small_disk, capsys):
     run = RunFolder(small_disk)
     run.write_status("running", 3)
     fill(small_disk)
@@ -176,5 +178,5 @@ def test_a_status_is_written_to_a_full_disk_over_the_old_one(small_disk, capsys)
     assert "attempts.jsonl could not be written (No space left on device)" in capsys.readouterr().err
     (small_disk / "status.json").unlink()
     fill(small_disk)
-    run.write_status("failed", 9, "the real error")  # nothing to write over: it is said instead, and nothing raised
+    run.write_status("failed", 9, "the real error")  # nothing to overwrite: printed instead, and no error
     assert "the real error" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A TERM in every part of a step, and data that are lost while a run reads them: stopped whole, and gone on exactly."""
+"""After a TERM in any part of a step, or a loss of data, a run has a whole checkpoint and resumes exactly."""
 
 import json
 import os
@@ -16,24 +16,24 @@ from launcher.training.checkpoints.checkpoint import find_checkpoint, read_train
 from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import Trainer, start
 
-STEPS, ROWS = 16, 4  # rows of a step
-LOST_AT, LOST_BY = 4, 12  # the step at whose beginning a shard is lost, and that by which it is needed
+STEPS, ROWS = 16, 4  # rows in a step
+LOST_AT, LOST_BY = 4, 12  # a shard is lost at the beginning of step 4, and needed at step 12 at the latest
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "expert_parallel_size=2", "keep_checkpoints=9"]
 
 
-pytestmark = pytest.mark.slow  # of the fast ones, test_run has a signal and test_guard a batch that is not finite
+pytestmark = pytest.mark.slow  # test_stopping.py has a fast test of a signal, test_guard.py one of a bad batch
 
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory) -> Trainer:
-    """Trains on many small shards."""
+    """A trainer whose data are many small shards."""
     folder = tmp_path_factory.mktemp("faulty")
     prepare("sample", folder / "data", Settings(seq_len=64, rows_per_shard=4), progress=False)
     return Trainer(folder, folder / "data")
 
 
 def steps_of_shards(data: ShardFolder) -> dict[str, list[int]]:
-    """The steps that read each shard, by the path of its tar."""
+    """Return the steps that read each shard, by the path of its tar."""
     rows = data.order(RunConfig().seed).rows(np.arange(STEPS * ROWS))
     used = {}
     for position, row in enumerate(rows):
@@ -43,7 +43,7 @@ def steps_of_shards(data: ShardFolder) -> dict[str, list[int]]:
 
 
 def needed_later(trainer: Trainer, opened_before: bool) -> tuple[str, int]:
-    """A shard that is lost at LOST_AT, and the step that needs it next: too late to have been read ahead."""
+    """Return a shard to lose at LOST_AT, and the step that needs it next, which is too late to be read ahead."""
     for path, steps in steps_of_shards(ShardFolder(trainer.data)).items():
         needed = min((step for step in steps if step >= LOST_AT), default=LOST_BY + 1)
         if LOST_AT + 3 <= needed <= LOST_BY and steps[0] == (LOST_AT - 1 if opened_before else needed):
@@ -52,7 +52,7 @@ def needed_later(trainer: Trainer, opened_before: bool) -> tuple[str, int]:
 
 
 def series(trainer: Trainer, *runs: dict) -> list[dict]:
-    """The exit codes and output of each run (tests/launcher/fault_series.py)."""
+    """Train the runs (tests/launcher/fault_series.py), and return each one's exit codes and output."""
     report = trainer.folder / f"series-{len(list(trainer.folder.glob('series-*.json')))}.json"
     (worker,) = start(1, [sys.executable, "-m", "fault_series", json.dumps([runs, str(report)])], timeout=300)
     assert worker.returncode == 0, worker.stdout
@@ -70,7 +70,7 @@ def lost(trainer: Trainer, name: str, how: str, *overrides: str) -> dict:
 
 
 def check_same(trainer: Trainer, name: str) -> None:
-    """The whole curve, the weights and the moments are those of the undisturbed run."""
+    """Check that the curve, the weights and the moments are those of the undisturbed run."""
     whole, other = (trainer.scalars(output)["train/loss"] for output in ("whole", name))
     assert other == whole and set(whole) == set(range(1, STEPS + 1))
     assert differing_runs(trainer.folder / "whole", trainer.folder / name, STEPS) == []
@@ -88,14 +88,14 @@ def check_lost(trainer: Trainer, name: str, result: dict, how: str) -> None:
 
 
 def attempts(trainer: Trainer, name: str) -> list[dict]:
-    """How each start ended."""
+    """Return how each start ended."""
     lines = [json.loads(line) for line in (trainer.folder / name / "attempts.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == "ended"]
 
 
 @pytest.fixture(scope="module")
 def representative(faulty):
-    """`whole`: undisturbed. `twice`: a TERM in a backward, then a shard deleted, then the shard is there again."""
+    """`whole`: undisturbed. `twice`: a TERM in a backward pass, then a shard is deleted, then it is there again."""
     whole, end = ({"arguments": faulty.arguments(name, *COMMON)} for name in ("whole", "twice"))
     faulty.results = series(
         faulty, whole, stopped(faulty, "twice", "backward", 1), lost(faulty, "twice", "delete"), end
@@ -103,7 +103,7 @@ def representative(faulty):
     return faulty
 
 
-def test_a_term_in_a_backward_and_a_shard_that_is_deleted_cost_nothing(representative):
+def test_a_term_in_a_backward_pass_and_a_deleted_shard_cost_nothing(representative):
     _, term, deleted, end = representative.results
     assert term["codes"] == [75, 75], term["printed"]
     check_lost(representative, "twice", deleted, "delete")
@@ -122,7 +122,7 @@ def test_every_attempt_has_a_line_that_says_how_it_ended(representative):
     assert "shard-" in lines[1]["reason"] and lines[1]["suspects"] == []
 
 
-def test_so_in_a_forward_an_optimizer_step_and_a_save_and_where_a_shard_is_cut(representative):
+def test_a_term_in_a_forward_pass_an_optimizer_step_or_a_save_and_a_cut_shard_cost_nothing(representative):
     name = "often"
     forward, cut, optimizer, save, end = series(
         representative, stopped(representative, name, "forward", 1), lost(representative, name, "cut"),

@@ -1,4 +1,4 @@
-"""fp16 with dynamic loss scaling, for real: too large a scale is skipped and halved, then training goes on."""
+"""Real fp16 with dynamic loss scaling: steps that overflow are skipped and the scale is halved until it fits."""
 
 import math
 from itertools import pairwise
@@ -42,13 +42,13 @@ def test_overflowing_steps_are_skipped_until_the_scale_fits(run):
     halvings = [later / earlier for earlier, later in pairwise(scales)]
     assert scales[0] == 2.0**30  # the first step overflowed already
     assert set(halvings) == {0.5, 1.0}
-    assert halvings[:8] == [0.5] * 8  # it sinks at every step
+    assert halvings[:8] == [0.5] * 8  # it falls at every step
     assert halvings[SETTLED - 4 : SETTLED - 1] == [1.0] * 3  # and then holds
     norms = run.scalars("fp16")["train/grad_norm"]
     assert all((norms[step + 1] == float("inf")) is (halvings[step - 1] == 0.5) for step in range(1, STEPS))
 
 
-def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
+def test_skipped_steps_do_not_change_the_loss_and_later_ones_lower_it(run):
     shown = run.scalars("fp16")
     scale, entropy = shown["train/loss_scale"], shown["train/cross_entropy"]
     first_update = next(step for step in range(2, STEPS) if scale[step] == scale[step - 1])
@@ -57,7 +57,7 @@ def test_skipped_steps_leave_the_loss_and_later_ones_lower_it(run):
     assert mean(entropy[step] for step in range(STEPS - 2, STEPS + 1)) < mean(skipped) - 0.1
 
 
-def test_the_experts_are_balanced_in_skipped_steps_too(run):
+def test_skipped_steps_also_balance_the_experts(run):
     """The routers' choices are counts, finite whatever the gradients are."""
     largest = run.scalars("fp16")["balance/bias_max"]
     assert len({largest[step] for step in range(1, 9)}) > 1
@@ -74,7 +74,7 @@ def test_weights_are_finite_and_move_once_the_scale_fits(run):
     assert not any(torch.equal(first[name], last[name]) for name in last if name.endswith("proj.weight"))
 
 
-def test_norms_of_groups_are_without_the_loss_scale(run):
+def test_gradient_norms_of_groups_do_not_contain_the_loss_scale(run):
     shown = run.scalars("fp16")
     tags = [tag for tag in shown if tag.startswith("grad_norm/")]
     finite = [step for step in shown[tags[0]] if math.isfinite(shown["train/grad_norm"][step])]
@@ -82,9 +82,9 @@ def test_norms_of_groups_are_without_the_loss_scale(run):
     for step in finite:
         total = sum(shown[tag][step] ** 2 for tag in tags) ** 0.5
         assert total == pytest.approx(shown["train/grad_norm"][step], rel=1e-3)
-        # Nor are the activations' gradients with it: with a scale of 2^17 they would be thousands.
+        # Nor do the activations' gradients contain it: with a scale of 2^17 they would be in the thousands.
         assert 0 < shown["gradients/model.norm/max_abs"][step] < 1
 
 
-def test_gradients_that_overflow_are_not_called_a_fault(run):
+def test_gradients_that_overflow_are_not_reported_as_a_fault(run):
     assert not any("the gradients of" in result.stdout for result in run.outputs)

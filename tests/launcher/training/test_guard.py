@@ -40,7 +40,7 @@ def check_that_two_steps_were_skipped(trainer, name: str, results) -> None:
     assert "step 4 is skipped: its loss is not finite (rows at positions 12 to 15; 2 in a row, 2 in all)" in printed
 
 
-def test_a_step_that_is_not_finite_on_one_rank_leaves_all_weights_and_moments(trainer):
+def test_a_step_that_is_not_finite_on_one_rank_changes_no_weights_and_moments(trainer):
     arguments = trainer.arguments("skipped", "max_steps=6", *KEEP_ALL)
     results = trainer.run_with_faults(2, arguments, NOT_FINITE, save_always=True)
     check_that_two_steps_were_skipped(trainer, "skipped", results)
@@ -49,7 +49,7 @@ def test_a_step_that_is_not_finite_on_one_rank_leaves_all_weights_and_moments(tr
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_so_in_every_stage_and_precision(trainer, stage, precision):
+def test_a_step_that_is_not_finite_is_skipped_in_every_stage_and_precision(trainer, stage, precision):
     sections = {"bf16": {"enabled": True}} if precision == "bf16" else {}
     zero = json.loads(trainer.fp32.read_text())["zero_optimization"] | {"stage": stage}
     name = f"zero{stage}_{precision}"
@@ -59,8 +59,8 @@ def test_so_in_every_stage_and_precision(trainer, stage, precision):
     check_that_two_steps_were_skipped(trainer, name, results)
 
 
-def test_weights_that_may_be_the_cause_push_no_good_checkpoint_out(trainer):
-    """Steps 5 to 7 are not finite; with one checkpoint kept, that of step 4 stays until step 8 is known to be good."""
+def test_weights_that_may_be_bad_do_not_replace_a_good_checkpoint(trainer):
+    """Steps 5 to 7 are not finite. With one checkpoint kept, step 4's stays until step 8 is known to be good."""
     faults = [{"kind": "nan", "rank": 0, "steps": [5, 6, 7]}]
     overrides = ["checkpoint_every=2", "keep_checkpoints=1", "validate_every=0", "schedule.steps=8"]
     for last, code, kept in ((6, 1, "step-00000004"), (8, 0, "step-00000008")):
@@ -93,7 +93,7 @@ def test_too_many_skipped_in_a_row_end_the_run_in_one_sentence(trainer):
 
 
 @pytest.mark.slow
-def test_a_run_on_rows_without_anything_to_learn_ends(trainer):
+def test_a_run_on_rows_without_labels_ends(trainer):
     arguments = trainer.arguments("unlabelled", "max_steps=20", "checkpoint_every=2", "max_skipped_in_a_row=3")
     (result,) = trainer.run_with_faults(1, arguments, [{"kind": "unlabelled", "steps": [3]}])
     assert result.returncode == 1, result.stdout
@@ -104,7 +104,7 @@ def test_a_run_on_rows_without_anything_to_learn_ends(trainer):
 
 @pytest.mark.slow
 def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
-    """Overflows while the scale sinks do not count as skipped in a row: here four come before the end."""
+    """Overflows above the smallest scale do not count as skipped in a row: there are four before the end."""
     scaling = {"enabled": True, "initial_scale_power": 31, "hysteresis": 1, "min_loss_scale": 2**27}
     path = trainer.deepspeed_config("fp16", fp16=scaling)
     overrides = ["max_steps=20", "precision.force=true", "max_skipped_in_a_row=1"]
@@ -118,7 +118,7 @@ def test_fp16_that_overflows_at_the_smallest_scale_says_what_to_change(trainer):
     assert trainer.scalars("fp16")["train/skipped_steps"][5] == 5
 
 
-def test_engines_that_would_take_such_a_step_are_refused():
+def test_engines_that_would_apply_a_step_that_is_not_finite_are_refused():
     plain = SimpleNamespace(optimizer=object())
     with pytest.raises(ConfigurationError, match="stage 0 in fp32.*set stage 1, 2 or 3"):
         Guard(plain, None, None, None, None)
@@ -127,12 +127,12 @@ def test_engines_that_would_take_such_a_step_are_refused():
         Guard(SimpleNamespace(optimizer=optimizer, bfloat16_enabled=lambda: True), None, None, None, None)
 
 
-def test_a_spike_is_measured_by_how_far_losses_usually_are_from_their_median():
+def test_a_spike_is_measured_by_the_usual_distance_of_losses_from_their_median():
     usual = [3.0, 3.1, 2.9, 3.05, 2.95]
     assert not is_spike(3.4, usual, factor=10)
     assert is_spike(3.6, usual, factor=10)
     assert not is_spike(1.0, usual, factor=10)  # only upwards
-    assert not is_spike(3.2, [3.0] * 5, factor=10)  # a loss that does not move may still move a little
+    assert not is_spike(3.2, [3.0] * 5, factor=10)  # small changes of a constant loss are no spike
     assert is_spike(3.4, [3.0] * 5, factor=10)
 
 
@@ -147,7 +147,7 @@ def rolled_back(trainer):
     return trainer
 
 
-def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_back):
+def test_a_rollback_resumes_from_the_checkpoint_and_skips_the_spikes_rows(rolled_back):
     assert [result.returncode for result in rolled_back.results] == [0, 0], rolled_back.results[0].stdout
     printed = rolled_back.results[0].stdout
     assert "step 8: the loss spikes to" in printed
@@ -161,8 +161,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_behind_the_spikes_rows(rolled_ba
 
 
 @pytest.mark.slow
-def test_after_it_the_curve_is_that_of_a_run_that_never_saw_those_rows(rolled_back):
-    """The checkpoint of step 6 in a new process, told by hand to go on behind the rows, gives the same last losses."""
+def test_after_a_rollback_the_curve_is_that_of_a_run_without_those_rows(rolled_back):
+    """A new process that resumes from step 6 and skips the rows by hand has the same last losses."""
     shutil.copytree(rolled_back.folder / "rolled", rolled_back.folder / "by_hand")
     folder = rolled_back.folder / "by_hand"
     for step in (9, 12):
@@ -215,7 +215,7 @@ def test_a_rollback_past_a_damaged_checkpoint_saves_its_step_again(trainer):
 
 @pytest.fixture
 def guard(tmp_path, monkeypatch):
-    """Of one process, with checkpoints of steps 5 and 10; loading one replaces the loss scaler, as DeepSpeed's does."""
+    """A guard with checkpoints of steps 5 and 10; loading one replaces the loss scaler, as DeepSpeed does."""
     run = RunFolder(tmp_path)
     for step in (5, 10):
         folder = run.checkpoints / f"step-{step:08d}"
@@ -255,7 +255,7 @@ def test_a_rollback_sets_damaged_newer_checkpoints_aside(guard):
     assert "renamed to left-step-00000010" in guard.monitor.said[1]
 
 
-def test_fp16_at_its_smallest_scale_ends_the_run_after_a_rollback_too(guard):
+def test_fp16_at_its_smallest_scale_also_ends_the_run_after_a_rollback(guard):
     state = guard.roll_back(TrainState(12, 12 * ROWS, 0, [], 0.0, []))
     optimizer = guard.engine.optimizer
     assert not optimizer.loss_scaler.raise_error_at_min_scale
@@ -268,7 +268,7 @@ def test_fp16_at_its_smallest_scale_ends_the_run_after_a_rollback_too(guard):
         guard.wants_rollback(state)
 
 
-def test_rollbacks_past_a_damaged_checkpoint_count_with_those_after_them(guard):
+def test_rollbacks_past_a_damaged_checkpoint_are_counted_with_later_ones(guard):
     (guard.run.checkpoints / "step-00000010" / "weights").write_text("worse")
     state = TrainState(12, 12 * ROWS, 0, [], 0.0, [])
     for _ in range(3):

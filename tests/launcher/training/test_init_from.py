@@ -1,4 +1,4 @@
-"""Beginning with exported weights: what does not go together is refused, and under ZeRO-3 no rank holds the model."""
+"""Training from exported weights: folders that do not fit are refused, and under ZeRO-3 no rank holds the model."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def refusal(trainer, folder: Path) -> str:
     return str(refused.value)
 
 
-def test_a_folder_that_is_as_it_was_written_is_taken(trainer, folder):
+def test_an_unchanged_folder_is_accepted(trainer, folder):
     config = load_run_config(trainer.config, [f"init_from={folder}"])
     assert model_config(config, ShardFolder(config.data)).hidden_size == 32
 
@@ -66,7 +66,7 @@ def test_another_vocabulary_is_refused(trainer, copied):
     assert "has no tokenizer.json" in refusal(trainer, copied)
 
 
-def test_weights_that_are_not_the_configurations_are_refused(trainer, copied):
+def test_weights_that_do_not_match_the_configuration_are_refused(trainer, copied):
     description = json.loads((copied / "config.json").read_text())
     (copied / "config.json").write_text(json.dumps({**description, "moe_intermediate_size": 32}))
     message = refusal(trainer, copied)
@@ -77,8 +77,8 @@ def test_weights_that_are_not_the_configurations_are_refused(trainer, copied):
     assert "'llama'" in refusal(trainer, copied)
 
 
-def test_an_exports_table_is_rounded_up_again(trainer, copied):
-    """An export has the tokens' rows alone."""
+def test_an_exports_embedding_table_is_padded_again(trainer, copied):
+    """An export has only the rows of tokens."""
     whole = AutoModelForCausalLM.from_pretrained(copied).eval()
     tokens = whole.config.used_vocab_size
     assert whole.config.vocab_size % 128 == 0 and whole.config.vocab_size > tokens
@@ -104,7 +104,7 @@ def test_damaged_weights_are_refused(trainer, copied):
     assert "fp32, bf16 or fp16" in refusal(trainer, copied)
 
 
-def test_the_files_are_read_as_safetensors_reads_them(folder):
+def test_the_weight_files_are_read_as_transformers_reads_them(folder):
     files, model = WeightFiles(folder), AutoModelForCausalLM.from_pretrained(folder)
     state = model.state_dict()
     assert files.shapes.keys() == state.keys() - {"lm_head.weight"}
@@ -112,8 +112,8 @@ def test_the_files_are_read_as_safetensors_reads_them(folder):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_the_weights_that_it_began_with(trainer, folder, capsys):
-    """Nor does one of fresh weights begin to read any; every step is that of a run that was never stopped."""
+def test_a_run_resumes_without_the_weights_that_it_began_with(trainer, folder, capsys):
+    """A resumed run with fresh weights does not read any either. The results are those of a run without a stop."""
     gone = "init_from=/moved/elsewhere"
     common = ["schedule.steps=3", "validate_every=null"]
     results = trainer.run(
@@ -141,8 +141,10 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(trainer, folder, c
 
 @pytest.mark.bench
 def test_a_rank_of_two_takes_less_than_60_percent_of_the_memory_of_one(tmp_path):
-    """Preset `1b` in fp32 up to an engine without an optimizer, whose states would be halved exactly; experts over all
-    ranks. The bf16 folder is read by rank 0."""
+    """Rank 0 reads a bf16 folder of preset `1b` into an fp32 engine, with the experts spread over all ranks.
+
+    The engine has no optimizer, whose states would be halved exactly.
+    """
     config = LiquidConfig.from_preset("1b")
     with torch.device("meta"):
         model = LiquidForCausalLM(config)

@@ -1,4 +1,4 @@
-"""Fresh weights: those of the seed, bit for bit, and whole in fp32 on one rank alone while starting."""
+"""Fresh weights are the seed's, bit for bit, and only one rank holds them whole in fp32 during the start."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ from launcher.training.setup.deepspeed_config import resolve_deepspeed_config
 from launcher.training.setup.model_source import build_model
 
 def peak():
-    # Not getrusage's: that of a new process begins with what the one that started it had.
+    # Not getrusage: a new process inherits the peak of the process that started it.
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 options = train.parse_arguments(sys.argv[1:])
@@ -53,8 +53,8 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision"), [(3, "fp32"), (3, "bf16"), (1, "bf16")])
-def test_they_are_the_seeds_and_only_rank_0_ever_holds_them_whole(trainer, tmp_path, stage, precision):
-    """Whole in fp32: under ZeRO-1 each rank trains with all of them, but in 16 bits."""
+def test_fresh_weights_are_the_seeds_and_only_rank_0_holds_them_whole(trainer, tmp_path, stage, precision):
+    """Whole means in fp32: under ZeRO-1 each rank trains with all weights, but in 16 bits."""
     model = tmp_path / "model.yaml"
     model.write_text(yaml.safe_dump({**SIZES, "num_hidden_layers": 16, "moe_intermediate_size": 4000}))
     zero = json.loads(trainer.fp32.read_text())["zero_optimization"] | {"stage": stage}

@@ -1,4 +1,4 @@
-"""A rank killed at random moments, whatever it is at: nothing that was published is lost, and the curve is the same.
+"""A rank is killed at random moments: no published checkpoint is lost, and the curve is the same.
 
 `LFM_KILLS=20 pytest -s tests/launcher/training/test_kills.py -m slow` kills more often, and prints what happened.
 """
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(120 * (KILLS + 2))]
 
 @pytest.fixture(scope="module")
 def killed(trainer):
-    """`whole`: undisturbed. `killed`: one of its two ranks killed again and again. `happened`: each start of it."""
+    """`whole`: undisturbed. `killed`: one of its two ranks is killed repeatedly; `happened` records each start."""
     for name, kills in (("whole", 0), ("killed", KILLS)):
         report = trainer.folder / f"{name}.json"
         arguments = json.dumps([trainer.arguments(name, *COMMON), kills, SEED, str(report)])
@@ -35,12 +35,12 @@ def killed(trainer):
     return trainer
 
 
-def test_every_kill_killed_and_the_other_rank_ended_by_itself(killed):
+def test_every_kill_hit_its_rank_and_the_other_rank_ended_by_itself(killed):
     *kills, last = killed.happened
     assert len(kills) == KILLS
     for event in kills:
         assert event["codes"].pop(event["rank"]) == -signal.SIGKILL
-        # Who waits for a rank that has died before it joined is ended by the launcher.
+        # The launcher ends a rank that waits for one that died before it joined.
         expected = (
             LOST,
             -signal.SIGTERM if event["kind"] == "start" else LOST,
@@ -53,12 +53,12 @@ def test_no_checkpoint_that_was_published_is_lost(killed):
     newest = ""
     for event in killed.happened:
         assert event["passed_over"] == []
-        # None where no checkpoint has been published yet; names sort by their step.
+        # None if no checkpoint has been published yet; names sort by their step.
         assert (event["newest"] or "") >= max(newest, *event["announced"], "")
         newest = event["newest"] or ""
 
 
-def test_the_curve_and_all_of_the_last_checkpoint_are_those_of_the_undisturbed_run(killed):
+def test_the_curve_and_the_last_checkpoint_are_those_of_the_undisturbed_run(killed):
     whole, disturbed = (killed.scalars(name) for name in ("whole", "killed"))
     assert set(whole["train/loss"]) == set(range(1, STEPS + 1))
     for tag in ("train/loss", "train/grad_norm", "train/cross_entropy", "train/expert_usage"):

@@ -1,10 +1,10 @@
-"""Ranks whose work is done leave as done, whatever becomes of the others and of their own interpreter."""
+"""Ranks that have finished exit with their own code, whatever happens to other ranks or to the interpreter."""
 
 import sys
 
 from tests.launcher.trainer import start
 
-# Rank 1 comes to the last barrier when rank 0 has gone, or with a mistake of its own, or is killed before it.
+# Rank 1 comes late to the last barrier, or after rank 0 has gone, or is killed before it.
 LEAVE = """
 import atexit, os, signal, sys, time
 import torch, torch.distributed as dist
@@ -38,7 +38,7 @@ def test_a_rank_waits_for_slow_ones_and_ends_with_its_own_code():
     assert printed == ["has done its work\n"] * 2
 
 
-def test_the_end_of_another_rank_makes_no_failure_of_one_that_is_done():
+def test_a_finished_rank_succeeds_even_if_another_one_is_gone_or_killed():
     codes, printed = leave("gone")
     assert codes == [0, 0], printed
     assert "rank 1 is done and leaves without waiting for the others" in printed[1]

@@ -1,4 +1,4 @@
-"""What preflight looks at on one machine: memory, disk and GPUs."""
+"""Preflight's checks of one machine: memory, disk and GPUs."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ def test_a_model_that_cannot_fit_is_red_and_a_tight_one_yellow(tmp_path):
         "train_micro_batch_size_per_gpu": 1,
         "expert_parallel": {"autoep_size": 1},
     }
-    many = Environment(0, 4096, 0, 4096, "test")  # of which each has little of this machine's memory
+    many = Environment(0, 4096, 0, 4096, "test")  # each has a small share of this machine's memory
     finding = check_memory(large, resolved, many, 128, activations=False)
     assert finding.level == RED and "zero3_offload.json" in finding.fix
     quoted = {**resolved, "zero_optimization": {"stage": 3, "stage3_max_live_parameters": "1e9"}}
@@ -39,7 +39,7 @@ def test_a_model_that_cannot_fit_is_red_and_a_tight_one_yellow(tmp_path):
 
 def test_a_checkpoint_that_cannot_fit_is_red(tmp_path):
     assert check_disk(LiquidConfig.from_preset("tiny"), str(tmp_path / "run"), keep=2).level == GREEN
-    assert not (tmp_path / "run").exists()  # looking leaves nothing behind
+    assert not (tmp_path / "run").exists()  # the check creates nothing
     assert check_disk(LiquidConfig.from_preset("tiny"), str(tmp_path / "run"), keep=10**9).level == YELLOW
     huge = LiquidConfig.from_preset("8b-a1b")
     huge.num_experts = 2**20
@@ -51,7 +51,7 @@ def test_checkpoints_that_vanish_while_they_are_counted_do_no_harm(tmp_path):
     folder = tmp_path / "run" / "checkpoints" / "step-00000001"
     folder.mkdir(parents=True)
     (folder / "whole").write_bytes(bytes(1000))
-    (folder / "gone").symlink_to(tmp_path / "nowhere")  # listed, and not to be looked at
+    (folder / "gone").symlink_to(tmp_path / "nowhere")  # listed, but it cannot be read
     assert _bytes_below(folder.parent) == 1000
     with pauseless_deletion(folder.parent):
         for _ in range(1000):
@@ -60,7 +60,7 @@ def test_checkpoints_that_vanish_while_they_are_counted_do_no_harm(tmp_path):
 
 @contextmanager
 def pauseless_deletion(folder):
-    """Another process that makes and deletes files all the time."""
+    """Run another process that creates and deletes files without a pause."""
     code = (
         "import pathlib, shutil, sys\nf = pathlib.Path(sys.argv[1], 'step-2')\nwhile True:\n"
         " f.mkdir()\n for n in range(30): (f / str(n)).touch()\n shutil.rmtree(f)\n"
@@ -128,7 +128,7 @@ def test_each_rank_has_a_gpu_and_each_gpu_a_rank():
     assert check_ranks(8, {}) == check_ranks(8, {"SLURM_GPUS_ON_NODE": "8"}) == []
 
 
-def test_a_neighbours_gpu_is_not_this_jobs():
+def test_only_the_jobs_own_gpus_are_judged():
     table = HEALTHY.format(0, 0, 0) + HEALTHY.format(1, 1, 7)
     assert judge_health(table, own=["0"]).message.startswith("1 × H100")
     assert judge_health(table, own=["GPU-a0"]).level == GREEN

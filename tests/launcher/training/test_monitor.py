@@ -34,7 +34,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def watched(trainer, tmp_path_factory):
-    """A run of which everything is looked at, on two ranks."""
+    """A run on two ranks with everything monitored."""
     data = tmp_path_factory.mktemp("data") / "with_validation"
     overrides = [
         f"data={data}", "prepare.seq_len=64", "prepare.validation_share=0.02",
@@ -47,7 +47,7 @@ def watched(trainer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tensorboard(watched):
-    """Asks TensorBoard itself, over HTTP."""
+    """Query a real TensorBoard server over HTTP."""
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(watched.folder / "watched"), "--port", str(port),
@@ -129,8 +129,8 @@ def test_tags_are_written_in_one_file_only():
             assert not [text for text in texts if any(pattern.fullmatch(text) for pattern in declared)], path
 
 
-def test_hyperparameters_stand_in_their_tab_beside_what_they_led_to(watched, tensorboard):
-    """No second folder of events, which would be shown as a run of its own, and keys of sections by their full name."""
+def test_the_tab_of_hyperparameters_shows_settings_and_results(watched, tensorboard):
+    """Keys of sections have their full names. A second folder of events would be shown as another run."""
     groups = tensorboard("plugin/hparams/session_groups", {"startIndex": 0, "sliceSize": 10, "allowedStatuses": [
         "STATUS_UNKNOWN", "STATUS_SUCCESS", "STATUS_RUNNING", "STATUS_FAILURE"], "colParams": [
         {"metric": {"group": "", "tag": "validation/cross_entropy"}}]})["sessionGroups"]  # fmt: skip
@@ -148,10 +148,10 @@ def test_answers_to_held_out_questions_are_text(tensorboard):
     (tag,) = (tag for tag in texts[run] if tag.startswith("validation/answers"))
     events = tensorboard(f"plugin/text/text?run={run}&tag={tag}")
     assert [event["step"] for event in events] == [3, 6]
-    assert events[0]["text"].count("<tr>") == 1 + 1 + 2  # TensorBoard's own table around it, the head, two questions
+    assert events[0]["text"].count("<tr>") == 1 + 1 + 2  # TensorBoard's outer table, the header, two questions
 
 
-def test_figures_are_at_the_steps_that_were_asked_for(watched):
+def test_figures_are_written_at_the_requested_steps(watched):
     shown = watched.scalars("watched")
     for tag, steps in (("grad_norm/experts", {2, 4, 6}), ("activations/model.norm/rms", {2, 4, 6}),
                        ("validation/perplexity", {3, 6}), ("perf/save_seconds", {3, 6}),
@@ -172,13 +172,13 @@ def test_a_profile_of_rank_0_is_written(watched):
     assert "trace-3-4.json" in watched.outputs[0].stdout
 
 
-def test_a_line_tells_progress_loss_and_time_left_on_rank_0_alone(watched):
+def test_only_rank_0_prints_lines_with_progress_loss_and_time_left(watched):
     lines = [line for line in watched.outputs[0].stdout.splitlines() if line.startswith("step ")]
     assert any(line.startswith(f"step {STEPS}/{STEPS}  loss ") and "ETA 00:00" in line for line in lines)
     assert not any(line.startswith("step ") for line in watched.outputs[1].stdout.splitlines())
 
 
-def test_flops_of_a_token_are_those_that_a_forward_takes(trainer):
+def test_the_flops_of_a_token_are_those_of_a_forward_pass(trainer):
     config = LiquidConfig.from_preset(str(trainer.model)).sized_for(2000)
     config.moe_intermediate_size = 24
     model = LiquidForCausalLM(config).eval()
@@ -188,7 +188,7 @@ def test_flops_of_a_token_are_those_that_a_forward_takes(trainer):
         model(ids, use_cache=False)
     flops = token_flops(config, 256)
     forward = flops.training / 3 * 256
-    # Block-local attention multiplies masked keys, too, and the banded convolution zeros; the LSTM is not counted.
+    # The counter includes masked keys of block-local attention and zeros of the banded convolution, but not the LSTM.
     assert 0.8 * counter.get_total_flops() < forward <= counter.get_total_flops() * 1.05
 
 
@@ -251,7 +251,7 @@ def test_a_report_is_one_page_with_every_plot_drawn(watched, tmp_path, capsys):
         ]
         assert any(len(path.get("d", "").split("L")) > 1 for group in curves for path in group if "d" in path.attrib)
     ids = [name for drawing in drawings for name in re.findall(r'<clipPath id="(\w+)"', drawing)]
-    assert len(ids) == len(set(ids))  # else a plot is cut by another's frame
+    assert len(ids) == len(set(ids))  # otherwise a plot is clipped by another's frame
     (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(image).startswith(b"\x89PNG")
     assert "Answers to held-out questions at step 6" in page and page.count("<tr>") == 1 + 2
@@ -259,7 +259,7 @@ def test_a_report_is_one_page_with_every_plot_drawn(watched, tmp_path, capsys):
     assert "<script" not in page and not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
-def test_what_is_no_run_has_no_report(watched, tmp_path, capsys):
+def test_a_folder_that_is_no_run_has_no_report(watched, tmp_path, capsys):
     with pytest.raises(SystemExit):
         lfm(["report", str(tmp_path)])
     assert "is not a run folder" in capsys.readouterr().err
@@ -269,8 +269,8 @@ def test_what_is_no_run_has_no_report(watched, tmp_path, capsys):
     assert "has not completed a step yet" in capsys.readouterr().err
 
 
-def test_a_rank_that_shows_nothing_keeps_no_times(tmp_path):
-    """Nobody would take them: on a GPU, two events for each part of each micro-batch of the whole run."""
+def test_a_rank_that_shows_no_timings_collects_none(tmp_path):
+    """They would pile up: on a GPU, two events for each part of each micro-batch of the whole run."""
     monitor = Monitor(tmp_path, 1, RunConfig(), active=False)
     monitor.timer = StepTimer(torch.device("cpu"))
     with monitor.timed("forward"):
@@ -279,7 +279,7 @@ def test_a_rank_that_shows_nothing_keeps_no_times(tmp_path):
 
 
 @pytest.mark.parametrize("back_to", [3, 5])
-def test_going_back_to_where_a_start_began_keeps_what_it_wrote_at_first(tmp_path, back_to):
+def test_a_rollback_to_the_first_step_of_a_start_keeps_the_texts_written_there(tmp_path, back_to):
     (tmp_path / "run.yaml").write_text("seed: 1\n")
     monitor = Monitor(tmp_path / "tensorboard", 6, RunConfig(), active=True)
     monitor.writer.add_scalar("loss", 1.0, 7)
@@ -287,7 +287,7 @@ def test_going_back_to_where_a_start_began_keeps_what_it_wrote_at_first(tmp_path
     monitor.writer.add_scalar("loss", 2.0, back_to + 1)
     monitor.goes_back_to(back_to + 1)
     monitor.close()
-    reader = EventAccumulator(str(tmp_path / "tensorboard"))  # the one that TensorBoard's server has
+    reader = EventAccumulator(str(tmp_path / "tensorboard"))  # the class that TensorBoard's server uses
     reader.Reload()
     for tag in ("loss", "run/run.yaml/text_summary", "moe/load/legend/text_summary"):
         assert [event.step for event in reader.Tensors(tag)] == [back_to + 1]

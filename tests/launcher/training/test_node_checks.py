@@ -1,4 +1,4 @@
-"""What several nodes find together, and whose fault it is."""
+"""Preflight on several nodes: their merged findings, and which nodes are at fault."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from launcher.training.preflight.nodes import judge_clocks, judge_links
 from tests import fork_server
 
 
-def test_findings_of_several_nodes_are_one_line_where_they_agree():
+def test_equal_findings_of_several_nodes_are_one_line():
     fine, bad = (
         Finding("GPUs", GREEN, "8 × H100"),
         Finding("GPUs", RED, "GPU 3 has 2 uncorrected memory errors", "exclude"),
@@ -28,7 +28,7 @@ def test_findings_of_several_nodes_are_one_line_where_they_agree():
     ]  # fmt: skip
 
 
-def test_what_a_few_nodes_find_wrong_is_their_fault_and_the_rest_a_matter_of_settings():
+def test_faults_of_a_few_nodes_make_them_suspect_and_shared_faults_are_of_settings():
     names = ["n1", "n2", "n3", "n4"]
     settings = Finding("batch", RED, "does not divide")
     lost_mount, own_disks = (Finding("data", RED, "none", nodes=tuple(names[at:])) for at in (3, 1))
@@ -39,7 +39,7 @@ def test_what_a_few_nodes_find_wrong_is_their_fault_and_the_rest_a_matter_of_set
     assert suspects([broken, settings], names) is None
     assert suspects([own_disks], names) is None
     gone = Finding("GPUs", RED, "nvidia-smi fails")
-    assert suspects([gone], names) == []  # all of them: no list of hosts would be left
+    assert suspects([gone], names) == []  # all nodes: excluding them would leave none
     assert suspects([gone], ["n1"]) == ["n1"]
 
 
@@ -62,7 +62,7 @@ def test_a_clock_that_is_off_is_named():
     assert suspects([of_two], ["n1", "n2"]) == []
 
 
-# `lfm preflight`, but with less patience for files that another node wrote.
+# `lfm preflight` with a shorter wait for files that another node wrote.
 IMPATIENT = """
 import sys
 from launcher.cli import main
@@ -73,7 +73,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 def start_nodes(count: int, arguments: list[str], before_last: tuple[str, ...] = ()) -> list[subprocess.Popen]:
-    """The command as one process a node, each with srun's variables; `before_last` stands before the last one's."""
+    """Start the command on `count` nodes with srun's variables; `before_last` is put before the last node's command."""
     processes, port = [], free_port()
     for rank in range(count):
         variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -89,7 +89,7 @@ def start_nodes(count: int, arguments: list[str], before_last: tuple[str, ...] =
 
 
 def results_of(processes: list[subprocess.Popen]) -> tuple[list[int], dict[str, list[dict]]]:
-    """Every process's exit code, and the lines of rank 0's JSON by check."""
+    """Return every process's exit code, and the lines of rank 0's JSON by check."""
     written = [process.communicate(timeout=200) for process in processes]
     assert written[0][0], written[0][1]
     assert not any(out for out, _ in written[1:])
@@ -100,10 +100,10 @@ def results_of(processes: list[subprocess.Popen]) -> tuple[list[int], dict[str, 
 
 
 def test_nodes_are_checked_together(trainer):
-    """As `srun --ntasks-per-node=1` starts it, for a run of two ranks a node."""
+    """The command is started as by `srun --ntasks-per-node=1`, for a run with two ranks a node."""
     codes, lines = results_of(start_nodes(2, trainer.arguments("nodes", "--json", "--ranks-per-node", "2")))
     assert codes == [0, 0]
-    # The room on the disk changes while other programs write, and so may what two nodes say of it.
+    # Free disk space changes while other programs write, so two nodes may report different numbers.
     assert {check for check, found in lines.items() if len(found) > 1} <= {"disk"}
     lines = {check: found[0] for check, found in lines.items()}
     assert lines["batch"]["message"].startswith("4 rows = 4 processes")
@@ -115,7 +115,7 @@ def test_nodes_are_checked_together(trainer):
 
 @pytest.mark.slow
 def test_a_node_that_does_not_share_the_file_system_is_named(trainer, tmp_path):
-    """The last node has an empty disk of its own where the others have data and runs."""
+    """The last node has an empty disk in the place of the shared folder with data and runs."""
     shared = tmp_path / "shared"
     shutil.copytree(trainer.data, shared / "data")
     other_disk = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {shared} && exec "$@"', "sh")
@@ -135,16 +135,16 @@ def test_a_node_that_does_not_share_the_file_system_is_named(trainer, tmp_path):
 
 @pytest.mark.slow
 def test_a_node_that_is_slow_to_reach_is_named(trainer):
-    """A process that runs for so little at a time, from when the network is measured, that no transfer fits in."""
+    """While the network is measured, one process is stopped so often that no transfer fits between two stops."""
     folder = trainer.folder / "slow"
     folder.mkdir()
     untouched = folder.stat().st_mtime_ns
     processes = start_nodes(3, trainer.arguments("slow", "--json", "global_batch_rows=6"))
     deadline = time.monotonic() + 150
-    while folder.stat().st_mtime_ns == untouched:  # until the nodes look for one another's files, just before
+    while folder.stat().st_mtime_ns == untouched:  # the nodes look for one another's files just before
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.01)
-    deadline = time.monotonic() + 150  # a start that took long leaves the measurement its time
+    deadline = time.monotonic() + 150  # a slow start must not shorten the measurement
     while processes[2].poll() is None and time.monotonic() < deadline:
         for number, seconds in ((signal.SIGSTOP, 0.025), (signal.SIGCONT, 0.002)):
             processes[2].send_signal(number)

@@ -1,4 +1,4 @@
-"""What can be known wrong before a GPU hour is spent."""
+"""Preflight finds faults before a GPU hour is spent."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from tests import fork_server
 
 @pytest.fixture
 def preflight(trainer, capsys, tmp_path):
-    """Runs the command here, and gives its exit code and its lines by check."""
+    """Run the command in this process; return its exit code and its lines by check."""
 
     def run(*arguments: str, deepspeed_config=None) -> tuple[int, dict[str, dict]]:
         settings = trainer.arguments("preflight", *arguments, deepspeed_config=deepspeed_config)
@@ -36,7 +36,7 @@ def test_a_sound_run_has_no_red_line(preflight, tmp_path):
             "memory", "disk", "versions", "GPUs"} <= set(lines)  # fmt: skip
     assert lines["batch"]["message"] == "4 rows = 2 processes × 2 rows × 1 micro-batches"
     assert all(line["level"] != RED for line in lines.values())
-    assert "not known here" in lines["memory"]["message"]  # a login node's says nothing of the run's
+    assert "not known here" in lines["memory"]["message"]  # a login node's memory is not the run's
     assert preflight()[1]["memory"]["level"] == GREEN
 
 
@@ -89,7 +89,7 @@ def test_keys_that_are_not_supported_are_named_once(trainer, preflight, changes,
     assert [check for check, line in lines.items() if named in line["message"]] == ["DeepSpeed JSON"]
 
 
-def test_data_that_is_not_whole_is_red(trainer, preflight, tmp_path):
+def test_incomplete_data_is_red(trainer, preflight, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(trainer.data, copy)
     shard = next(copy.glob("*.tar"))
@@ -102,7 +102,7 @@ def test_data_that_is_not_whole_is_red(trainer, preflight, tmp_path):
 
 
 def test_training_begins_with_the_cheap_checks(trainer):
-    """One sentence of rank 0 and exit code 2, before DeepSpeed is started."""
+    """Rank 0 prints one sentence and exits with code 2 before DeepSpeed is started."""
     path = trainer.deepspeed_config("quantized", zero_optimization={"stage": 3, "zero_quantized_gradients": True})
     command = [sys.executable, "train.py", *trainer.arguments("refused", deepspeed_config=path)]
     result = fork_server.run(command, capture_output=True, text=True, timeout=120)
@@ -112,7 +112,7 @@ def test_training_begins_with_the_cheap_checks(trainer):
 
 
 class Given:
-    """Options as the command line gives them."""
+    """The parsed options of the command line."""
 
     def __init__(self, **given):
         self.__dict__ |= given
@@ -131,7 +131,7 @@ class Given:
         ({}, (4, 2), {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, (4, 2)),
     ],
 )
-def test_the_world_is_that_of_the_run_to_come(given, ranks, variables, world):
+def test_the_world_size_is_that_of_the_planned_run(given, ranks, variables, world):
     size, per_node = ranks
     found = world_of(Given(**given), Environment(0, size, 0, per_node, "test"), variables)
     assert (found.world_size, found.local_world_size) == world

@@ -1,4 +1,4 @@
-"""A run from start to end: what it leaves behind, stopping, going on, and refusing what would spoil it."""
+"""A run from start to end: its files, stopping, resuming, and refusing what would spoil it."""
 
 import json
 import shutil
@@ -40,11 +40,11 @@ TAGS = {
 
 @pytest.fixture(scope="module")
 def runs(trainer):
-    """20 steps at once; 10, a stop and 10 more; and the first again after its end. Two ranks share the experts."""
+    """`whole`: 20 steps, then a start after its end. `halves`: 10 steps, then 10 more. Two ranks share the experts."""
     common = ["expert_parallel_size=2", f"schedule.steps={STEPS}", "checkpoint_every=5"]
     whole = trainer.arguments("whole", f"max_steps={STEPS}", *common)
     halves = [trainer.arguments("halves", f"max_steps={steps}", *common) for steps in (10, STEPS)]
-    # Each in processes of its own: what a process remembers must not help.
+    # Each in new processes: nothing that a process has in memory may help.
     trainer.run(2, whole)
     for half in halves:
         trainer.run(2, half)
@@ -73,7 +73,7 @@ def test_an_exported_model_has_the_bias_of_the_train_state(runs):
     assert torch.equal(bias, torch.tensor(state.balancing_bias))
     assert bias.sum(-1).abs().max() < 1e-6
     assert bias.abs().max().item() == pytest.approx(runs.scalars("whole")["balance/bias_max"][STEPS])
-    assert bias.abs().amax(-1).min() > 0  # every layer's has moved
+    assert bias.abs().amax(-1).min() > 0  # the bias of every layer has changed
 
 
 def test_tensorboard_shows_one_point_a_step_for_every_figure(runs):
@@ -95,7 +95,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(runs):
         assert shown["train/loss"][step] == pytest.approx(total, rel=1e-5)
 
 
-def test_a_run_folder_tells_what_happened(runs):
+def test_a_run_folder_records_what_happened(runs):
     run = RunFolder(runs.folder / "whole")
     assert json.loads((run.path / "status.json").read_text())["state"] == "done"
     description = yaml.safe_load((run.path / "run.yaml").read_text())
@@ -107,7 +107,7 @@ def test_a_run_folder_tells_what_happened(runs):
     assert not (run.path / "stacks").exists()  # nothing hung
 
 
-def test_a_report_that_cannot_be_written_is_one_sentence(runs, tmp_path):
+def test_a_report_that_cannot_be_written_is_an_error_of_one_sentence(runs, tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "missing" / "x.html", tmp_path / "file" / "x.html"):
         with pytest.raises(ConfigurationError, match=f"cannot write the report to {place}: .*; name another file"):
@@ -139,7 +139,7 @@ def test_an_exported_folder_gives_the_runs_logits_and_answers(runs, tmp_path, ca
     lfm(["evaluate", str(tmp_path / "model"), "--questions", str(questions), "--max-new-tokens", "5"])
     assert "1 of 1 held-out answers are exactly right" in capsys.readouterr().out
     with pytest.raises(ConfigurationError, match="has no held-out rows on this machine"):
-        data_of_run(runs.folder / "whole")  # whose run.yaml is a real one
+        data_of_run(runs.folder / "whole")  # with the run.yaml of a real run
 
 
 def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
@@ -155,13 +155,13 @@ def test_a_run_can_begin_with_exported_weights(runs, tmp_path):
 
 @pytest.fixture
 def copied(runs, tmp_path) -> RunFolder:
-    """The finished run in a folder that a test may damage."""
+    """A copy of the finished run that a test may damage."""
     shutil.copytree(runs.folder / "whole", tmp_path / "run")
     return RunFolder(tmp_path / "run")
 
 
 def plan_for(copied: RunFolder, runs, *overrides: str) -> Plan:
-    """What rank 0 of two decides."""
+    """Return what rank 0 of two decides."""
     common = [f"output={copied.path}", "expert_parallel_size=2", f"max_steps={STEPS + 5}"]
     plan, run = make_plan(str(runs.config), [*common, *overrides], str(runs.fp32), Environment(0, 2, 0, 2, "test"))
     run.release()
@@ -183,7 +183,7 @@ def test_every_start_has_a_line_with_what_was_changed_since_the_start_before(cop
     plan = plan_for(copied, runs, "learning_rate=0.5", "loss_on=all")
     (note,) = [note for note in plan.notes if note.startswith("changed since the previous start")]
     assert "learning_rate 0.003 -> 0.5" in note and "loss_on answer -> all" in note
-    assert "DeepSpeed JSON" not in note  # the rate is there too, and is told once
+    assert "DeepSpeed JSON" not in note  # the JSON has the rate as well, but it is listed once
     line = attempts(copied)[-1]
     assert line["event"] == "begins" and line["checkpoint"] == "step-00000020" and line["host"] and line["time"]
     assert line["changed"]["config.learning_rate"] == [0.003, 0.5]
@@ -191,7 +191,7 @@ def test_every_start_has_a_line_with_what_was_changed_since_the_start_before(cop
     assert len(line["commit"]) == 40 and line["uncommitted_changes"] in (True, False)
 
 
-def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
+def test_changes_of_the_json_and_of_versions_are_listed(copied, runs):
     description = yaml.safe_load((copied.path / "run.yaml").read_text())
     description["deepspeed"]["optimizer"]["params"]["eps"] = 1e-6
     description["versions"]["deepspeed"] = "0.0.1"
@@ -212,7 +212,7 @@ def test_changes_of_the_json_and_of_versions_are_told(copied, runs):
         ),
     ],
 )
-def test_what_deepspeed_could_not_load_is_refused_in_a_sentence(copied, runs, section, values, sentence):
+def test_changes_that_deepspeed_could_not_load_are_refused_in_a_sentence(copied, runs, section, values, sentence):
     path = runs.deepspeed_config("other", **{section: values})
     overrides = [f"output={copied.path}", "expert_parallel_size=2", f"max_steps={STEPS + 5}", "precision.force=true"]
     with pytest.raises(ConfigurationError, match=f"{sentence}.*init_from"):
@@ -220,7 +220,7 @@ def test_what_deepspeed_could_not_load_is_refused_in_a_sentence(copied, runs, se
 
 
 def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence(copied, runs):
-    """One that an earlier version took."""
+    """An earlier version accepted other optimizers."""
     description = yaml.safe_load((copied.path / "run.yaml").read_text())
     description["deepspeed"]["optimizer"]["type"] = "SGD"
     (copied.path / "run.yaml").write_text(yaml.safe_dump(description))
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_another_optimizer_is_refused_in_a_sentence(copied, runs
         plan_for(copied, runs)
 
 
-def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, capsys):
+def test_a_start_reports_that_the_previous_one_did_not_end_properly(copied, runs, capsys):
     plan_for(copied, runs)  # a start that is killed before it trains
     assert json.loads((copied.path / "status.json").read_text())["state"] == "starting"
     plan_for(copied, runs)
@@ -242,10 +242,10 @@ def test_a_start_that_finds_the_last_one_without_an_end_says_so(copied, runs, ca
     ("override", "sentence"),
     [
         ("seed=77", "was trained with seed 1234 and now it is 77.*; set seed=1234, or another output"),
-        ("global_batch_rows=3", "global_batch_rows is 3, which does not divide"),  # before the folder is looked at
+        ("global_batch_rows=3", "global_batch_rows is 3, which does not divide"),  # found before the folder is read
     ],
 )
-def test_a_start_that_is_refused_leaves_no_done_behind(copied, runs, override, sentence):
+def test_a_refused_start_changes_the_status_from_done_to_failed(copied, runs, override, sentence):
     with pytest.raises(ConfigurationError, match=sentence) as raised:
         plan_for(copied, runs, override)
     status = json.loads((copied.path / "status.json").read_text())
@@ -254,7 +254,7 @@ def test_a_start_that_is_refused_leaves_no_done_behind(copied, runs, override, s
     assert plan_for(copied, runs).checkpoint.name == "step-00000020"
 
 
-def test_a_refused_start_leaves_a_live_jobs_status_and_an_empty_place_alone(copied, runs, tmp_path):
+def test_a_refused_start_keeps_the_status_of_a_running_job_and_creates_no_folder(copied, runs, tmp_path):
     holder = RunFolder(copied.path)
     holder.claim()
     holder.write_status("running", 7)
@@ -270,7 +270,7 @@ def test_a_refused_start_leaves_a_live_jobs_status_and_an_empty_place_alone(copi
 @pytest.mark.parametrize(
     ("name", "content"), [("run.yaml", None), ("run.yaml", "config: ["), ("model/config.json", None), ("model", None)]
 )
-def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, content):
+def test_a_run_folder_that_has_lost_a_file_is_an_error_of_one_sentence(copied, runs, name, content):
     path = copied.path / name
     if content is not None:
         path.write_text(content)
@@ -283,14 +283,14 @@ def test_a_run_folder_that_has_lost_a_file_is_one_sentence(copied, runs, name, c
     assert "\n" not in str(raised.value)
 
 
-def test_a_warm_up_that_outlasts_the_run_is_said(copied, runs):
+def test_a_warm_up_that_outlasts_the_run_gives_a_note(copied, runs):
     notes = plan_for(copied, runs, "warmup_steps=50").notes
     assert any(f"schedule ends at step {STEPS}, within the warm-up of 50 steps" in note for note in notes)
     assert not any("warm-up" in note for note in plan_for(copied, runs).notes)
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "delete", "manifest"])
-def test_a_damaged_newest_checkpoint_is_passed_over(copied, damage):
+def test_a_damaged_newest_checkpoint_is_skipped(copied, damage):
     newest, before = copied.checkpoints / "step-00000020", copied.checkpoints / "step-00000015"
     assert find_checkpoint(copied, "auto") == (newest, [])
     victim = newest / "manifest.json" if damage == "manifest" else next(newest.glob("*optim_states.pt"))
@@ -311,7 +311,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(copied, damage):
         find_checkpoint(copied, "never")
     (before / "manifest.json").write_text("{")
     with pytest.raises(ConfigurationError, match="has no whole checkpoint"):
-        find_checkpoint(copied, "auto")  # and not from the beginning, over what is there
+        find_checkpoint(copied, "auto")  # nor may the run start anew over what is there
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
@@ -325,7 +325,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_sentence(copied):
 
 
 class Foreign:
-    """What somebody can put into a checkpoint: loading it calls a function of theirs."""
+    """An object that runs foreign code when it is loaded from a checkpoint."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -352,17 +352,17 @@ def test_a_checkpoint_with_foreign_code_is_refused_and_the_code_not_run(copied, 
     assert not harm.exists()
 
 
-def test_an_export_of_an_older_checkpoint_than_the_newest_says_so(copied, tmp_path, capsys):
+def test_an_export_reports_that_it_skips_a_damaged_newest_checkpoint(copied, tmp_path, capsys):
     next((copied.checkpoints / "step-00000020").glob("*optim_states.pt")).unlink()
     lfm(["export", str(copied.path), "--out", str(tmp_path / "exported")])
     assert "skipping the damaged checkpoint step-00000020: " in capsys.readouterr().err
     assert "| 15 of 20 |" in (tmp_path / "exported" / "README.md").read_text()
 
 
-def test_going_on_from_an_earlier_checkpoint_keeps_what_it_saves(copied, runs):
-    """The later checkpoints are of steps that are taken again: they must neither win nor push out the new ones."""
+def test_resuming_from_an_earlier_checkpoint_keeps_the_new_checkpoints(copied, runs):
+    """The later checkpoints are of steps that are trained again: they must neither be loaded nor replace new ones."""
     (copied.checkpoints / "step-00000007.partial").mkdir()
-    (copied.checkpoints / "step-00000003").mkdir()  # has lost its manifest: ignored, but a person's to delete
+    (copied.checkpoints / "step-00000003").mkdir()  # has lost its manifest: ignored, but left for the user to delete
     overrides = ["expert_parallel_size=2", "max_steps=16", f"schedule.steps={STEPS}", "resume=step-00000015"]
     (output, _) = runs.run(2, [*runs.arguments("whole"), *overrides, f"output={copied.path}"])
     assert "checkpoint step-00000020 was renamed to left-step-00000020" in output.stdout
@@ -378,8 +378,8 @@ def test_a_checkpoint_of_another_run_is_not_resumed_from(copied, runs):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer):
-    """Also: another job may not train in the folder meanwhile."""
+def test_a_signal_stops_a_run_with_a_checkpoint_and_it_resumes_from_there(trainer):
+    """While it trains, another job may not train in the folder."""
     arguments = trainer.arguments("stopped", "max_steps=100000", "schedule.steps=20", "checkpoint_every=100000")
     command = [sys.executable, "train.py", *arguments]
     process = fork_server.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -393,7 +393,7 @@ def test_a_signal_stops_with_a_checkpoint_and_the_run_goes_on_from_there(trainer
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     finally:
-        process.kill()  # it would train on for hours otherwise
+        process.kill()  # otherwise it would train for hours
     assert process.returncode == 75
     run = RunFolder(trainer.folder / "stopped")
     status = json.loads((run.path / "status.json").read_text())
@@ -418,6 +418,6 @@ def test_another_corpus_or_global_batch_than_the_checkpoints_is_refused(copied, 
         assert "Traceback" not in result.stderr
 
 
-def test_a_source_may_be_called_as_it_likes():
+def test_the_name_of_a_source_may_contain_markup():
     (drawn,) = _plots({f"validation/by_source/{name}": [(1, 2.0), (2, 1.0)] for name in (r"a <b> $\frac$", "c")})
     assert r"a &lt;b&gt; $\frac$" in drawn

@@ -1,8 +1,8 @@
-"""The same mathematics whatever runs it: the stage of ZeRO, how far experts spread, recomputation, the number of ranks.
+"""Training gives the same numbers for every ZeRO stage, spread of the experts, recomputation and number of ranks.
 
-Every way makes the same ten steps of eight rows: in one process at once by plain PyTorch, or in micro-batches of two rows
-with DeepSpeed. The rows differ in how many tokens are asked for; in one step half of them ask for none (with that all of
-a rank's) and two are padding alone (which is a micro-batch).
+Every run makes the same ten steps of eight rows: plain PyTorch in one process with one batch, or DeepSpeed in micro-batches
+of two rows. The rows have different numbers of supervised tokens. In one step half of the rows have none, so that a whole
+rank has none, and two rows are only padding, which make a whole micro-batch.
 """
 
 import json
@@ -34,7 +34,7 @@ from tests.launcher.mathematics_worker import (
 )
 from tests.launcher.trainer import start
 
-# Adam's: with its usual 1e-8 a step's length is that of the rounding error where a gradient is nearly zero.
+# Adam's epsilon. With the usual 1e-8, rounding errors decide the update of a parameter whose gradient is nearly zero.
 EPSILON = 1e-5
 CELLS = {
     (ranks, stage, experts, recomputed): f"{ranks}_ranks_zero_{stage}_experts_over_{experts}"
@@ -54,7 +54,7 @@ ALL = [
 
 @pytest.fixture(scope="module")
 def config(trainer) -> RunConfig:
-    """A run that begins with exported weights: routers with a bias already, and no output at zero, as fresh ones are."""
+    """A run from exported weights: the routers already have a bias, and no parameter is zero, as some fresh ones are."""
     config = load_run_config(trainer.config)
     data = ShardFolder(config.data)
     model = build_model(config, data)
@@ -72,7 +72,7 @@ def config(trainer) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def trained(trainer, config):
-    """Gives the name of a cell's run; the cells of the same number of ranks are run together, in one set of processes."""
+    """Return the name of a cell's run; cells with the same number of ranks run together, in one set of processes."""
     done = set()
 
     def name_of(cell: tuple) -> str:
@@ -119,7 +119,7 @@ def plain(config):
 
 
 def plain_pytorch(config: RunConfig, recomputed: bool) -> tuple[dict[str, list[float]], dict]:
-    """What plain PyTorch shows of the same steps, by tag, its gradients and final weights: one process, one batch."""
+    """Train the same steps in plain PyTorch with one batch; return figures by tag, and gradients and final weights."""
     data = ShardFolder(config.data)
     model = build_model(config, data).train()
     if recomputed:
@@ -159,7 +159,7 @@ def plain_pytorch(config: RunConfig, recomputed: bool) -> tuple[dict[str, list[f
 
 
 def largest_difference(given: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative to the parameter's largest element; of experts, to each expert's own."""
+    """Return the difference relative to the parameter's largest element; for experts, to each expert's own."""
     if given.dim() == 3:
         return max(largest_difference(one, other) for one, other in zip(given, expected, strict=True))
     return ((given - expected).abs().max() / expected.abs().max()).item()
@@ -172,12 +172,12 @@ def test_losses_gradient_norms_and_use_of_experts_are_those_of_plain_pytorch(tra
         given = [scalars[tag][step] for step in range(1, STEPS + 1)]
         assert given == pytest.approx(values, rel=1e-4 if tag == "train/grad_norm" else 1e-5), tag
     losses = expected["train/loss"]
-    assert losses[0] != pytest.approx(losses[-1], rel=0.01)  # something was learned, so equality says something
+    assert losses[0] != pytest.approx(losses[-1], rel=0.01)  # something was learned, so the equality has a meaning
 
 
 @pytest.mark.parametrize("cell", ALL)
 def test_every_gradient_is_that_of_plain_pytorch(recorded, plain, cell):
-    """Adam divides a wrong scale out of the weights, and of the experts' in the norm little is seen."""
+    """The weights alone would not show a wrong scale, which Adam divides out; the norm hardly shows that of experts."""
     gradients, (_, expected) = recorded(cell)["gradients"], plain
     for step in GRADIENTS_OF:
         assert gradients[step].keys() == expected["gradients"][step].keys()
@@ -206,14 +206,14 @@ def test_plain_pytorch_is_the_same_with_recomputation(plain, config):
 
 
 def test_every_expert_has_a_gradient_of_its_own(plain):
-    """So that the equality above says something about each of them."""
+    """Otherwise the equality above would say nothing about an expert without a gradient."""
     gradients = [value for name, value in plain[1]["gradients"][1].items() if ".experts." in name]
     assert [len(value) for value in gradients] == [4, 4, 4, 4]
     assert all(expert.abs().max() > 1e-5 for value in gradients for expert in value)
 
 
 @torch.no_grad()
-def test_the_bias_decides_for_many_tokens_from_the_first_step_on(config):
+def test_the_bias_changes_the_experts_of_many_tokens_from_the_first_step_on(config):
     """Otherwise the equality above would say nothing about the bias."""
     model = build_model(config, ShardFolder(config.data))
     for layer in model.model.layers:
@@ -229,7 +229,7 @@ def test_the_exported_weights_are_those_of_plain_pytorch(trainer, trained, plain
     for name, parameter in plain[1]["parameters"].items():
         tokens = (
             len(exported["lm_head.weight"]) if name == "model.embed_tokens.weight" else None
-        )  # not what rounds it up
+        )  # without the padding rows
         torch.testing.assert_close(
             exported[name], parameter[:tokens], atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )

@@ -33,6 +33,6 @@ def test_the_minimum_holds_after_the_schedules_end():
     assert [learning_rate(config, step) for step in (100, 499)] == pytest.approx([0.01, 0.01])
 
 
-def test_raising_max_steps_leaves_a_schedule_with_its_own_end_alone():
+def test_raising_max_steps_does_not_change_a_schedule_with_its_own_end():
     short, long = (RunConfig(max_steps=steps, warmup_steps=5, schedule=Schedule(steps=40)) for steps in (20, 40))
     assert [learning_rate(short, step) for step in range(20)] == [learning_rate(long, step) for step in range(20)]

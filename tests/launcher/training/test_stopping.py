@@ -1,4 +1,4 @@
-"""Signals: to the ranks, through the real `deepspeed` launcher, and to one rank that is not asked but killed."""
+"""Signals to the ranks, to the real `deepspeed` launcher, and a kill of one rank."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ STARTED: list[subprocess.Popen] = []
 
 @pytest.fixture(autouse=True)
 def no_endless_run_stays():
-    """What a failed test leaves would slow down all that come after it."""
+    """Kill what a failed test leaves running, because it would slow down all later tests."""
     yield
     while STARTED:
         with contextlib.suppress(ProcessLookupError):
@@ -31,7 +31,7 @@ def no_endless_run_stays():
 
 
 def start_launcher(trainer, output: str, *overrides: str) -> subprocess.Popen:
-    """`deepspeed --num_gpus 2 train.py` in a process group of its own, at its first step."""
+    """Start `deepspeed --num_gpus 2 train.py` in a process group of its own, and wait for its first step."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
     command += trainer.arguments(output, *ENDLESS, *overrides)
     environment = {**os.environ, "PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]}
@@ -39,7 +39,7 @@ def start_launcher(trainer, output: str, *overrides: str) -> subprocess.Popen:
 
 
 def start_and_wait(command: list[str], environment: dict[str, str], beginning: str) -> subprocess.Popen:
-    """A process in a group of its own that has printed a line with this beginning."""
+    """Start a process in a group of its own, and wait until it prints a line with this beginning."""
     start = fork_server.Popen if command[0] == sys.executable else subprocess.Popen
     process = start(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
@@ -54,9 +54,9 @@ def start_and_wait(command: list[str], environment: dict[str, str], beginning: s
 
 
 def members(group: int) -> list[psutil.Process]:
-    """The processes of a group that have not ended, with the `info` of how each was called."""
+    """Return the processes of a group that have not ended; their `info` has the command line."""
     found = []
-    for process in psutil.process_iter(["status", "cmdline", "create_time"]):  # which may end while one looks
+    for process in psutil.process_iter(["status", "cmdline", "create_time"]):  # they may end meanwhile
         try:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process)
@@ -66,7 +66,7 @@ def members(group: int) -> list[psutil.Process]:
 
 
 def wait_for_the_end(group: int, seconds: float) -> None:
-    """Return when the last process of a group has ended; fails where one is left."""
+    """Wait until the last process of a group has ended; fail if one is left."""
     started = time.monotonic()
     while left := [process.info["cmdline"] for process in members(group)]:
         if time.monotonic() - started > seconds:
@@ -76,7 +76,7 @@ def wait_for_the_end(group: int, seconds: float) -> None:
 
 
 def check_that_it_stopped_whole(folder) -> int:
-    """The step at which a run stopped, with a whole checkpoint of it."""
+    """Check that a run stopped with a whole checkpoint, and return the step."""
     status = json.loads((folder / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("stopped", "signal")
     checkpoint, passed_over = find_checkpoint(RunFolder(folder), "auto")
@@ -86,7 +86,7 @@ def check_that_it_stopped_whole(folder) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer, number):
-    """A Ctrl-C is an INT to the group, to which the launcher adds a TERM to each rank."""
+    """Ctrl-C sends an INT to the group, and then the launcher sends a TERM to each rank."""
     name = f"launcher_{number.name}"
     process = start_launcher(trainer, name)
     os.killpg(process.pid, number)
@@ -98,7 +98,7 @@ def test_the_launchers_group_stops_with_a_whole_checkpoint_and_no_orphan(trainer
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_the_end_of_the_launcher_alone_stops_its_ranks_with_a_checkpoint(trainer, number):
-    """`kill` of the process that the shell names: it ends at once, and tells nobody."""
+    """The signal goes only to the launcher, as with `kill`: it ends at once and does not signal its ranks."""
     name = f"launcher_alone_{number.name}"
     process = start_launcher(trainer, name)
     os.kill(process.pid, number)
@@ -114,7 +114,7 @@ def test_the_end_of_the_launcher_alone_stops_its_ranks_with_a_checkpoint(trainer
 def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):
     process = start_launcher(trainer, f"launcher_killed_{rank}")
     of_the_rank = [member for member in members(process.pid) if f"--local_rank={rank}" in member.info["cmdline"]]
-    # And not a child of it that is there for a moment.
+    # The oldest one: the others are children that live for a moment.
     min(of_the_rank, key=lambda member: member.info["create_time"]).kill()
     process.communicate(timeout=90)
     wait_for_the_end(process.pid, 40)
@@ -122,7 +122,7 @@ def test_a_rank_killed_under_the_launcher_leaves_no_orphan(trainer, rank):
 
 
 def one_rank(trainer, name: str, fault: dict) -> subprocess.Popen:
-    """One process in which a fault has begun."""
+    """Start one process, and wait until its fault has begun."""
     arguments = trainer.arguments(name, *ENDLESS)
     command = [
         sys.executable,
@@ -138,7 +138,7 @@ def one_rank(trainer, name: str, fault: dict) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_interrupt_and_termination_at_once_are_one_request(trainer):
-    """In a step of four seconds, so that both come before its end: the step is finished, and saved."""
+    """The step takes four seconds, so both signals come before its end; it is finished and saved."""
     process = one_rank(trainer, "both", {"kind": "sleep", "steps": [2], "seconds": 4})
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
@@ -162,7 +162,7 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(trainer):
 def test_a_second_interrupt_ends_a_hanging_run_at_once(trainer):
     process = one_rank(trainer, "twice", {"kind": "hang", "steps": [2]})
     process.send_signal(signal.SIGINT)
-    time.sleep(4)  # longer than two interrupts may lie apart to be one
+    time.sleep(4)  # too long for both to count as one interrupt
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
@@ -179,7 +179,7 @@ def test_a_killed_rank_ends_the_others_and_the_next_start_has_the_undisturbed_cu
         2, trainer.arguments("killed", *common), [{"kind": "kill", "rank": 1, "steps": [5]}]
     )
     assert results[1].returncode == -signal.SIGKILL
-    assert results[0].returncode == 77, results[0].stdout  # by itself: one that is killed has -9
+    assert results[0].returncode == 77, results[0].stdout  # it ended by itself; a killed one has -9
     host = socket.gethostname()
     sentence = f"error: rank 1 on {host} ended without a word: killed"
     assert results[0].stdout.splitlines()[-1].startswith(sentence) and "Traceback" not in results[0].stdout

@@ -1,4 +1,4 @@
-"""Validation while training: exact on any number of ranks, of every held-out row once, and without a trace."""
+"""Validation during training: exact on any number of ranks, every held-out row once, no effect on training."""
 
 import json
 import math
@@ -64,7 +64,7 @@ print("RESULT", json.dumps({"tensors": tensors, "figures": figures, "same": same
 
 @pytest.fixture(scope="module")
 def held_out(trainer, tmp_path_factory):
-    """A folder with held-out rows whose number no batch of several rows divides; the trainer's data from now on."""
+    """The trainer's data: a folder with held-out rows whose number no batch of several rows divides."""
     folder = tmp_path_factory.mktemp("data") / "with_validation"
     prepare("sample", folder, Settings(seq_len=64, validation_share=0.02), progress=False)
     rows = ShardFolder(folder / "validation").num_rows
@@ -75,7 +75,7 @@ def held_out(trainer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def standing_still(trainer, held_out):
-    """Weights that have learned something and that no step moves, so that any number of ranks looks at the same model."""
+    """Trained weights that no step changes, so that any number of ranks validates the same model."""
     config = load_run_config(trainer.config, [f"data={held_out}"])
     model = build_model(config, open_run_data(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -91,9 +91,9 @@ def standing_still(trainer, held_out):
 
 @pytest.fixture(scope="module")
 def runs(trainer, held_out, standing_still):
-    """The same figures from one and two ranks, and the same training with and without validation.
+    """Validations of the same model on one and two ranks, and the same training with and without validation.
 
-    The one without is started again at its end, with validation: its last step has missed its own.
+    The run without is started again at its end, now with validation, because its last step has not been validated.
     """
     still = [
         *standing_still,
@@ -120,14 +120,14 @@ def validation_figures(scalars) -> dict[str, float]:
     return {tag: values[1] for tag, values in scalars.items() if tag.startswith("validation/")}
 
 
-def test_one_and_two_ranks_find_the_same(runs):
+def test_one_and_two_ranks_give_the_same_figures(runs):
     one, two = (validation_figures(runs.scalars(name)) for name in ("one_rank", "two_ranks"))
     assert one == pytest.approx(two, rel=1e-5)
     assert len(one) > 5
     assert 0 < one["validation/token_accuracy"] < one["validation/top5_accuracy"] < 1
 
 
-def test_the_figures_are_those_of_every_row_taken_once_by_plain_pytorch(runs, standing_still, held_out):
+def test_the_figures_are_those_of_plain_pytorch_over_every_row_once(runs, standing_still, held_out):
     config = load_run_config(runs.config, [*standing_still, "loss_on=all"])
     data = ShardFolder(held_out / "validation")
     model = load_run(runs.folder / "one_rank").eval()
@@ -137,7 +137,7 @@ def test_the_figures_are_those_of_every_row_taken_once_by_plain_pytorch(runs, st
             read = data.gather(np.array([row]))
             ids = torch.from_numpy(read.tokens.astype(np.int64))
             for start, answer, end, source, _, offset in read.spans.tolist():
-                piece = ids[:, start:end]  # by itself, where the row had it among others
+                piece = ids[:, start:end]  # alone; the row had it among others
                 logits = model(piece, use_cache=False).logits[0, :-1].double()
                 target = piece[0, 1:]
                 losses.append(F.cross_entropy(logits, target, reduction="none"))
@@ -164,17 +164,17 @@ def test_the_figures_are_those_of_every_row_taken_once_by_plain_pytorch(runs, st
     assert config.loss_on == "all"
 
 
-def test_training_does_not_notice(runs):
+def test_validation_does_not_change_the_training(runs):
     validated, other = (runs.scalars(name) for name in ("validated", "not_validated"))
     for tag, values in other.items():
         if not tag.startswith(("perf/", "validation/")):
             assert validated[tag] == values, tag
-    # Not the optimizers' own files: padding in them is memory as it was found.
+    # The optimizers' own files are not compared: their padding is not initialised.
     weights, expected = (load_run(runs.folder / name).state_dict() for name in ("validated", "not_validated"))
     assert len(expected) > 0 and all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
-def test_a_last_validation_that_was_missed_is_made_up_once_at_the_next_start(runs):
+def test_a_missed_last_validation_runs_once_at_the_next_start(runs):
     whole, made_up = (runs.scalars(name) for name in ("validated", "not_validated"))
     tags = [tag for tag in whole if tag.startswith("validation/")]
     assert len(tags) > 5 and all(made_up[tag] == {STEPS: whole[tag][STEPS]} for tag in tags)
@@ -209,8 +209,10 @@ def test_repeated_validations_hold_no_memory_and_change_no_state(trainer, held_o
 
 @pytest.mark.slow
 def test_a_validation_may_take_longer_than_a_step_and_a_signal_ends_it_with_a_checkpoint(trainer, held_out):
-    """The one at step 2 takes twice the limit, most of it in the 48 forwards of the answer; in step 4 rank 1 is asked to
-    stop, and the validation behind it is broken off."""
+    """The validation at step 2 takes twice the limit, most of it in the 48 forward passes of the answer.
+
+    In step 4 rank 1 is asked to stop, and the validation after that step is interrupted.
+    """
     overrides = ["max_steps=6", "validate_every=2", "validation_samples=1", "step_timeout_seconds=8"]
     arguments = trainer.arguments("long", f"data={held_out}", "micro_batch_rows=1", *overrides)
     slow = {"kind": "sleep", "steps": [2], "seconds": 0.35}
@@ -234,7 +236,7 @@ def test_ranks_share_the_rows_without_repeating_any(held_out):
     )
 
 
-def test_where_there_is_no_held_out_folder_nothing_is_ever_due(trainer, held_out, sample_data):
+def test_without_a_held_out_folder_no_validation_is_due(trainer, held_out, sample_data):
     config = load_run_config(trainer.config, [f"data={sample_data}"])
     assert open_validation_data(config, open_run_data(config)) is None
     assert not Validation(config, None, 0, 1).is_due(config.max_steps)
@@ -245,7 +247,7 @@ def test_where_there_is_no_held_out_folder_nothing_is_ever_due(trainer, held_out
             open_validation_data(named, data)
 
 
-def test_of_equally_likely_tokens_the_first_counts():
+def test_of_equally_likely_tokens_the_first_is_the_prediction():
     logits = torch.tensor([[[1.0, 3.0, 3.0, 0.0]]])
     places = [score_tokens(logits, torch.tensor([[target]]))[1].item() for target in range(4)]
     assert places == [2, 0, 1, 3]
@@ -253,7 +255,7 @@ def test_of_equally_likely_tokens_the_first_counts():
     assert loss.item() == pytest.approx(-math.log(math.exp(3) / sum(map(math.exp, (1, 3, 3, 0)))))
 
 
-def test_an_answer_is_right_when_every_token_of_it_is_and_pieces_do_not_count():
+def test_an_answer_is_right_if_all_its_tokens_are_and_pieces_do_not_count():
     # Three documents `<s> q <sep> a a </s>` and a piece of a long one; <s> is 0, </s> 2.
     whole = [0, 7, 5, 8, 9, 2]
     ids = torch.tensor([[*whole, *whole, 8, 9, 9, 2], [*whole, 0, 7, 5, 8, 1, 1, 1, 1, 1, 1]])
@@ -265,5 +267,5 @@ def test_an_answer_is_right_when_every_token_of_it_is_and_pieces_do_not_count():
     correct = torch.ones(2, 15, dtype=torch.bool)
     assert [n.item() for n in _sequence_sums(correct, ids, answers, positions, 0, 2).values()] == [3, 3]
     correct[0, 10 - 1] = False  # a token of the second answer
-    correct[1, 1 - 1] = False  # one of a question: not asked
+    correct[1, 1 - 1] = False  # a token of a question, which does not count
     assert [n.item() for n in _sequence_sums(correct, ids, answers, positions, 0, 2).values()] == [3, 2]

@@ -1,4 +1,4 @@
-"""Validations that a signal breaks off or whose rows are lost: no step is lost with them, and none leaves a hole."""
+"""Validations that a signal interrupts or whose rows are lost: no step is lost, and each one runs later."""
 
 import json
 import sys
@@ -17,15 +17,18 @@ from tests.launcher.saved_state import differing_runs
 from tests.launcher.trainer import Trainer, start
 
 STEPS = 4
-# Of the validations at 2 and at 4 the first is the best: its checkpoint is kept only where it says so itself.
+# The validation at step 2 is better than that at step 4, so step 2's checkpoint is kept only if its result is recorded.
 COMMON = [f"max_steps={STEPS}", "checkpoint_every=2", "keep_checkpoints=1", "expert_parallel_size=2"]
 COMMON += ["learning_rate=2", "warmup_steps=1", "schedule.steps=6", "validation_samples=1"]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Trainer:
-    """`whole`: undisturbed. `often`: a TERM in the validation at step 2, a shard lost before the last one, a TERM where
-    that is made up, the end."""
+    """`whole`: undisturbed. `often`: disturbed three times, then trained to its end.
+
+    A TERM comes in the validation at step 2, a shard is lost before the last validation, and another TERM comes when that
+    validation runs at the next start.
+    """
     folder = tmp_path_factory.mktemp("validations")
     prepare("sample", folder / "data", Settings(seq_len=64, rows_per_shard=4, validation_share=0.02), progress=False)
     trainer = Trainer(folder, folder / "data")
@@ -50,7 +53,7 @@ def held_out_figures(trainer: Trainer, name: str) -> dict[str, dict[int, float]]
 
 
 @pytest.mark.slow
-def test_disturbed_validations_leave_the_curves_and_the_best_checkpoint_of_an_undisturbed_run(runs):
+def test_disturbed_validations_give_the_curves_and_the_best_checkpoint_of_an_undisturbed_run(runs):
     assert [result["codes"] for result in runs.results] == [[0, 0], [75, 75], [2, 2], [75, 75], [0, 0]]
     whole = held_out_figures(runs, "whole")
     assert list(whole["validation/cross_entropy"]) == [2, 4] and held_out_figures(runs, "often") == whole
@@ -65,7 +68,7 @@ def test_disturbed_validations_leave_the_curves_and_the_best_checkpoint_of_an_un
 
 
 @pytest.mark.slow
-def test_lost_held_out_rows_end_the_run_on_all_ranks_behind_the_save_of_the_step(runs):
+def test_lost_held_out_rows_end_the_run_on_all_ranks_after_the_step_is_saved(runs):
     lost = runs.results[2]
     for printed in lost["printed"]:
         sentence = printed.splitlines()[-1]
@@ -78,7 +81,7 @@ def test_lost_held_out_rows_end_the_run_on_all_ranks_behind_the_save_of_the_step
 
 
 @pytest.mark.parametrize("on_bad_shard", ["refuse", "skip"])
-def test_a_validation_without_any_row_stops_the_run_only_where_bad_shards_are_refused(on_bad_shard):
+def test_a_validation_without_any_row_stops_the_run_only_if_bad_shards_are_refused(on_bad_shard):
     def run(*_, **__):
         raise DataError("every shard of held_out is bad: copy or prepare the folder again")
 

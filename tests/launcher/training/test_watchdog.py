@@ -1,4 +1,4 @@
-"""A step that never ends: stacks of all ranks, exit code 76, whatever the main thread is at."""
+"""A step that hangs gives the stacks of all ranks and exit code 76, whatever the main thread is doing."""
 
 import json
 
@@ -12,7 +12,7 @@ def hang(trainer, name: str, kind: str):
 
 
 def test_a_hung_step_leaves_the_stacks_of_all_ranks_and_ends_with_76(trainer):
-    """Rank 1 sleeps, rank 0 waits for it in a collective, in C."""
+    """Rank 1 sleeps in Python; rank 0 waits for it in C, inside a collective."""
     results = hang(trainer, "hung", "hang")
     assert [result.returncode for result in results] == [76, 76]
     stacks = [(trainer.folder / "hung" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
@@ -27,7 +27,7 @@ def test_a_hung_step_leaves_the_stacks_of_all_ranks_and_ends_with_76(trainer):
 
 
 @pytest.mark.slow
-def test_so_where_c_code_keeps_the_interpreter_to_itself(trainer):
+def test_a_hang_in_c_code_that_holds_the_interpreters_lock_ends_as_well(trainer):
     results = hang(trainer, "locked", "hang_in_c")
     assert results[0].returncode == 76
     assert results[1].returncode == 1  # faulthandler's own exit
