@@ -66,7 +66,7 @@ def open_validation_data(config: RunConfig, data: RowReader) -> RowReader | None
     location = held_out_location(config.data, config.validation_data)
     if location is None:
         return None
-    held_out = open_data(location, config.on_bad_shard, shard_cache(config))
+    held_out = open_data(location, config.on_bad_shard, shard_cache(config.data_cache))
     if held_out.tokenizer_fingerprint != data.tokenizer_fingerprint or held_out.seq_len > data.seq_len:
         raise ConfigurationError(
             f"validation_data {held_out.location} has another tokenizer or longer rows than {data.location}; prepare it "

@@ -158,7 +158,7 @@ def _check_settings(
     findings = [
         Finding("batch", GREEN, f"{rows} rows = {world.world_size} processes × {micro} rows × {steps} micro-batches")
     ]
-    findings += _check_experts(config, resolved, world, sizes)
+    findings += _check_experts(config.expert_parallel_size, resolved, world, sizes)
     return [
         *findings, check_precision(resolved, world), check_attention(config.attention, world),
         check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
@@ -166,15 +166,15 @@ def _check_settings(
     ]  # fmt: skip
 
 
-def _check_experts(config: RunConfig, resolved: dict, world: Environment, sizes: LiquidConfig) -> list[Finding]:
+def _check_experts(asked: int, resolved: dict, world: Environment, sizes: LiquidConfig) -> list[Finding]:
     experts = resolved.get("expert_parallel")
     if not experts:
         return [Finding("experts", GREEN, f"{sizes.num_experts}, all on each rank")]
     used = experts["autoep_size"]
     message = f"{sizes.num_experts} experts over {used} of {world.world_size} processes"
-    if used != config.expert_parallel_size:
+    if used != asked:
         return [Finding(
-            "experts", YELLOW, f"{message}, because expert_parallel_size {config.expert_parallel_size} does not divide both",
+            "experts", YELLOW, f"{message}, because expert_parallel_size {asked} does not divide both",
             f"set expert_parallel_size={used}",
         )]  # fmt: skip
     if used > world.local_world_size:
