@@ -19,7 +19,8 @@ means of earlier steps, is such a sum and has the same gradient there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,7 @@ class LossWeights:
     z_loss: float = 0.001
 
 
-def weight_of(term: str, weights: LossWeights) -> float:
+def weight_of(term: str, weights: object) -> float:
     """Return the weight of a term; `weights` may be any object with the fields of `LossWeights`."""
     return 1.0 if term == "cross_entropy" else getattr(weights, term)
 
@@ -222,9 +223,14 @@ PER_TOKEN = {"reconstruction": _reconstruction, "budget": _budget, "expert_usage
 
 
 def total_loss(
-    sums: dict[str, torch.Tensor], weights: LossWeights, supervised: torch.Tensor, tokens: torch.Tensor
+    sums: dict[str, torch.Tensor], weights: object, supervised: torch.Tensor | float, tokens: torch.Tensor | float
 ) -> torch.Tensor:
-    """Return Σ weight · sum / count, with the batch's N `supervised` tokens and M non-padding `tokens` as counts."""
-    language = sum(weight_of(term, weights) * sums[term] for term in PER_SUPERVISED_TOKEN)
-    regularisation = sum(weight_of(term, weights) * sums[term] for term in PER_TOKEN)
-    return language / supervised + regularisation / tokens
+    """Return Σ weight · sum / count, with the batch's N `supervised` tokens and M non-padding `tokens` as counts.
+
+    `weights` may be any object with the fields of `LossWeights`.
+    """
+    return _weighted(PER_SUPERVISED_TOKEN, sums, weights) / supervised + _weighted(PER_TOKEN, sums, weights) / tokens
+
+
+def _weighted(terms: Iterable[str], sums: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
+    return functools.reduce(torch.add, (weight_of(term, weights) * sums[term] for term in terms))

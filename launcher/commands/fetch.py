@@ -36,7 +36,7 @@ def _fetch(options) -> None:
         try:
             revision = HfApi().repo_info(name, repo_type=repository).sha
             snapshot_download(name, repo_type=repository, revision=revision, local_dir=target, allow_patterns=patterns)
-            if repository == "dataset":
+            if repository == "dataset" and revision is not None:
                 write_origin(target, name, revision)  # for the index of prepared shards and the model card
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
             raise ConfigurationError(

@@ -54,7 +54,7 @@ def _generate(options) -> None:
         raise ConfigurationError(f"--batch-size is {options.batch_size}; it must be at least 1")
     for question in options.question:
         if not is_text(question):
-            raise ConfigurationError(f"the question {os.fsencode(question)} is not UTF-8 text; write it in UTF-8")
+            raise ConfigurationError(f"the question {os.fsencode(question)!r} is not UTF-8 text; write it in UTF-8")
     questions = options.question or _read_questions(options.file)
     for number, question in enumerate(questions, start=1):
         name = f"question {number}" if len(questions) > 1 else "the question"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.loading.collate import IGNORE_INDEX, Pieces, collate
 from data_pipeline.shards.packing import PackedRows
@@ -55,8 +55,8 @@ def score_rows(
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
     # Align each prediction with the token that it predicts; nothing predicts a row's first token.
-    loss = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
-    place = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    nats = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    places = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
     ids, asked = collated[0].reshape(-1), collated[1].reshape(-1) != IGNORE_INDEX
     begin_id, end_id = model.config.bos_token_id, model.config.eos_token_id
     pieces, seq_len = Pieces(rows), rows.tokens.shape[1]
@@ -66,10 +66,10 @@ def score_rows(
         if len(where):
             scores[start // seq_len].append(
                 DocumentScore(
-                    nats=math.fsum(loss[where]),
+                    nats=math.fsum(nats[where]),
                     tokens=len(where),
                     bytes=int(bytes_of[ids[where]].sum()),
-                    among_top=tuple(int((place[where] < top).sum()) for top in TOP),
+                    among_top=tuple(int((places[where] < top).sum()) for top in TOP),
                     is_whole=bool(ids[start] == begin_id and ids[end - 1] == end_id),
                 )
             )
@@ -143,7 +143,7 @@ LIKELIHOOD_METRICS: dict[str, Metric[Totals]] = {
 }  # fmt: skip
 
 
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
     """Return the number of bytes of text of each token id, int64 `[vocab_size]`; special tokens have 0.
 
     `lfm prepare` accepts only byte-level BPE, which spells each byte as one character.

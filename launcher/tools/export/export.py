@@ -123,7 +123,7 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
         )
     config = LiquidConfig.from_pretrained(folder.model)
     # Drop the rows that only pad the embedding table: other tools would treat them as tokens.
-    config.vocab_size = config.used_vocab_size
+    config.vocab_size = config.used_vocab_size or config.vocab_size
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.generation_config = GenerationConfig(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
 
 from data_pipeline.tokens.tokenization import decode_answer, encode_prompt
 from launcher.errors import ConfigurationError
@@ -67,7 +68,7 @@ class Decoding:
 
 def load_model(
     path: str | Path, device: torch.device | None = None
-) -> tuple[LiquidForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[LiquidForCausalLM, PreTrainedTokenizerFast]:
     """Load the model and the tokenizer of an exported folder or of a run's newest checkpoint.
 
     device: by default the first GPU, or the CPU if there is none. Raises `ConfigurationError` if `path` is neither kind
@@ -76,13 +77,18 @@ def load_model(
     path = Path(path)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return LiquidForCausalLM.from_pretrained(path).eval().to(device), AutoTokenizer.from_pretrained(path)
-    if (path / "run.yaml").is_file():
-        return load_run(path).to(device), AutoTokenizer.from_pretrained(path / "model")
-    raise ConfigurationError(f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)")
+        model, tokenizer = LiquidForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    elif (path / "run.yaml").is_file():
+        model, tokenizer = load_run(path), AutoTokenizer.from_pretrained(path / "model")
+    else:
+        raise ConfigurationError(
+            f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)"
+        )
+    model.to(device=device)
+    return model, cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str) -> list[int]:
     """Clean a question like the training data and encode it as `<s> question <sep>`.
 
     Raises `ConfigurationError` if cleaning leaves nothing of the question.
@@ -104,7 +110,7 @@ def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: 
 @torch.inference_mode()
 def answer(
     model: LiquidForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     questions: list[str],
     decoding: Decoding = Decoding(),
     batch_size: int = 32,
@@ -136,7 +142,7 @@ def batches_of_like_length(prompts: Sequence[Sequence[int]], batch_size: int) ->
 
 @torch.inference_mode()
 def answer_prompts(
-    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], decoding: Decoding
+    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], decoding: Decoding
 ) -> list[str]:
     """Answer one batch of prompts, padded on the left."""
     width = max(map(len, prompts))
@@ -150,7 +156,7 @@ def answer_prompts(
 
 
 @torch.inference_mode()
-def stream(model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, question: str, decoding: Decoding) -> None:
+def stream(model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerFast, question: str, decoding: Decoding) -> None:
     """Print the answer token by token. Raises `ConfigurationError` like `answer`, and for beam search."""
     if decoding.num_beams > 1:
         raise ConfigurationError("beam search has no answer to stream until it ends; set num_beams to 1")

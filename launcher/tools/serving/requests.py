@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from reprlib import repr as shown  # shortened: a value may be as long or as deep as a body allows
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.tokens.tokenization import encode_answer, encode_prompt
 from launcher.errors import ConfigurationError
@@ -63,7 +63,7 @@ class ChatRequest:
 
 
 def read_request(
-    body: bytes, tokenizer: PreTrainedTokenizerBase, model_name: str, positions: int, limits: Limits
+    body: bytes, tokenizer: PreTrainedTokenizerFast, model_name: str, positions: int, limits: Limits
 ) -> ChatRequest:
     """Parse and check a request's body. Raises `RequestError`, which names the invalid field."""
     try:
@@ -97,7 +97,7 @@ def read_request(
 
 
 def _conversation(
-    messages: object, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    messages: object, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the prompt's token ids, and notes on the messages that cleaning changed.
 

@@ -22,7 +22,7 @@ from launcher.training.preflight.machine import (
     check_precision,
     check_versions,
 )
-from launcher.training.setup.data_source import open_run_data, will_be_prepared
+from launcher.training.setup.data_source import open_run_data, to_prepare
 from launcher.training.setup.deepspeed_config import read_json, resolve_deepspeed_config
 from launcher.training.setup.json_keys import check_keys
 from launcher.training.setup.model_source import model_config, preset_sizes
@@ -87,12 +87,10 @@ def _check_json_keys(content: dict, path: str) -> list[Finding]:
 
 def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
     """Open the rows as training will, which checks the index and the size of each file, and check the vocabulary."""
-    if will_be_prepared(config):
-        found = Finding(
-            "data", YELLOW, f"{config.data} does not exist yet: training prepares it from {config.prepare.source} first",
-            f"lfm prepare {config.prepare.source} --out {config.data}",
-        )  # fmt: skip
-        return None, [found]
+    if missing := to_prepare(config):
+        wanted, folder = missing
+        message = f"{folder} does not exist yet: training prepares it from {wanted.source} first"
+        return None, [Finding("data", YELLOW, message, f"lfm prepare {wanted.source} --out {folder}")]
     data, found = refused("data", lambda: open_run_data(config))
     if data is None:
         return None, found
@@ -112,7 +110,10 @@ def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
 
 
 def _seq_len(config: RunConfig, data: RowReader | None) -> int:
-    return data.seq_len if data else config.prepare.seq_len
+    """Return the tokens in a row of the data, or of the data to be prepared; 0 if it is unknown."""
+    if data is not None:
+        return data.seq_len
+    return config.prepare.seq_len if config.prepare else 0
 
 
 def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfig | None, list[Finding]]:
@@ -122,7 +123,7 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
         goes_on = run if has_checkpoints(run) else None
         sizes, found = refused("model", lambda: model_config(config, data, goes_on))
         words = f"{data.vocab_size:,} tokens in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
-    elif will_be_prepared(config) and config.init_from is None:
+    elif to_prepare(config) and config.init_from is None:
         sizes, found = refused("model", lambda: preset_sizes(config.model))
         words = "a vocabulary of {}, {} positions"
     else:

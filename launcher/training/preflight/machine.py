@@ -82,7 +82,8 @@ def check_memory(
             )  # fmt: skip
     counted = Sizes.of(sizes)
     experts_over = expert_parallel_size(resolved)
-    needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts_over)
+    state, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts_over)
+    needed = float(state)
     available, where = _device_memory(environment)
     message = f"{counted.total / 1e6:,.1f} million parameters need {needed / 1e9:.1f} GB per rank"
     here = here or environment.device.type == "cuda"

@@ -107,10 +107,9 @@ def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
     probe = gather(secrets.token_hex(8))[0]
     created = not folder.exists()
     created = gather(created)[0]
-    problems = _try(
-        lambda: (folder.mkdir(parents=True, exist_ok=True), _write(folder / f".{probe}-{nodes.index}")), nodes
-    )
-    written = gather(problems)  # also a barrier: no node looks before all have written
+    written = gather(
+        _try(lambda: _write(folder / f".{probe}-{nodes.index}"), nodes)
+    )  # also a barrier: no node looks before all have written
     missing = _wait_for({folder / f".{probe}-{n}" for n in range(len(nodes.ranks))}) if nodes.is_member else set()
     blind = gather(bool(missing) and not any(written))
     if nodes.is_member:
@@ -143,6 +142,7 @@ def _try(attempt: Callable, nodes: Nodes) -> str:
 
 
 def _write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(socket.gethostname())
 
 
@@ -231,7 +231,7 @@ def _link_speeds(nodes: Nodes, data: torch.Tensor) -> list[float]:
                 seconds.append(time.perf_counter() - begin)
             speeds[sender] = data.nbytes / 1e9 / statistics.median(seconds)
         dist.barrier(nodes.group)  # otherwise a node's work on its other link would be timed as well
-    known = [None] * count
+    known: list[dict[int, float]] = [{}] * count
     dist.all_gather_object(known, speeds, group=nodes.group)
     return [value for _, value in sorted({n: v for part in known for n, v in part.items()}.items())]
 

@@ -10,7 +10,7 @@ from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.remote import ShardCache, default_cache_folder, is_remote
 from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
-from launcher.config import DataCache, RunConfig
+from launcher.config import DataCache, Prepare, RunConfig
 
 
 def open_run_data(config: RunConfig) -> RowReader:
@@ -22,11 +22,11 @@ def open_run_data(config: RunConfig) -> RowReader:
     return open_data(data, config.on_bad_shard, shard_cache(config.data_cache))
 
 
-def will_be_prepared(config: RunConfig) -> bool:
-    """Return whether a start prepares the data: `prepare` is given, and the folder `data` is not finished yet."""
+def to_prepare(config: RunConfig) -> tuple[Prepare, str] | None:
+    """Return how a start prepares the data, and the folder; None without `prepare`, or if the folder is finished."""
     if config.prepare is None or not isinstance(config.data, str) or is_remote(config.data):
-        return False
-    return not Path(config.data, INDEX_NAME).exists()
+        return None
+    return None if Path(config.data, INDEX_NAME).exists() else (config.prepare, config.data)
 
 
 def held_out_location(data: str | list, validation_data: str | None) -> str | None:

@@ -48,7 +48,7 @@ def resolve_deepspeed_config(
     automatic = _automatic(resolved)
     _check_keys(resolved, automatic, str(path))
     config = _agree(resolved, config, str(path))
-    notes = []
+    notes: list[str] = []
     _resolve_precision(resolved, config.precision.force, environment, notes)
     _resolve_optimizer(resolved, environment, notes)
     _resolve_batch(resolved, config.global_batch_rows, config.micro_batch_rows, environment.world_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from launcher.run_folder import RunFolder
 from launcher.training.weight_broadcast import fill_from_rank_0
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
+from model.loss import LossWeights
 
 TABLE = "model.embed_tokens.weight"
 
@@ -127,7 +129,7 @@ def build_model(
         model.load_state_dict(
             {name: read(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}, strict=False
         )
-    model.loss_weights = config.loss
+    model.loss_weights = LossWeights(**asdict(config.loss))
     if config.attention != "auto":
         model.set_attn_implementation(config.attention)
     return model
