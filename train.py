@@ -85,10 +85,14 @@ def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failur
     config = plan.config
     data = open_run_data(config)
     stream = BatchStream(
-        data, seed=config.seed, global_batch_rows=config.global_batch_rows,
-        micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
-        world_size=environment.world_size, loss_on=config.loss_on,
-    )  # fmt: skip
+        data,
+        seed=config.seed,
+        global_batch_rows=config.global_batch_rows,
+        micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"],
+        rank=environment.rank,
+        world_size=environment.world_size,
+        loss_on=config.loss_on,
+    )
     model = build_model(config, data, plan.deepspeed, goes_on=run if plan.checkpoint else None)
     state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
@@ -220,9 +224,9 @@ def agree_on_batch(engine: DeepSpeedEngine, batches: AgreedBatches, stop: StopRe
     device, pad = engine.device, engine.module.config.pad_token_id
     micro_batches = [{name: rows.to(device) for name, rows in batch.items()} for batch in batches.next_step()]
     flags = {"stop": stop.requested(device), "lost": batches.lost(device)}
-    counts = add_up([
-        count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches
-    ])  # fmt: skip
+    counts = add_up(
+        [count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches]
+    )
     supervised, tokens, bad_rows, lost, asked = (
         counts[name].item() for name in ("supervised", "tokens", "bad_rows", "lost", "stop")
     )
@@ -270,9 +274,10 @@ def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Run keys (data, output, model, max_steps, resume, ...): launcher/configs/README.md.",
-    )  # fmt: skip
+    )
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     add_run_arguments(parser)

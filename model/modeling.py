@@ -364,9 +364,13 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         )
         language = language_loss_sums(output.last_hidden_state, labels, self._predict, self.loss_weights.focal_gamma)
         regularisation = regularisation_sums(
-            output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
+            output.router_logits,
+            output.reconstruction_error,
+            output.retained_ratio,
+            text,
+            means,
             config.embedding_target_ratio,
-        )  # fmt: skip
+        )
         statistics = routing_statistics(
             output.router_logits, output.retained_ratio, text, config.num_experts_per_tok, balancing_bias(self)
         )

@@ -9,9 +9,12 @@ from launcher.errors import ConfigurationError
 def add_fetch(commands) -> None:
     """Add `lfm fetch` to the commands."""
     parser = command(
-        commands, "fetch", _fetch, "Download a dataset and a tokenizer from the Hugging Face hub, for jobs that run offline.",
+        commands,
+        "fetch",
+        _fetch,
+        "Download a dataset and a tokenizer from the Hugging Face hub, for jobs that run offline.",
         "lfm fetch --out data/hub  (then: lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are downloaded"
     )

@@ -13,11 +13,13 @@ from launcher.commands.parsing import command
 def add_generate(commands) -> None:
     """Add `lfm generate` to the commands."""
     parser = command(
-        commands, "generate", _generate,
+        commands,
+        "generate",
+        _generate,
         "Answer questions from the command line, from --file, or from standard input (one per line). On a terminal, a "
         "single question is answered token by token.",
         'lfm generate runs/sample/export "What is the capital of Peru?"',
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="exported folder or run folder")
     parser.usage = f"{parser.prog} [options] model [question ...]"
     # Not "*": it would match nothing if an option stands between the model and the questions.

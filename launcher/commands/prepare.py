@@ -25,40 +25,65 @@ To resume an interrupted preparation, run the same command again.
 
 def add_prepare(commands) -> None:
     parser = commands.add_parser(
-        "prepare", help="Clean, tokenize and pack question/answer rows into WebDataset shards.",
-        description="Clean, tokenize and pack question/answer rows into WebDataset shards.", epilog=EPILOG,
+        "prepare",
+        help="Clean, tokenize and pack question/answer rows into WebDataset shards.",
+        description="Clean, tokenize and pack question/answer rows into WebDataset shards.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(run=prepare)
     add = parser.add_argument
-    add("source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset, or parquet / jsonl files or folders with question and answer columns")  # fmt: skip
+    add(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="'sample', a hub dataset, or parquet / jsonl files or folders with question and answer columns",
+    )
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
-    add("--tokenizer", help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
-        f"'train' for the sample, otherwise {LED})")  # fmt: skip
+    add(
+        "--tokenizer",
+        help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
+        f"'train' for the sample, otherwise {LED})",
+    )
     add("--seq-len", type=int, help="tokens per packed row (default: 256 for the sample, otherwise 2048)")
     add("--workers", type=int, help="number of processes (default: one per available core, 1 under mpirun)")
     add("--rows-per-shard", type=int, default=4096, help="maximum packed rows per tar file (default: %(default)s)")
-    add("--validation-share", type=float, metavar="SHARE",
-        help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)")  # fmt: skip
+    add(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)",
+    )
     which = parser.add_argument_group("row selection")
     add = which.add_argument
     add("--sources", nargs="+", default=(), metavar="NAME", help="keep only the rows of these sources")
     add("--exclude-sources", nargs="+", default=(), metavar="NAME", help="drop the rows of these sources")
     add("--minimum-tokens", type=int, default=1, metavar="N",
         help="drop documents with fewer tokens (default: %(default)s)")  # fmt: skip
-    add("--long-documents", default="split", choices=("split", "drop"),
-        help="split documents that are longer than a row across several rows, or drop them (default: %(default)s)")  # fmt: skip
+    add(
+        "--long-documents",
+        default="split",
+        choices=("split", "drop"),
+        help="split documents that are longer than a row across several rows, or drop them (default: %(default)s)",
+    )
     add("--near-duplicates", nargs="?", type=float, const=0.8, metavar="SIMILARITY",
         help="drop rows whose three-word sequences have at least this Jaccard similarity to an earlier row (0.8 if no "
         "value is given); exact duplicates are always dropped")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
         help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)")  # fmt: skip
     text = parser.add_argument_group("cleaning")
-    text.add_argument("--newlines", default="keep", choices=("keep", "space"),
-        help="keep line breaks, or replace them with spaces (default: %(default)s)")  # fmt: skip
-    text.add_argument("--unicode-form", default="NFC", choices=("NFC", "NFKC"),
-        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)")  # fmt: skip
+    text.add_argument(
+        "--newlines",
+        default="keep",
+        choices=("keep", "space"),
+        help="keep line breaks, or replace them with spaces (default: %(default)s)",
+    )
+    text.add_argument(
+        "--unicode-form",
+        default="NFC",
+        choices=("NFC", "NFKC"),
+        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)",
+    )
 
 
 def prepare(options: argparse.Namespace) -> None:

@@ -17,8 +17,11 @@ from launcher.team_member import detect_member
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 ARRAY = {
-    "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "5",
-}  # fmt: skip
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_ARRAY_TASK_COUNT": "5",
+}
 
 
 @pytest.mark.parametrize(
@@ -92,7 +95,7 @@ def test_launchers_that_contradict_each_other_are_refused(variables, parts):
         # the shell that salloc starts as a step of its own, with the job's number of tasks
         ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "4294967290"}, (0, 1)),
     ],
-)  # fmt: skip
+)
 def test_launchers_within_each_other_are_not(variables, place):
     found = detect_environment(dict(variables))
     assert (found.rank, found.world_size) == place

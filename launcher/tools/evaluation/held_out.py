@@ -53,8 +53,10 @@ class PackedQuestions:
                 sources=np.zeros(len(documents), dtype=np.int64),
                 input_rows=np.arange(len(documents)),
             ),
-            seq_len, tokenizer.pad_token_id, np.int64,
-        )  # fmt: skip
+            seq_len,
+            tokenizer.pad_token_id,
+            np.int64,
+        )
         self.location = location
         self.num_rows = len(packed.tokens)
         self.pad_token_id = tokenizer.pad_token_id

@@ -127,8 +127,8 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-    )  # fmt: skip
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     return checkpoint, read_train_state(checkpoint), model
 
 

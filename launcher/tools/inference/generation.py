@@ -56,9 +56,12 @@ class Decoding:
         draws = self.temperature >= LEAST_TEMPERATURE
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if draws else {}
         return {
-            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": draws,
-            "repetition_penalty": self.repetition_penalty, **drawn,
-        }  # fmt: skip
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": draws,
+            "repetition_penalty": self.repetition_penalty,
+            **drawn,
+        }
 
     def within(self, model: LiquidForCausalLM, prompt_length: int) -> Decoding:
         """Return the settings with `max_new_tokens` limited to the positions that the prompt leaves free."""

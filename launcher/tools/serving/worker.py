@@ -173,9 +173,12 @@ class Worker:
             torch.seed() if job.request.seed is None else torch.manual_seed(job.request.seed)
         ids = torch.tensor([job.request.prompt], device=self.model.device)
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=job, stopping_criteria=StoppingCriteriaList([job]),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=job,
+            stopping_criteria=StoppingCriteriaList([job]),
             **job.request.decoding.arguments(),
-        )  # fmt: skip
+        )
 
     def stop(self) -> None:
         """Stop the running job at its next token, and drop the waiting ones."""

@@ -140,13 +140,15 @@ class ActivationMonitor:
         finite = size.isfinite()
         # Squares of 16-bit numbers would overflow or vanish, so the norm is taken in fp32.
         wide = torch.where(finite, tensor, 0).to(torch.promote_types(tensor.dtype, torch.float32))
-        self._sums[kind, index] += torch.stack([
-            torch.tensor(float(tensor.numel()), dtype=torch.float64, device=tensor.device),
-            finite.sum().double(),
-            ((size > limit) & finite).sum().double(),
-            wide.sum(dtype=torch.float64),
-            torch.linalg.vector_norm(wide).double().square(),
-        ])  # fmt: skip
+        self._sums[kind, index] += torch.stack(
+            [
+                torch.tensor(float(tensor.numel()), dtype=torch.float64, device=tensor.device),
+                finite.sum().double(),
+                ((size > limit) & finite).sum().double(),
+                wide.sum(dtype=torch.float64),
+                torch.linalg.vector_norm(wide).double().square(),
+            ]
+        )
         self._largest[kind, index] = torch.maximum(self._largest[kind, index], wide.abs().max().float())
 
 

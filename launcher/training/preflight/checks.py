@@ -161,10 +161,12 @@ def _check_settings(
     ]
     findings += _check_experts(config.expert_parallel_size, resolved, world, sizes)
     return [
-        *findings, check_precision(resolved, world), check_attention(config.attention, world),
+        *findings,
+        check_precision(resolved, world),
+        check_attention(config.attention, world),
         check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
         check_disk(sizes, config.output, config.keep_checkpoints),
-    ]  # fmt: skip
+    ]
 
 
 def _check_experts(asked: int, resolved: dict, world: Environment, sizes: LiquidConfig) -> list[Finding]:
@@ -174,13 +176,21 @@ def _check_experts(asked: int, resolved: dict, world: Environment, sizes: Liquid
     used = experts["autoep_size"]
     message = f"{sizes.num_experts} experts over {used} of {world.world_size} processes"
     if used != asked:
-        return [Finding(
-            "experts", YELLOW, f"{message}, because expert_parallel_size {asked} does not divide both",
-            f"set expert_parallel_size={used}",
-        )]  # fmt: skip
+        return [
+            Finding(
+                "experts",
+                YELLOW,
+                f"{message}, because expert_parallel_size {asked} does not divide both",
+                f"set expert_parallel_size={used}",
+            )
+        ]
     if used > world.local_world_size:
-        return [Finding(
-            "experts", YELLOW, f"{message}: their all-to-all crosses nodes of {world.local_world_size}",
-            f"set expert_parallel_size={world.local_world_size} if the network is slow",
-        )]  # fmt: skip
+        return [
+            Finding(
+                "experts",
+                YELLOW,
+                f"{message}: their all-to-all crosses nodes of {world.local_world_size}",
+                f"set expert_parallel_size={world.local_world_size} if the network is slow",
+            )
+        ]
     return [Finding("experts", GREEN, message)]

@@ -94,9 +94,11 @@ def print_table(findings: list[Finding]) -> None:
         unnamed = [node for node in finding.nodes if node not in finding.message]
         where = f"on {', '.join(unnamed)}: " if unnamed else ""
         table.add_row(
-            Text(finding.level, style=f"bold {finding.level}"), Text(finding.check), Text(where + finding.message),
+            Text(finding.level, style=f"bold {finding.level}"),
+            Text(finding.check),
+            Text(where + finding.message),
             Text(finding.fix),
-        )  # fmt: skip
+        )
     console.print(table)
 
 

@@ -136,8 +136,10 @@ def test_how_a_question_is_read_is_said_if_cleaning_changed_its_words(exported):
         assert noted(alike) == ""
     result = fork_server.run(
         [*COMMAND, str(exported), "--max-new-tokens", "1", "Why?", "Is https://example.com safe?"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned like the training data"]

@@ -24,8 +24,10 @@ def test_findings_of_several_nodes_are_one_line_where_they_agree():
     data = Finding("data", GREEN, "whole")
     merged = merge({"n1": [data, fine], "n2": [data, bad], "n3": [data, fine]})
     assert [(f.check, f.level, f.nodes) for f in merged] == [
-        ("data", GREEN, ()), ("GPUs", GREEN, ("n1", "n3")), ("GPUs", RED, ("n2",)),
-    ]  # fmt: skip
+        ("data", GREEN, ()),
+        ("GPUs", GREEN, ("n1", "n3")),
+        ("GPUs", RED, ("n2",)),
+    ]
 
 
 def test_what_a_few_nodes_find_wrong_is_their_fault_and_the_rest_a_matter_of_settings():
