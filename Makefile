@@ -1,6 +1,6 @@
 # make train   set up, train the built-in sample, export it, answer held-out questions
 # make test    set up, run the fast tests            make test-all   the slow ones
-# make setup   set up only (in .venv)                make lint       ruff
+# make setup   set up only (in .venv)                make lint       ruff and mypy
 # make bench   compare speed and memory with other tools: about 10 minutes; writes the table in tests/benchmarks/README.md
 
 SHELL := /bin/bash
@@ -54,6 +54,7 @@ $(EXTRAS): $(STAMP)
 lint: setup
 	ruff check .
 	ruff format --check .
+	mypy
 
 bench: $(BENCH)
 	python -m tests.benchmarks $(BENCH_OPTIONS)

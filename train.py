@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data_pipeline.loading.loader import BatchStream
-from launcher.config import RunConfig
+from launcher.config import Loss, RunConfig
 from launcher.config_file import add_run_arguments
 from launcher.environment import Environment, detect_environment
 from launcher.errors import one_sentence_errors
@@ -85,10 +85,14 @@ def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failur
     config = plan.config
     data = open_run_data(config)
     stream = BatchStream(
-        data, seed=config.seed, global_batch_rows=config.global_batch_rows,
-        micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"], rank=environment.rank,
-        world_size=environment.world_size, loss_on=config.loss_on,
-    )  # fmt: skip
+        data,
+        seed=config.seed,
+        global_batch_rows=config.global_batch_rows,
+        micro_batch_rows=plan.deepspeed["train_micro_batch_size_per_gpu"],
+        rank=environment.rank,
+        world_size=environment.world_size,
+        loss_on=config.loss_on,
+    )
     model = build_model(config, data, plan.deepspeed, goes_on=run if plan.checkpoint else None)
     state = TrainState.initial(model)
     engine = build_engine(model, plan.deepspeed)
@@ -114,7 +118,7 @@ def train(plan: Plan, run: RunFolder, environment: Environment, failures: Failur
     watchdog = Watchdog(run.path, environment.rank, config.step_timeout_seconds, report)
     limit_collectives(watchdog.longest)
     guard = Guard(engine, config, run, monitor, checkpoints)
-    validations = DueValidations(engine, config, validation, monitor, checkpoints, stop, watchdog)
+    validations = DueValidations(engine, validation, monitor, checkpoints, stop, watchdog, config.on_bad_shard)
     first_step = state.step + 1
     try:
         watchdog.begins("waiting for the other ranks", first=True)
@@ -198,12 +202,12 @@ def train_step(
         return
 
     set_learning_rate(engine, learning_rate(config, state.step - 1))
-    totals = forward_backward(engine, batch, state, config, monitor)
+    totals = forward_backward(engine, batch, state, config.loss, monitor)
     state.tokens += int(batch.tokens)
     state.running_means = state.running_means.updated(
         (totals["routing"] / batch.tokens).float(), (totals["retained_ratio"] / batch.tokens).float()
     )
-    balance_experts(engine, state, config, totals)
+    balance_experts(engine, state, totals, config.balancing_rate)
     loss = total_loss(totals, config.loss, batch.supervised, batch.tokens).item()
     values = engine_values(engine) | guard.observe(state, loss)
     values[tags.BIAS_MAX] = torch.tensor(state.balancing_bias).abs().max().item()
@@ -220,9 +224,9 @@ def agree_on_batch(engine: DeepSpeedEngine, batches: AgreedBatches, stop: StopRe
     device, pad = engine.device, engine.module.config.pad_token_id
     micro_batches = [{name: rows.to(device) for name, rows in batch.items()} for batch in batches.next_step()]
     flags = {"stop": stop.requested(device), "lost": batches.lost(device)}
-    counts = add_up([
-        count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches
-    ])  # fmt: skip
+    counts = add_up(
+        [count_tokens(batch, pad) | flags | {"bad_rows": count_empty_rows(batch, pad)} for batch in micro_batches]
+    )
     supervised, tokens, bad_rows, lost, asked = (
         counts[name].item() for name in ("supervised", "tokens", "bad_rows", "lost", "stop")
     )
@@ -230,7 +234,7 @@ def agree_on_batch(engine: DeepSpeedEngine, batches: AgreedBatches, stop: StopRe
 
 
 def forward_backward(
-    engine: DeepSpeedEngine, batch: GlobalBatch, state: TrainState, config: RunConfig, monitor: Monitor
+    engine: DeepSpeedEngine, batch: GlobalBatch, state: TrainState, weights: Loss, monitor: Monitor
 ) -> dict[str, torch.Tensor]:
     """Run all micro-batches and the optimizer; return the loss and routing sums over all ranks.
 
@@ -242,7 +246,7 @@ def forward_backward(
         with monitor.timed("forward"):
             output = engine(**rows, running_means=state.running_means)
         with monitor.timed("backward"):
-            loss = total_loss(output.loss_sums, config.loss, batch.supervised, batch.tokens)
+            loss = total_loss(output.loss_sums, weights, batch.supervised, batch.tokens)
             engine.backward(scale * poison(loss))
         monitor.backward_ended()
         with monitor.timed("optimizer"):
@@ -251,16 +255,14 @@ def forward_backward(
     return add_up(sums)
 
 
-def balance_experts(
-    engine: DeepSpeedEngine, state: TrainState, config: RunConfig, totals: dict[str, torch.Tensor]
-) -> None:
-    """Move each router's bias towards experts that got less than their share of the tokens.
+def balance_experts(engine: DeepSpeedEngine, state: TrainState, totals: dict[str, torch.Tensor], rate: float) -> None:
+    """Move each router's bias by `rate` towards experts that got less than their share of the tokens.
 
     The update also runs after an fp16 overflow, whose step leaves the weights as they are. It is skipped if the forward
     pass was not finite, because its routing is meaningless.
     """
     if totals["routing"].isfinite().all():
-        bias = updated_balancing_bias(torch.tensor(state.balancing_bias), totals["load"], config.balancing_rate)
+        bias = updated_balancing_bias(torch.tensor(state.balancing_bias), totals["load"], rate)
         set_balancing_bias(engine.module, bias)
         state.balancing_bias = bias.tolist()
 
@@ -272,9 +274,10 @@ def count_empty_rows(batch: dict[str, torch.Tensor], pad: int) -> torch.Tensor:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="Run keys (data, output, model, max_steps, resume, ...): launcher/configs/README.md.",
-    )  # fmt: skip
+    )
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     add_run_arguments(parser)

@@ -24,7 +24,7 @@ def add_attempt(folder: Path, event: str, facts: dict) -> None:
 
 def differences(before: dict, now: dict, prefix: str = "") -> dict[str, list]:
     """Return the differences of two run descriptions as `{"section.key": [before, now]}`; a missing key gives None."""
-    found = {}
+    found: dict[str, list] = {}
     for name in dict.fromkeys((*before, *now)):  # keeps their order
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):

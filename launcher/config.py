@@ -84,8 +84,11 @@ class Spike:
 class Monitor:
     """The measurements inside the model."""
 
-    every: int = key(100, "steps between measuring activations, their gradients, gradient norms and expert load; 0: never",
-                     at_least=0)  # fmt: skip
+    every: int = key(
+        100,
+        "steps between measuring activations, their gradients, gradient norms and expert load; 0: never",
+        at_least=0,
+    )
     layers: list[str] = key(
         lambda: [r"model\.liquid_embedding", r"model\.layers\.\d+", r"model\.norm"],
         "modules whose activations are measured: regular expressions of module names",
@@ -110,13 +113,15 @@ class RunConfig:
         "data/sample", "a shard folder, the URL of one, or a list of `{path, weight}` to mix", not_empty=True
     )
     prepare: Prepare | None = key(
-        None, "how to create `data` if it is missing. A file's `prepare` belongs to the file's `data`: if only `data` is "
+        None,
+        "how to create `data` if it is missing. A file's `prepare` belongs to the file's `data`: if only `data` is "
         "overridden, nothing is prepared",
-    )  # fmt: skip
+    )
     on_bad_shard: str = key(
-        "refuse", "what to do with a shard that does not match its index: stop before the step that needs it, or skip its rows",
+        "refuse",
+        "what to do with a shard that does not match its index: stop before the step that needs it, or skip its rows",
         one_of=("refuse", "skip"),
-    )  # fmt: skip
+    )
     data_cache: DataCache = key(DataCache, "where shards behind a URL are kept")
     validation_data: str | None = key(None, "a shard folder of held-out rows; by default `validation` in `data`")
     validate_every: int | None = key(
@@ -131,9 +136,10 @@ class RunConfig:
         None, "an exported folder to start from, instead of fresh weights; its sizes replace `model`"
     )
     resume: str = key(
-        "auto", "the checkpoint to resume from: `auto` (the newest whole one), `best` (lowest validation loss), `never`, "
+        "auto",
+        "the checkpoint to resume from: `auto` (the newest whole one), `best` (lowest validation loss), `never`, "
         "or a tag or path. Data, model, `seed`, `global_batch_rows`, ZeRO stage, precision and optimizer must stay the same",
-    )  # fmt: skip
+    )
     seed: int = key(1234, "seed of the weights and of the order of the rows", at_least=0, below=2**63)
     max_steps: int = key(1000, "length of the run in steps", at_least=1)
     checkpoint_every: int = key(500, "steps between two checkpoints", at_least=1)
@@ -157,23 +163,29 @@ class RunConfig:
     )
     activation_checkpointing: bool = key(True, "recompute activations in the backward pass")
     attention: str = key(
-        "auto", "how attention is computed; `auto` is the model's default; all give the same results (`model/README.md`)",
+        "auto",
+        "how attention is computed; `auto` is the model's default; all give the same results (`model/README.md`)",
         one_of=("auto", "block_local", "sdpa", "eager", "flex_attention"),
-    )  # fmt: skip
+    )
     precision: Precision = key(Precision, "half precision on a CPU")
     max_skipped_in_a_row: int = key(
-        10, "steps without a finite loss or gradient, or without a counted token, are skipped; more in a row end the run",
+        10,
+        "steps without a finite loss or gradient, or without a counted token, are skipped; more in a row end the run",
         at_least=0,
-    )  # fmt: skip
+    )
     on_spike: str = key(
-        "mark", "what to do about a loss spike: mark it, or roll back to the last checkpoint and skip those rows",
+        "mark",
+        "what to do about a loss spike: mark it, or roll back to the last checkpoint and skip those rows",
         one_of=("mark", "rollback"),
-    )  # fmt: skip
+    )
     spike: Spike = key(Spike, "when a loss counts as a spike")
     step_timeout_seconds: float = key(
-        1800.0, f"a step, save or validation forward that takes longer ends the run with code {HUNG} and writes all stacks to "
-        "`stacks/`; the first step may take three times as long", above=0, at_most=LONGEST_TIMEOUT,
-    )  # fmt: skip
+        1800.0,
+        f"a step, save or validation forward that takes longer ends the run with code {HUNG} and writes all stacks to "
+        "`stacks/`; the first step may take three times as long",
+        above=0,
+        at_most=LONGEST_TIMEOUT,
+    )
     monitor: Monitor = key(Monitor, "what is measured inside the model")
     profile: Profile = key(Profile, "which steps are profiled")
     # The keys that a file or an override set. Only these can contradict the JSON; defaults cannot.

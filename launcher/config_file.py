@@ -9,8 +9,10 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -41,7 +43,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the run configuration")
 
 
-def load_run_config(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `key=value` overrides (`loss.focal=0.2` reaches into a section).
 
     A value is read as its key's type: text is kept as written (`output=1.10`), and `~` and variables in paths are
@@ -123,7 +125,7 @@ def _parse_value(key: str, value: str):
 
 
 def _takes_text(key: str) -> bool:
-    hint = RunConfig
+    hint: Any = RunConfig
     for name in key.split("."):
         members = typing.get_args(hint) or (hint,)
         section = next((member for member in members if dataclasses.is_dataclass(member)), None)
@@ -146,7 +148,7 @@ class _Origin:
         return self.path
 
 
-def _build(cls: type, fields: dict, prefix: str, origin: _Origin):
+def _build(cls: Any, fields: dict, prefix: str, origin: _Origin):
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     hints = typing.get_type_hints(cls)
     values = {}
@@ -162,7 +164,7 @@ def _build(cls: type, fields: dict, prefix: str, origin: _Origin):
     return cls(**values)
 
 
-def _convert(hint, value, key: str, origin: _Origin):
+def _convert(hint: Any, value, key: str, origin: _Origin):
     if isinstance(hint, types.UnionType):
         if type(None) in typing.get_args(hint) and value in NULL:
             return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.shards.packing import SPAN_COLUMNS, PackedRows
 from data_pipeline.tokens.tokenization import decode_answer
@@ -41,7 +41,7 @@ def spread(count: int, limit: int | None) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
 
 
-def questions_in(rows: Rows, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[Question]:
+def questions_in(rows: Rows, number: int, tokenizer: PreTrainedTokenizerFast) -> Iterator[Question]:
     """Yield the questions of a row: the first turn of each document that has it whole in the row.
 
     Of the others, a part of the question or of the answer is missing. Plain texts ask nothing.

@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -99,8 +100,9 @@ class RunFolder:
 
     def release(self) -> None:
         """Release the lock, so that another job can use the folder."""
-        self._lock.close()
-        self._lock = None
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def describe(
         self, config: RunConfig, deepspeed_config: dict, environment: Environment, checkpoint: str | None
@@ -172,7 +174,7 @@ class RunFolder:
         for name, text in contents.items():
             replace_text(self.model / name, text)
 
-    def write_status(self, state: str, step: int, reason: str = "", suspects: list[str] = ()) -> None:
+    def write_status(self, state: str, step: int, reason: str = "", suspects: Sequence[str] = ()) -> None:
         """Write `status.json`, with the state `starting`, `running`, `stopped`, `done` or `failed`.
 
         The last three are also added to `attempts.jsonl`. suspects: hosts to avoid at the next start.

@@ -11,6 +11,7 @@ import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.errors import ConfigurationError
 
@@ -56,14 +57,14 @@ class Key:
         return " and ".join(f"{name} {_short(bound)}" for name, bound in names if bound is not None) or "finite"
 
 
-def key(default, meaning: str, **limits):
+def key(default, meaning: str, **limits) -> Any:
     """Declare a configuration field with its `Key`; a callable default, such as a class, is called for each instance."""
-    declared = {"metadata": {"key": Key(meaning, **limits)}}
+    metadata = {"key": Key(meaning, **limits)}
     if default is dataclasses.MISSING:
-        return dataclasses.field(**declared)
+        return dataclasses.field(metadata=metadata)
     if callable(default):
-        return dataclasses.field(default_factory=default, **declared)
-    return dataclasses.field(default=default, **declared)
+        return dataclasses.field(default_factory=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Key]]:
@@ -78,7 +79,7 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield from keys_of(section, f"{prefix}{field.name}{'[]' if _is_list(hints[field.name]) else ''}.")
 
 
-def section_of(hint) -> type | None:
+def section_of(hint) -> Any:
     """Return the dataclass in a type such as `Section`, `Section | None` or `str | list[Section]`; None without one."""
     if dataclasses.is_dataclass(hint):
         return hint

@@ -36,7 +36,7 @@ def write_shards(
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
     shards = _divide(sizes, max_shard_bytes)
-    places = {}
+    places: dict[str, str] = {}
     with tqdm(total=sum(sizes.values()), unit="B", unit_scale=True, desc="exporting", disable=None) as progress:
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -47,7 +47,7 @@ def write_shards(
                     shape, dtype = tensors[name]
                     tensor = torch.empty(shape, dtype=dtype)
                     fill(name, tensor)
-                    stream.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                    stream.write(_bytes_of(tensor))
                     progress.update(sizes[name])
                 stream.flush()
                 os.fsync(stream.fileno())
@@ -69,7 +69,9 @@ class WeightFiles:
             with open(path, "rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 try:
-                    header = json.loads(file.read(length)) if length < path.stat().st_size else None
+                    if length >= path.stat().st_size:
+                        raise ValueError("the header is longer than the file")
+                    header = json.loads(file.read(length))
                     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
                     ends = [entry["data_offsets"][1] for entry in entries.values()]
                     types = {name: NAMES[entry["dtype"]] for name, entry in entries.items()}
@@ -87,13 +89,19 @@ class WeightFiles:
         tensor = torch.empty(self.shapes[name], dtype=dtype)
         with open(path, "rb") as file:
             file.seek(begin)
-            file.readinto(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+            file.readinto(_bytes_of(tensor))
         return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor on the CPU, without a copy."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _divide(sizes: dict[str, int], most: int) -> list[list[str]]:
     """Divide the tensors, in order, into files of at most `most` bytes; a larger tensor gets a file of its own."""
-    shards, room = [], 0
+    shards: list[list[str]] = []
+    room = 0
     for name, size in sizes.items():
         if not shards or size > room:
             shards.append([])
@@ -104,7 +112,8 @@ def _divide(sizes: dict[str, int], most: int) -> list[list[str]]:
 
 
 def _header(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> bytes:
-    entries, begin = {"__metadata__": {"format": "pt"}}, 0
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    begin = 0
     for name, (shape, dtype) in tensors.items():
         end = begin + math.prod(shape) * dtype.itemsize
         entries[name] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}

@@ -164,7 +164,7 @@ def block_local_attention(
     scaling: float,
     sliding_window: int,
     **kwargs,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute exact causal sliding-window attention in O(T · W), as an attention function of transformers.
 
     `query` `[B, H, T, d]`, `key` and `value` `[B, K, P + T, d]`, `attention_mask` from `block_local_mask` → `[B, T, H, d]`.
@@ -207,7 +207,7 @@ def _with_block_before(x: torch.Tensor, block: int, lead: int, surplus: int) -> 
 
 
 def eager_attention(
-    module: nn.Module,
+    module: LocalAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

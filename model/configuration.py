@@ -91,6 +91,11 @@ class LiquidConfig(PreTrainedConfig):
         self._validate()
 
     @property
+    def token_count(self) -> int:
+        """The number of tokens that the tokenizer knows: `used_vocab_size`, which is set on construction."""
+        return self.vocab_size if self.used_vocab_size is None else self.used_vocab_size
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
@@ -153,7 +158,7 @@ class LiquidConfig(PreTrainedConfig):
             f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})",
         )
         require(
-            0 < self.used_vocab_size <= self.vocab_size,
+            0 < self.token_count <= self.vocab_size,
             f"used_vocab_size ({self.used_vocab_size}) must lie between 1 and vocab_size ({self.vocab_size})",
         )
         require(
@@ -185,7 +190,7 @@ class LiquidConfig(PreTrainedConfig):
             )
 
     def _validate_special_ids(self) -> None:
-        last = self.used_vocab_size - 1
+        last = self.token_count - 1
         for name in SPECIAL_IDS:
             value = getattr(self, name)
             for token in value if isinstance(value, list) else [value]:

@@ -30,6 +30,13 @@ class Documents:
     lengths: torch.Tensor
     carried: torch.Tensor | None = None
 
+    @property
+    def continued(self) -> torch.Tensor:
+        """`carried` of a batch that has a cache."""
+        if self.carried is None:
+            raise ValueError("these documents were found without a cache")
+        return self.carried
+
     def to(self, *arguments, **options) -> Documents:
         """Copy to another device, with the arguments of `Tensor.to`. accelerate calls it for layers on several devices."""
         tensors = {name: value for name, value in vars(self).items() if value is not None}
@@ -44,14 +51,14 @@ class Documents:
         batch, tokens = positions.shape
         if tokens == 1 and past is not None:  # decoding
             rows = torch.arange(batch, device=positions.device)
-            carried = positions[:, 0].clamp(max=past)
-            return cls(positions, carried.unsqueeze(1), rows.unsqueeze(1), rows, torch.ones_like(rows), carried)
+            known = positions[:, 0].clamp(max=past)
+            return cls(positions, known.unsqueeze(1), rows.unsqueeze(1), rows, torch.ones_like(rows), known)
         index = torch.arange(tokens, device=positions.device).expand(batch, tokens)
         begins = positions == 0
         begins[:, 0] = True
         first_in_row = torch.where(begins, index, 0).cummax(dim=1).values
         offset = index - first_in_row
-        carried = None
+        carried: torch.Tensor | None = None
         if past is not None:
             carried = positions[:, 0].clamp(max=past)
             offset = offset + torch.where(first_in_row == 0, carried.unsqueeze(1), 0)
@@ -110,6 +117,8 @@ def positions_from_packing(
         if seq_idx.shape != shape:
             raise ValueError(f"seq_idx has the shape {tuple(seq_idx.shape)}; it must be {shape}, like the tokens")
         begins = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0), value=True)
+    elif cu_seq_lens is None:
+        raise ValueError("give seq_idx or cu_seq_lens_q")
     else:
         tokens = shape[0] * shape[1]
         if cu_seq_lens[0] != 0 or cu_seq_lens[-1] != tokens:

@@ -72,14 +72,14 @@ class LiquidEmbedding(nn.Module):
     def _retained_ratio(self, embedded: torch.Tensor, documents: Documents, cache: Cache | None) -> torch.Tensor:
         with torch.no_grad():
             known = None if cache is None else cache.get_recurrent_state(0, EMBEDDING)
-            known = (None, None) if known is None else known.split((embedded.shape[-1], 1), dim=-1)
+            sums = (None, None) if known is None else known.split((embedded.shape[-1], 1), dim=-1)
             # Use fp64, because a document's sum is a difference of row sums: in fp32, rounding would make a token's
             # novelty depend on the other documents in its row.
             wide = embedded.double()
-            total = sum_in_document(wide, documents, known[0])
+            total = sum_in_document(wide, documents, sums[0])
             # The sum of the earlier tokens stands in for their mean: the cosine depends on the direction only.
             novelty = torch.where(documents.offset == 0, 1.0, 1 - cosine(wide, total - wide))
-            complexity = sum_in_document(novelty.unsqueeze(-1), documents, known[1])
+            complexity = sum_in_document(novelty.unsqueeze(-1), documents, sums[1])
             if cache is not None:
                 newest = torch.cat((total[:, -1], complexity[:, -1]), dim=-1)
                 cache.update_recurrent_state(newest, 0, state_idx=EMBEDDING)
@@ -106,11 +106,13 @@ def sum_in_document(values: torch.Tensor, documents: Documents, known: torch.Ten
     `known` `[B, D]`: the sums over the tokens in the cache, for documents that continue from it.
     """
     if values.shape[1] == 1:  # decoding
-        return values if known is None else values + torch.where((documents.carried > 0)[:, None], known, 0.0)[:, None]
+        return (
+            values if known is None else values + torch.where((documents.continued > 0)[:, None], known, 0.0)[:, None]
+        )
     total = values.cumsum(dim=1)
     before = total.flatten(0, 1)[documents.first_token] - values.flatten(0, 1)[documents.first_token]  # [N, D]
     if known is not None:
         first = documents.number[:, 0]
-        goes_on = (documents.carried > 0).unsqueeze(1)
+        goes_on = (documents.continued > 0).unsqueeze(1)
         before = before.index_add(0, first, torch.where(goes_on, -known, 0.0))
     return total - before[documents.number]

@@ -12,19 +12,21 @@ The trainer divides each term by N, the supervised tokens of the global batch, o
 Budget and expert usage are functions of batch means: (mean ρ - r*)², and Σ_e p̄_e log(E p̄_e), which is zero if every
 expert is used equally. A function of a mean is not a sum over tokens. Its first-order expansion around r̂ and q, the
 means of earlier steps, is such a sum and has the same gradient there.
+
+`PER_SUPERVISED_TOKEN` and `PER_TOKEN` hold a function for each term. A new term is an entry there, and a field of its name in
+`LossWeights` and in the run's keys (`launcher/config.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-PER_SUPERVISED_TOKEN = ("cross_entropy", "focal")
-PER_TOKEN = ("reconstruction", "budget", "expert_usage", "z_loss")
 CHUNK_TOKENS = 1024
 # How many logits are widened to fp32 at a time: on a CPU as many as its cache holds, on a GPU enough to need few calls.
 SLICE_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
@@ -42,7 +44,7 @@ class LossWeights:
     z_loss: float = 0.001
 
 
-def weight_of(term: str, weights: LossWeights) -> float:
+def weight_of(term: str, weights: object) -> float:
     """Return the weight of a term; `weights` may be any object with the fields of `LossWeights`."""
     return 1.0 if term == "cross_entropy" else getattr(weights, term)
 
@@ -106,18 +108,30 @@ def language_loss_sums(
         checkpoint(_chunk_sums, head, *chunk, focal_gamma, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
     ]
-    entropy, focal = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
-    return {"cross_entropy": entropy, "focal": focal}
+    totals = (torch.stack(sums).sum() for sums in zip(*parts, strict=True))
+    return dict(zip(PER_SUPERVISED_TOKEN, totals, strict=True))
 
 
 def _chunk_sums(
     head: Callable[[torch.Tensor], torch.Tensor], states: torch.Tensor, targets: torch.Tensor, focal_gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     asked = targets != -100
     negative_log_likelihood = NegativeLogLikelihood.apply(head(states[asked]), targets[asked])
+    return tuple(term(negative_log_likelihood, focal_gamma) for term in PER_SUPERVISED_TOKEN.values())
+
+
+def _cross_entropy(negative_log_likelihood: torch.Tensor, focal_gamma: float) -> torch.Tensor:
+    return negative_log_likelihood.sum()
+
+
+def _focal(negative_log_likelihood: torch.Tensor, focal_gamma: float) -> torch.Tensor:
     # expm1 keeps (1 - p) exact if p is nearly 1. The clamp is needed because at 0 a power below 1 has no finite gradient.
     missing = (-torch.expm1(-negative_log_likelihood)).clamp(min=torch.finfo(torch.float32).eps)
-    return negative_log_likelihood.sum(), (missing**focal_gamma * negative_log_likelihood).sum()
+    return (missing**focal_gamma * negative_log_likelihood).sum()
+
+
+# Functions of -log p of each supervised token, fp32 `[n]`, and γ.
+PER_SUPERVISED_TOKEN = {"cross_entropy": _cross_entropy, "focal": _focal}
 
 
 class NegativeLogLikelihood(torch.autograd.Function):
@@ -149,6 +163,20 @@ class NegativeLogLikelihood(torch.autograd.Function):
         return result, None
 
 
+@dataclass(frozen=True)
+class TokenFigures:
+    """What the model computed for the M non-padding tokens of a batch, and what the terms compare it with.
+
+    `router_logits` `[L, M, E]` in fp32, `reconstruction_error` and `retained_ratio` `[M]`.
+    """
+
+    router_logits: torch.Tensor
+    reconstruction_error: torch.Tensor
+    retained_ratio: torch.Tensor
+    means: RunningMeans
+    target_ratio: float
+
+
 def regularisation_sums(
     router_logits: torch.Tensor,
     reconstruction_error: torch.Tensor,
@@ -161,24 +189,48 @@ def regularisation_sums(
 
     `router_logits` `[L, B, T, E]`, `reconstruction_error` and `retained_ratio` `[B, T]`, `text` bool `[B, T]`.
     """
-    logits = router_logits[:, text].float()  # [L, M, E]
-    experts = logits.shape[-1]
-    used = means.routing.to(logits).clamp(min=torch.finfo(torch.float32).tiny)  # an expert may never have been used
-    surplus = torch.log(used * experts).unsqueeze(1)
-    mean_ratio = means.retained_ratio.to(retained_ratio)
-    excess = mean_ratio - target_ratio
-    return {
-        "reconstruction": reconstruction_error[text].sum(),
-        "budget": (excess**2 + 2 * excess * (retained_ratio[text] - mean_ratio)).sum(),
-        "expert_usage": (logits.softmax(-1) * surplus).sum() / len(logits),
-        "z_loss": logits.logsumexp(-1).square().sum() / len(logits),
-    }
+    figures = TokenFigures(
+        router_logits[:, text].float(), reconstruction_error[text], retained_ratio[text], means, target_ratio
+    )
+    return {name: term(figures) for name, term in PER_TOKEN.items()}
+
+
+def _reconstruction(figures: TokenFigures) -> torch.Tensor:
+    return figures.reconstruction_error.sum()
+
+
+def _budget(figures: TokenFigures) -> torch.Tensor:
+    mean = figures.means.retained_ratio.to(figures.retained_ratio)
+    excess = mean - figures.target_ratio
+    return (excess**2 + 2 * excess * (figures.retained_ratio - mean)).sum()
+
+
+def _expert_usage(figures: TokenFigures) -> torch.Tensor:
+    logits = figures.router_logits
+    used = figures.means.routing.to(logits).clamp(
+        min=torch.finfo(torch.float32).tiny
+    )  # an expert may never have been used
+    surplus = torch.log(used * logits.shape[-1]).unsqueeze(1)
+    return (logits.softmax(-1) * surplus).sum() / len(logits)
+
+
+def _z_loss(figures: TokenFigures) -> torch.Tensor:
+    logits = figures.router_logits
+    return logits.logsumexp(-1).square().sum() / len(logits)
+
+
+PER_TOKEN = {"reconstruction": _reconstruction, "budget": _budget, "expert_usage": _expert_usage, "z_loss": _z_loss}
 
 
 def total_loss(
-    sums: dict[str, torch.Tensor], weights: LossWeights, supervised: torch.Tensor, tokens: torch.Tensor
+    sums: dict[str, torch.Tensor], weights: object, supervised: torch.Tensor | float, tokens: torch.Tensor | float
 ) -> torch.Tensor:
-    """Return Σ weight · sum / count, with the batch's N `supervised` tokens and M non-padding `tokens` as counts."""
-    language = sum(weight_of(term, weights) * sums[term] for term in PER_SUPERVISED_TOKEN)
-    regularisation = sum(weight_of(term, weights) * sums[term] for term in PER_TOKEN)
-    return language / supervised + regularisation / tokens
+    """Return Σ weight · sum / count, with the batch's N `supervised` tokens and M non-padding `tokens` as counts.
+
+    `weights` may be any object with the fields of `LossWeights`.
+    """
+    return _weighted(PER_SUPERVISED_TOKEN, sums, weights) / supervised + _weighted(PER_TOKEN, sums, weights) / tokens
+
+
+def _weighted(terms: Iterable[str], sums: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
+    return functools.reduce(torch.add, (weight_of(term, weights) * sums[term] for term in terms))

@@ -57,7 +57,7 @@ class LSTMMemory(nn.Module):
         blocks = Blocks.of(documents, self.stride)
         before = None if past_key_values is None else self._recall(past_key_values, hidden, documents)
         states, after = self._run(self._means(hidden, blocks, before), blocks, before)
-        if past_key_values is not None:
+        if past_key_values is not None and before is not None:
             self._remember(past_key_values, hidden, documents, blocks, before, after)
         # Project the states before spreading them over tokens, because there are fewer states than tokens. The rows after
         # the blocks' states serve tokens whose previous block was not completed in this call.
@@ -69,7 +69,7 @@ class LSTMMemory(nn.Module):
         """Decode one token per row, `[B, 1, D]`: it reads the current state and may complete its block."""
         before = self._recall(cache, hidden, documents)
         partial, states = before.partial + hidden[:, 0], torch.stack((before.hidden, before.cell))
-        completes = documents.carried % self.stride == self.stride - 1
+        completes = documents.continued % self.stride == self.stride - 1
         # If the LSTM has hooks, always run it: ZeRO-3 gathers weights in hooks, and skipping a call on one rank would
         # leave the others waiting.
         if completes.any() or self.lstm._forward_pre_hooks or self.lstm._forward_hooks:
@@ -121,7 +121,7 @@ class LSTMMemory(nn.Module):
         flat = hidden.new_zeros(len(documents.lengths), 2 * layers * size + width)
         known = cache.get_recurrent_state(self.layer_index, MEMORY)
         if known is not None:
-            goes_on = (documents.carried > 0).unsqueeze(1)
+            goes_on = (documents.continued > 0).unsqueeze(1)
             flat = flat.index_copy(0, documents.number[:, 0], torch.where(goes_on, known, 0.0))
         states, partial = flat.split((2 * layers * size, width), dim=1)
         state, cell = states.unflatten(1, (2, layers, size)).permute(1, 2, 0, 3)
@@ -236,7 +236,7 @@ class Blocks:
         entered = torch.full_like(block, total)
         if per_document:
             earlier = torch.zeros_like(documents.lengths)
-            earlier[documents.number[:, 0]] = documents.carried // self.stride
+            earlier[documents.number[:, 0]] = documents.continued // self.stride
             block = block - earlier[documents.number]
             entered = entered + documents.number
         first = F.pad(self.counts.cumsum(0)[:-1], (1, 0)).to(block.device)

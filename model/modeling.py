@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ from model.projection import ResidualProjection, TapProjection
 UNUSED_LOGIT = -1e4
 # Initial standard deviation of the embedding's taps: they have almost no effect at first.
 CONVOLUTION_DEVIATION = 0.02
+# transformers wants a default for each field of an output, also for those that are always set.
+ALWAYS_SET: Any = None
 
 
 @dataclass
@@ -37,13 +40,13 @@ class LiquidModelOutput(ModelOutput):
     `[B, H, T, keys]`).
     """
 
-    last_hidden_state: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor = ALWAYS_SET
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
-    router_logits: torch.Tensor | None = None
-    reconstruction_error: torch.Tensor | None = None
-    retained_ratio: torch.Tensor | None = None
+    router_logits: torch.Tensor = ALWAYS_SET
+    reconstruction_error: torch.Tensor = ALWAYS_SET
+    retained_ratio: torch.Tensor = ALWAYS_SET
 
 
 @dataclass
@@ -69,6 +72,7 @@ class LiquidCausalLMOutput(ModelOutput):
 class LiquidPreTrainedModel(PreTrainedModel):
     """The initialisation and the declarations that transformers reads."""
 
+    config: LiquidConfig
     config_class = LiquidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -151,9 +155,9 @@ class LiquidModel(LiquidPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -194,8 +198,8 @@ class LiquidModel(LiquidPreTrainedModel):
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids = _told_by_packing(position_ids, embedded, past, kwargs)
         _check_mask(attention_mask, embedded, past)
-        order = None if attention_mask is None else order_without_gaps(attention_mask, past)
-        if order is not None:
+        order = None
+        if attention_mask is not None and (order := order_without_gaps(attention_mask, past)) is not None:
             if kwargs.get("output_hidden_states") or kwargs.get("output_attentions"):
                 raise ValueError(
                     "hidden states and attentions are not available for texts with padding inside; move the padding to one "
@@ -258,7 +262,7 @@ def _told_by_packing(
         return position_ids
     if past:
         raise ValueError("seq_idx and cu_seq_lens_q cannot be combined with cached tokens; give position_ids instead")
-    told = positions_from_packing(tuple(embedded.shape[:2]), seq_idx, cu_seq_lens)
+    told = positions_from_packing((embedded.shape[0], embedded.shape[1]), seq_idx, cu_seq_lens)
     # Ignore each row's first token: it may continue a document that began in an earlier row.
     if position_ids is not None and bool(((told == 0) != (position_ids.expand_as(told) == 0))[:, 1:].any()):
         raise ValueError(
@@ -276,6 +280,8 @@ def _in_order(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     """The language model: `LiquidModel` and a head tied to its token table."""
 
+    if TYPE_CHECKING:  # transformers declares it in a way that only another type checker reads
+        generate: Any
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: LiquidConfig):
@@ -288,12 +294,12 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
@@ -314,7 +320,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         Raises `ValueError` for labels that are neither -100 nor token ids.
         """
         if labels is not None:
-            check_labels(labels, self.config.used_vocab_size)
+            check_labels(labels, self.config.token_count)
             text = self._text(input_ids, attention_mask, labels)
             labels = _without_padding(labels, text)
         output = self.model(
@@ -334,7 +340,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
                 items = torch.as_tensor(num_items_in_batch, device=supervised.device)
                 loss = loss * (supervised / items.clamp(min=1))
         if logits is not None:
-            unused = self.config.vocab_size - self.config.used_vocab_size
+            unused = self.config.vocab_size - self.config.token_count
             logits = nn.functional.pad(logits, (0, unused), value=UNUSED_LOGIT)
         return LiquidCausalLMOutput(
             loss, logits, output.past_key_values, output.hidden_states, output.attentions, sums, statistics
@@ -347,7 +353,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
 
     def _predict(self, hidden: torch.Tensor) -> torch.Tensor:
         """Compute the logits of the ids that the tokenizer knows."""
-        return self.lm_head(hidden)[..., : self.config.used_vocab_size]
+        return self.lm_head(hidden)[..., : self.config.token_count]
 
     def _loss_sums(
         self, output: LiquidModelOutput, labels: torch.Tensor, text: torch.Tensor, means: RunningMeans | None
@@ -358,9 +364,13 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         )
         language = language_loss_sums(output.last_hidden_state, labels, self._predict, self.loss_weights.focal_gamma)
         regularisation = regularisation_sums(
-            output.router_logits, output.reconstruction_error, output.retained_ratio, text, means,
+            output.router_logits,
+            output.reconstruction_error,
+            output.retained_ratio,
+            text,
+            means,
             config.embedding_target_ratio,
-        )  # fmt: skip
+        )
         statistics = routing_statistics(
             output.router_logits, output.retained_ratio, text, config.num_experts_per_tok, balancing_bias(self)
         )

@@ -11,6 +11,8 @@ parameter and does not affect the experts' weights; the trainer moves it against
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +26,8 @@ from model.projection import ResidualProjection
 class Router(nn.Module):
     """Scores every expert for every token and keeps the best `num_experts_per_tok`."""
 
+    e_score_correction_bias: torch.Tensor
+
     def __init__(self, config: LiquidConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -32,7 +36,7 @@ class Router(nn.Module):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """The gate's weight, under the name that AutoEP expects."""
         return self.gate.weight
 
@@ -133,7 +137,7 @@ def swiglu(tokens: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> t
     return F.linear(F.silu(gate) * up, down)
 
 
-def router_logits(block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def router_logits(block: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Compute the gate's logits `[B, T, E]`, for this block or for the AutoEP layer that replaced it.
 
     The gate is small (E columns), so evaluating it again is cheap. Returning its logits from a block whose forward may

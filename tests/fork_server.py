@@ -57,9 +57,11 @@ class Popen(subprocess.Popen):
         self._ended, tells_end = os.pipe()
         streams = [own if own != -1 else shared for own, shared in ((p2cread, 0), (c2pwrite, 1), (errwrite, 2))]
         request = {
-            "arguments": args[1:], "environment": dict(os.environ if env is None else env),
-            "folder": os.fspath(cwd or os.getcwd()), "new_session": start_new_session,
-        }  # fmt: skip
+            "arguments": args[1:],
+            "environment": dict(os.environ if env is None else env),
+            "folder": os.fspath(cwd or os.getcwd()),
+            "new_session": start_new_session,
+        }
         try:
             self.pid = _server().fork(request, [*streams, tells_end])
         finally:
@@ -114,9 +116,12 @@ class _Client:
             side.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST_REQUEST)
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fork_server", str(theirs.fileno())], cwd=PROJECT, pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(PROJECT)},
-        )  # fmt: skip
+            [sys.executable, "-m", "tests.fork_server", str(theirs.fileno())],
+            cwd=PROJECT,
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(PROJECT)},
+        )
         theirs.close()
 
     def fork(self, request: dict, descriptors: list[int]) -> int:

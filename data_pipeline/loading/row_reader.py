@@ -63,7 +63,9 @@ class RowReader(ABC):
         opened = {shard: self.open_shard(shard) for shard in dict.fromkeys(shards_of_rows) if shard >= 0}
         dtype = np.dtype(token_dtype(self.vocab_size))
         header, padding = _blank_row(self.seq_len, dtype, self.pad_token_id)
-        tokens, spans, pieces = [], [], []
+        tokens: list[bytes | memoryview] = []
+        spans: list[memoryview] = []
+        pieces: list[int] = []
         for shard, row in zip(shards_of_rows, rows_in_shards, strict=True):
             source = opened.get(shard)
             if source is None:

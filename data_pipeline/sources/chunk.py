@@ -15,12 +15,11 @@ BYTES_PER_CHUNK = 2**23  # of a file of lines
 
 
 class Chunk(Protocol):
-    """A range of rows of a source. The object is small, because it is sent to the process that reads the rows.
+    """A range of rows of a source. The object is small, because it is sent to the process that reads the rows."""
 
-    rows: the number of rows, or None if it is unknown until they are read.
-    """
-
-    rows: int | None
+    @property
+    def rows(self) -> int | None:
+        """The number of rows, or None if it is unknown until they are read."""
 
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         """Yield frames with the columns prompt, answer and source, as `Layout.turns` makes them, in a fixed order.

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -22,8 +23,8 @@ def is_compressed(file: Path) -> bool:
 
 def open_bytes(file: Path) -> BinaryIO:
     """Open a file for reading its uncompressed bytes. Reading raises one of FAULTS if the file is damaged."""
-    openers = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
-    return cast(BinaryIO, openers.get(file.suffix.lower(), Path.open)(file, "rb"))
+    openers: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": _open_zstandard}
+    return openers.get(file.suffix.lower(), Path.open)(file, "rb")
 
 
 def _open_zstandard(file: Path, mode: str) -> BinaryIO:

@@ -107,11 +107,11 @@ def _in_folder(folder: Path, choice: FileChoice, found: Found) -> list[Path]:
 
 def _matching(part: str, path: Path, choice: FileChoice, found: Found) -> list[Path]:
     """Return the files that match a pattern. Brackets and stars in the names of existing folders stand for themselves."""
-    pattern, literal = "", Path(path.anchor)
+    literal: Path | None = Path(path.anchor)
+    pattern = ""
     for step in path.parts[len(Path(path.anchor).parts) :]:
-        is_literal = literal is not None and (literal / step).is_dir()
-        literal = literal / step if is_literal else None
-        pattern = os.path.join(pattern or path.anchor, glob.escape(step) if is_literal else step)
+        literal = literal / step if literal is not None and (literal / step).is_dir() else None
+        pattern = os.path.join(pattern or path.anchor, step if literal is None else glob.escape(step))
     taken = []
     for name in sorted(glob.glob(pattern, recursive=True)):
         file = Path(name)

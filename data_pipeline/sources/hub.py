@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import polars as pl
@@ -55,7 +55,7 @@ class HubChunk:
         if part.column_names is not None:
             part = part.select_columns(columns_of(layout, part.column_names))
         for number, row in enumerate(part, skip):
-            yield row, lambda number=number: f"row {number} of file {self.index} of the hub dataset {self.name!r}"
+            yield row, partial("row {} of file {} of the hub dataset {!r}".format, number, self.index, self.name)
 
 
 def hub_chunks(name: str, choice: LayoutChoice, split: str = "train") -> tuple[dict, tuple[HubChunk, ...], Layout]:

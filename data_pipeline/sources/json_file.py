@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,9 +34,9 @@ class JsonChunk:
         yield from frames(_rows(self.file), layout, shown(self.file.name), bad_rows)
 
 
-def json_chunks(file: Path, layout: Layout) -> list[Chunk]:
+def json_chunks(file: Path, layout: Layout) -> Sequence[Chunk]:
     """Return one chunk for a list, or ranges of lines."""
-    return [JsonChunk(file)] if _is_list(file) else list(jsonl_chunks(file, layout))
+    return [JsonChunk(file)] if _is_list(file) else jsonl_chunks(file, layout)
 
 
 def json_columns(file: Path) -> list[str] | None:

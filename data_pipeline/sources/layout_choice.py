@@ -52,9 +52,8 @@ class Form:
         if name == "chat":
             return ChatLayout(columns["messages"], source=source)
         columns = {role: columns.get(role, role) for role in self.roles}
-        prompt, answer = (
-            None if text is None else Template(_with_columns(text, columns)) for text in (self.prompt, self.answer)
-        )
+        prompt = None if self.prompt is None else Template(_with_columns(self.prompt, columns))
+        answer = Template(_with_columns(self.answer, columns))
         return TemplateLayout(name, prompt, answer, source, tuple(columns[role] for role in self.optional))
 
 

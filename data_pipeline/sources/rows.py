@@ -7,6 +7,7 @@ Readers that see one row at a time pass them through `frames`. Readers of whole 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -147,7 +148,7 @@ def _conversations(values: list, where: str, layout: ChatLayout, first_row: int,
         try:
             rows.append(layout.row({layout.messages: value}))
         except BadRowError as error:
-            bad_rows.add(error, lambda number=number: f"{where}, row {number}")
+            bad_rows.add(error, partial("{}, row {}".format, where, number))
             rows.append(layout.bad_row())
     return rows
 

@@ -104,8 +104,8 @@ class Source:
     @property
     def num_rows(self) -> int | None:
         """The number of rows, or None if it is unknown until they are read."""
-        rows = [chunk.rows for chunk in self.chunks]
-        return None if None in rows else sum(rows)
+        rows = [chunk.rows for chunk in self.chunks if chunk.rows is not None]
+        return sum(rows) if len(rows) == len(self.chunks) else None
 
     def check_unchanged(self) -> None:
         """Raise DataError if one of the files has changed since the source was opened."""
@@ -159,7 +159,8 @@ def file_source(parts: list[str], layout: LayoutChoice = BY_COLUMNS, choice: Fil
 
 def _notes(files: list[Path]) -> list[str]:
     """Say which files only one process can read."""
-    whole = [file for file in files if is_compressed(file) or not format_of(file).is_divided]
+    kinds = [(file, format_of(file)) for file in files]
+    whole = [file for file, kind in kinds if kind is not None and (is_compressed(file) or not kind.is_divided)]
     if not whole:
         return []
     more = f" and {len(whole) - 1:,} more" if len(whole) > 1 else ""

@@ -15,11 +15,13 @@ LINE_EVERY = 30  # seconds between progress lines if stderr is not a terminal
 def add_evaluate(commands) -> None:
     """Add `lfm evaluate` to the commands."""
     parser = command(
-        commands, "evaluate", _evaluate,
+        commands,
+        "evaluate",
+        _evaluate,
         "Score a model on held-out questions: the likelihood of the expected answers, and the answers that it generates. "
         "Processes started by srun, mpirun, torchrun or deepspeed share the work; the metrics stay the same.",
         "lfm evaluate runs/sample/export --data data/sample --limit 100",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="exported folder or run folder")
     source = parser.add_mutually_exclusive_group()
     source.add_argument(

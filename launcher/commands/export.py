@@ -12,10 +12,12 @@ from launcher.commands.parsing import command, size
 def add_export(commands) -> None:
     """Add `lfm export` to the commands."""
     parser = command(
-        commands, "export", _export,
+        commands,
+        "export",
+        _export,
         "Write a run's checkpoint as a Hugging Face folder: weights, configuration, tokenizer and a model card.",
         "lfm export runs/sample --out runs/sample/export --dtype bf16",
-    )  # fmt: skip
+    )
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", required=True, default=argparse.SUPPRESS, help="folder to write; an earlier export there is replaced"
@@ -24,9 +26,11 @@ def add_export(commands) -> None:
         "--tag", default="auto", help="checkpoint: a tag, 'auto' for the newest whole one, or 'best' by validation"
     )
     parser.add_argument(
-        "--dtype", default="fp32", choices=("bf16", "fp16", "fp32"),
+        "--dtype",
+        default="fp32",
+        choices=("bf16", "fp16", "fp32"),
         help="data type of the weights; fp32 is what the optimizer keeps, bf16 and fp16 take half the space",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--max-shard-size",
         type=size,
@@ -35,9 +39,10 @@ def add_export(commands) -> None:
         help="maximum size of a weights file, such as 500MB",
     )
     parser.add_argument(
-        "--custom-code", action="store_true",
+        "--custom-code",
+        action="store_true",
         help="add the model's code, for loading with trust_remote_code=True without this project installed",
-    )  # fmt: skip
+    )
 
 
 def _export(options) -> None:

@@ -9,9 +9,12 @@ from launcher.errors import ConfigurationError
 def add_fetch(commands) -> None:
     """Add `lfm fetch` to the commands."""
     parser = command(
-        commands, "fetch", _fetch, "Download a dataset and a tokenizer from the Hugging Face hub, for jobs that run offline.",
+        commands,
+        "fetch",
+        _fetch,
+        "Download a dataset and a tokenizer from the Hugging Face hub, for jobs that run offline.",
         "lfm fetch --out data/hub  (then: lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--dataset", default="TIGER-Lab/WebInstructSub", help="hub dataset; its parquet files are downloaded"
     )
@@ -36,7 +39,7 @@ def _fetch(options) -> None:
         try:
             revision = HfApi().repo_info(name, repo_type=repository).sha
             snapshot_download(name, repo_type=repository, revision=revision, local_dir=target, allow_patterns=patterns)
-            if repository == "dataset":
+            if repository == "dataset" and revision is not None:
                 write_origin(target, name, revision)  # for the index of prepared shards and the model card
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, HTTPError, OSError) as error:
             raise ConfigurationError(

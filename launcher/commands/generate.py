@@ -13,11 +13,13 @@ from launcher.commands.parsing import command
 def add_generate(commands) -> None:
     """Add `lfm generate` to the commands."""
     parser = command(
-        commands, "generate", _generate,
+        commands,
+        "generate",
+        _generate,
         "Answer questions from the command line, from --file, or from standard input (one per line). On a terminal, a "
         "single question is answered token by token.",
         'lfm generate runs/sample/export "What is the capital of Peru?"',
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="exported folder or run folder")
     parser.usage = f"{parser.prog} [options] model [question ...]"
     # Not "*": it would match nothing if an option stands between the model and the questions.
@@ -59,7 +61,7 @@ def _generate(options) -> None:
         raise ConfigurationError(f"--batch-size is {options.batch_size}; it must be at least 1")
     for question in options.question:
         if not is_text(question):
-            raise ConfigurationError(f"the question {os.fsencode(question)} is not UTF-8 text; write it in UTF-8")
+            raise ConfigurationError(f"the question {os.fsencode(question)!r} is not UTF-8 text; write it in UTF-8")
     questions = options.question or _read_questions(options.file)
     for number, question in enumerate(questions, start=1):
         name = f"question {number}" if len(questions) > 1 else "the question"

@@ -18,9 +18,8 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 def command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
     """Add a command that calls `run(options)`, with an example below its options."""
     parser = commands.add_parser(
-        name, help=help, description=help, epilog=f"example: {epilog}",
-        formatter_class=_Defaults,
-    )  # fmt: skip
+        name, help=help, description=help, epilog=f"example: {epilog}", formatter_class=_Defaults
+    )
     parser.set_defaults(run=run)
     return parser
 

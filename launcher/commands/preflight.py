@@ -18,11 +18,13 @@ from launcher.errors import ConfigurationError
 def add_preflight(commands) -> None:
     """Add `lfm preflight` to the commands."""
     parser = command(
-        commands, "preflight", _preflight,
+        commands,
+        "preflight",
+        _preflight,
         "Check a run before it starts: settings, data, model, memory, disk and GPUs; if started by srun, mpirun, torchrun "
         "or deepspeed, also all nodes together. The exit code is 1 if a line is red.",
         "lfm preflight --deepspeed_config ds_configs/zero3.json --config run.yaml --nodes 4 --ranks-per-node 8",
-    )  # fmt: skip
+    )
     parser.add_argument("--deepspeed_config", required=True, help="DeepSpeed JSON, usually ds_configs/zero3.json")
     parser.add_argument("--nodes", type=int, default=argparse.SUPPRESS, metavar="N",
                         help="number of nodes (default: from the SLURM job or the started ranks, otherwise 1)")  # fmt: skip
@@ -91,9 +93,10 @@ def world_of(options, environment, variables=os.environ):
         return environment
     alone = environment.world_size == 1
     nodes = nodes or (
-        int(variables.get("SLURM_JOB_NUM_NODES", 1)) if alone
+        int(variables.get("SLURM_JOB_NUM_NODES", 1))
+        if alone
         else max(1, environment.world_size // environment.local_world_size)
-    )  # fmt: skip
+    )
     if ranks is None:
         of_job = int(variables["SLURM_NTASKS"]) // nodes if alone and variables.get("SLURM_NTASKS") else None
         ranks = of_job or int(variables.get("SLURM_NTASKS_PER_NODE", environment.local_world_size))

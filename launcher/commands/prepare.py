@@ -27,66 +27,139 @@ To resume an interrupted preparation, run the same command again.
 
 def add_prepare(commands) -> None:
     parser = commands.add_parser(
-        "prepare", help="Clean, tokenize and pack texts into WebDataset shards.",
-        description="Clean, tokenize and pack texts into WebDataset shards.", epilog=EPILOG,
+        "prepare",
+        help="Clean, tokenize and pack texts into WebDataset shards.",
+        description="Clean, tokenize and pack texts into WebDataset shards.",
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(run=prepare)
     add = parser.add_argument
-    add("source", nargs="+", metavar="SOURCE",
-        help="'sample', a hub dataset, or files, folders and patterns: parquet, arrow, jsonl, json, csv, tar")  # fmt: skip
+    add(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="'sample', a hub dataset, or files, folders and patterns: parquet, arrow, jsonl, json, csv, tar",
+    )
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
-    add("--tokenizer", help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
-        f"'train' for the sample, otherwise {LED})")  # fmt: skip
+    add(
+        "--tokenizer",
+        help="folder or hub name of an LED tokenizer, or 'train' to train one on the source (default: "
+        f"'train' for the sample, otherwise {LED})",
+    )
     add("--seq-len", type=int, help="tokens per packed row (default: 256 for the sample, otherwise 2048)")
     add("--workers", type=int, help="number of processes (default: one per available core, 1 under mpirun)")
     add("--rows-per-shard", type=int, default=4096, help="maximum packed rows per tar file (default: %(default)s)")
-    add("--validation-share", type=float, metavar="SHARE",
-        help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)")  # fmt: skip
+    add(
+        "--validation-share",
+        type=float,
+        metavar="SHARE",
+        help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)",
+    )
     files = parser.add_argument_group("files")
     add = files.add_argument
     add("--split", default="train", help="the split of a hub dataset or of a folder to read (default: %(default)s)")
-    add("--exclude-files", nargs="+", default=(), metavar="PATTERN",
-        help="files of a folder to leave out, by name or by path, such as '*.txt' 'raw/*'")  # fmt: skip
-    add("--on-bad-row", default="refuse", choices=("refuse", "skip"),
-        help="end at a row that cannot be read, or skip it and count it by reason (default: %(default)s)")  # fmt: skip
+    add(
+        "--exclude-files",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="files of a folder to leave out, by name or by path, such as '*.txt' 'raw/*'",
+    )
+    add(
+        "--on-bad-row",
+        default="refuse",
+        choices=("refuse", "skip"),
+        help="end at a row that cannot be read, or skip it and count it by reason (default: %(default)s)",
+    )
     layout = parser.add_argument_group(
         "columns", "Without these options, the layout follows from the names of the columns."
     )
     add = layout.add_argument
-    add("--layout", default="auto", metavar="NAME",
+    add(
+        "--layout",
+        default="auto",
+        metavar="NAME",
         help="question-answer, instruction (instruction, input, output), prompt-response (or completion), chat (messages or "
-        "conversations), or text (default: %(default)s)")  # fmt: skip
-    add("--columns", type=_pairs, default=(), metavar="NAME=COLUMN,…",
-        help="the columns that stand for those of the layout, such as question=title,answer=body,source=site")  # fmt: skip
-    add("--prompt-template", metavar="TEXT",
-        help="make the prompt of any columns, such as 'Translate into German: {translation.en}'")  # fmt: skip
-    add("--answer-template", metavar="TEXT",
-        help="make the answer of any columns; without a prompt template, it is a plain text")  # fmt: skip
-    add("--task", metavar="NAME",
+        "conversations), or text (default: %(default)s)",
+    )
+    add(
+        "--columns",
+        type=_pairs,
+        default=(),
+        metavar="NAME=COLUMN,…",
+        help="the columns that stand for those of the layout, such as question=title,answer=body,source=site",
+    )
+    add(
+        "--prompt-template",
+        metavar="TEXT",
+        help="make the prompt of any columns, such as 'Translate into German: {translation.en}'",
+    )
+    add(
+        "--answer-template",
+        metavar="TEXT",
+        help="make the answer of any columns; without a prompt template, it is a plain text",
+    )
+    add(
+        "--task",
+        metavar="NAME",
         help="put a task around the columns: summarization (document, summary) or translation:FROM-TO, such as "
-        "translation:en-de (translation.en, translation.de)")  # fmt: skip
+        "translation:en-de (translation.en, translation.de)",
+    )
     which = parser.add_argument_group("row selection")
     add = which.add_argument
     add("--sources", nargs="+", default=(), metavar="NAME", help="keep only the rows of these sources")
     add("--exclude-sources", nargs="+", default=(), metavar="NAME", help="drop the rows of these sources")
-    add("--minimum-tokens", type=int, default=1, metavar="N",
-        help="drop documents with fewer tokens (default: %(default)s)")  # fmt: skip
-    add("--long-documents", default="split", choices=("split", "drop"),
-        help="split documents that are longer than a row across several rows, or drop them (default: %(default)s)")  # fmt: skip
-    add("--near-duplicates", nargs="?", type=float, const=0.8, metavar="SIMILARITY",
+    add(
+        "--minimum-tokens",
+        type=int,
+        default=1,
+        metavar="N",
+        help="drop documents with fewer tokens (default: %(default)s)",
+    )
+    add(
+        "--long-documents",
+        default="split",
+        choices=("split", "drop"),
+        help="split documents that are longer than a row across several rows, or drop them (default: %(default)s)",
+    )
+    add(
+        "--near-duplicates",
+        nargs="?",
+        type=float,
+        const=0.8,
+        metavar="SIMILARITY",
         help="drop rows whose three-word sequences have at least this Jaccard similarity to an earlier row (0.8 if no "
-        "value is given); exact duplicates are always dropped")  # fmt: skip
-    add("--decontaminate", nargs="+", default=(), metavar="FILE",
-        help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)")  # fmt: skip
-    add("--augment", nargs="+", default=(), metavar="NAME",
+        "value is given); exact duplicates are always dropped",
+    )
+    add(
+        "--decontaminate",
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)",
+    )
+    add(
+        "--augment",
+        nargs="+",
+        default=(),
+        metavar="NAME",
         help="add a copy of each training row in other words, for each of these that applies to it: request, number-words, "
-        "swapped-operands, reversed-fact, without-courtesy (see data_pipeline/README.md)")  # fmt: skip
+        "swapped-operands, reversed-fact, without-courtesy (see data_pipeline/README.md)",
+    )
     text = parser.add_argument_group("cleaning")
-    text.add_argument("--newlines", default="keep", choices=("keep", "space"),
-        help="keep line breaks, or replace them with spaces (default: %(default)s)")  # fmt: skip
-    text.add_argument("--unicode-form", default="NFC", choices=("NFC", "NFKC"),
-        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)")  # fmt: skip
+    text.add_argument(
+        "--newlines",
+        default="keep",
+        choices=("keep", "space"),
+        help="keep line breaks, or replace them with spaces (default: %(default)s)",
+    )
+    text.add_argument(
+        "--unicode-form",
+        default="NFC",
+        choices=("NFC", "NFKC"),
+        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)",
+    )
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -166,10 +239,13 @@ def print_counts(folder: str, index: dict) -> None:
 
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     """Parse `NAME=COLUMN,…`."""
-    pairs = tuple(tuple(pair.split("=", 1)) for pair in text.split(","))
-    if any(len(pair) < 2 or not all(pair) for pair in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form question=COLUMN,answer=COLUMN")
-    return pairs
+    pairs = []
+    for pair in text.split(","):
+        name, _, column = pair.partition("=")
+        if not name or not column:
+            raise argparse.ArgumentTypeError(f"{text!r} is not of the form question=COLUMN,answer=COLUMN")
+        pairs.append((name, column))
+    return tuple(pairs)
 
 
 def _given(value, default):

@@ -11,9 +11,12 @@ from launcher.commands.parsing import command
 def add_report(commands) -> None:
     """Add `lfm report` to the commands."""
     parser = command(
-        commands, "report", _report,
-        "Write a run's curves, expert load, sampled answers and environment as one HTML page.", "lfm report runs/sample",
-    )  # fmt: skip
+        commands,
+        "report",
+        _report,
+        "Write a run's curves, expert load, sampled answers and environment as one HTML page.",
+        "lfm report runs/sample",
+    )
     parser.add_argument("run_folder", metavar="RUN", help="run folder")
     parser.add_argument("--out", default=argparse.SUPPRESS, help="file to write (default: report.html in RUN)")
 

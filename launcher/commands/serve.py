@@ -13,11 +13,13 @@ from launcher.errors import ConfigurationError
 def add_serve(commands) -> None:
     """Add `lfm serve` to the commands."""
     parser = command(
-        commands, "serve", _serve,
+        commands,
+        "serve",
+        _serve,
         "Serve OpenAI chat completions at http://127.0.0.1:8000/v1, and a web page for questions at the same address. "
         "Requests are answered one after another.",
         "lfm serve runs/sample/export --port 8000",
-    )  # fmt: skip
+    )
     parser.add_argument("model", help="exported folder or run folder")
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on; any but a loopback address requires a token"
@@ -62,15 +64,21 @@ def _serve(options) -> None:
 
     listener = _listen(options.host, options.port)
     limits = Limits(
-        body_bytes=options.body_bytes, new_tokens=options.max_new_tokens, seconds=options.request_seconds,
+        body_bytes=options.body_bytes,
+        new_tokens=options.max_new_tokens,
+        seconds=options.request_seconds,
         waiting=options.max_waiting,
-    )  # fmt: skip
+    )
     name = options.name or Path(options.model).resolve().name
     app = build_app(Worker(*load_model(options.model), limits), name, options.host, token)
     config = uvicorn.Config(
-        app, http=ImpatientProtocol, log_level="warning", timeout_keep_alive=5, timeout_graceful_shutdown=5,
+        app,
+        http=ImpatientProtocol,
+        log_level="warning",
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=5,
         server_header=False,
-    )  # fmt: skip
+    )
     host, port = listener.getsockname()[:2]
     print(f"{name} answers at http://{f'[{host}]' if ':' in host else host}:{port} (stop with Ctrl-C)", flush=True)
     uvicorn.Server(config).run(sockets=[listener])

@@ -17,34 +17,48 @@ from launcher.commands.parsing import command
 def add_verify(commands) -> None:
     """Add `lfm verify DIR` to the commands."""
     parser = command(
-        commands, "verify", _verify,
-        "Check the counts and hashes of a shard folder with all processors, and name every bad file.", "lfm verify data/sample",
-    )  # fmt: skip
+        commands,
+        "verify",
+        _verify,
+        "Check the counts and hashes of a shard folder with all processors, and name every bad file.",
+        "lfm verify data/sample",
+    )
     parser.add_argument("folder", metavar="DIR", help="folder made by lfm prepare")
     parser.add_argument(
-        "--workers", type=int, default=argparse.SUPPRESS,
+        "--workers",
+        type=int,
+        default=argparse.SUPPRESS,
         help="number of processes, each with one shard in memory (default: one per available processor)",
-    )  # fmt: skip
+    )
 
 
 def add_inspect(commands) -> None:
     """Add `lfm inspect DIR` to the commands."""
     parser = command(
-        commands, "inspect", _inspect, "Show a shard folder's counts, lengths, fill and sources, and some rows as text.",
+        commands,
+        "inspect",
+        _inspect,
+        "Show a shard folder's counts, lengths, fill and sources, and some rows as text.",
         "lfm inspect data/sample --rows 3 --png histograms.png",
-    )  # fmt: skip
+    )
     parser.add_argument("folder", metavar="DIR", help="folder made by lfm prepare")
     parser.add_argument("--rows", type=int, default=2, help="number of random rows to show as text")
     parser.add_argument(
-        "--row", type=int, action="append", default=argparse.SUPPRESS, metavar="K",
+        "--row",
+        type=int,
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="K",
         help="show row K instead of random ones; may be repeated",
-    )  # fmt: skip
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed that chooses the rows of --rows")
     parser.add_argument("--full", action="store_true", help="show texts and the list of sources unshortened")
     parser.add_argument(
-        "--png", default=argparse.SUPPRESS, metavar="PATH",
+        "--png",
+        default=argparse.SUPPRESS,
+        metavar="PATH",
         help="also draw histograms: a file name that ends in .png, or a folder",
-    )  # fmt: skip
+    )
 
 
 def _verify(options) -> None:

@@ -44,16 +44,22 @@ def add_submit(commands) -> None:
     add("--sweep", action="append", default=[], metavar="KEY=V,V",
         help="train once for each value, each in its own run folder below `output`; repeat for combinations")  # fmt: skip
     add("--table", metavar="OUTPUT", help="show the state of a sweep's runs, and write it to table.md in OUTPUT")
-    add("--site", nargs="+", metavar="NAME=VALUE",
+    add(
+        "--site",
+        nargs="+",
+        metavar="NAME=VALUE",
         help="save settings for all later jobs: partition, account, qos, reservation, modules, interface, venv, conda, "
-        "image; an empty VALUE removes one")  # fmt: skip
+        "image; an empty VALUE removes one",
+    )
     resources = parser.add_argument_group("resources (in a chain, for the training job)")
     resources.add_argument("--nodes", type=int, help="number of nodes (default: the script's)")
     resources.add_argument(
         "--gpus", type=int, help="GPUs on each node, with one task for each; 0 for one task on the CPU"
     )
-    resources.add_argument("--mem", help="memory of each node, such as 200G (default: the script's; with two or more GPUs, "
-                           "all memory of the node)")  # fmt: skip
+    resources.add_argument(
+        "--mem",
+        help="memory of each node, such as 200G (default: the script's; with two or more GPUs, all memory of the node)",
+    )
     resources.add_argument("--time", help="time limit, such as 12:00:00 (default: the script's)")
     add("--sbatch", action="append", default=[], metavar="OPTION",
         help="any other sbatch option, such as --sbatch=--exclude=node7; may be repeated")  # fmt: skip

@@ -19,4 +19,4 @@ def forget_earlier_steps(optimizer: DeepSpeedCPUAdam, *_) -> None:
     one_zero = [torch.zeros(1) for _ in range(4)]  # parameter, gradient and both moments
     optimizer.ds_opt_adam.adam_update(
         optimizer.opt_id, 1 << 30, 0.0, *group["betas"], group["eps"], 0.0, True, *one_zero
-    )  # fmt: skip
+    )

@@ -24,7 +24,7 @@ from launcher.training.checkpoints.states import check_states
 from launcher.training.checkpoints.universal import for_ranks
 from launcher.training.monitoring.validation import open_validation_data
 from launcher.training.preflight.checks import check_start
-from launcher.training.setup.data_source import open_run_data, will_be_prepared
+from launcher.training.setup.data_source import open_run_data, to_prepare
 from launcher.training.setup.deepspeed_config import SHARED_NUMBERS, resolve_deepspeed_config
 from launcher.training.setup.model_source import model_config
 from model.configuration import LiquidConfig, own_fields
@@ -67,8 +67,8 @@ def make_plan(
 
 
 def _plan(config: RunConfig, run: RunFolder, deepspeed_path: str, environment: Environment) -> Plan:
-    if will_be_prepared(config):
-        _prepare(config.prepare, config.data)
+    if missing := to_prepare(config):
+        _prepare(*missing)
     data = open_run_data(config)
     open_validation_data(config, data)
     sizes = model_config(config, data, run if has_checkpoints(run) else None)
@@ -127,7 +127,7 @@ def _changes(changed: dict[str, list]) -> list[str]:
 
 def share_plan(plan: Plan | None) -> Plan:
     """Send rank 0's plan to all ranks, and return it."""
-    shared = [plan]
+    shared: list = [plan]
     dist.broadcast_object_list(shared, src=0)
     return shared[0]
 

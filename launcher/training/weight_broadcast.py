@@ -13,6 +13,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from launcher.deepspeed_json import precision, zero_stage
 from model import LiquidForCausalLM
 
 # Size of a tensor in bytes. After a larger one, freed memory is returned to the system.
@@ -33,13 +34,18 @@ def fill_from_rank_0(
     here (AutoEP later gathers the experts of one layer at a time). The buffers are small and stay whole.
     """
     device = torch.device(get_accelerator().current_device_name())
-    dtype = next((HALF[name] for name in HALF if resolved.get(name, {}).get("enabled")), torch.float32)
+    dtype = HALF.get(precision(resolved), torch.float32)
     is_main = torch.distributed.get_rank() == 0
-    is_cut = resolved.get("zero_optimization", {}).get("stage") == 3
-    send = _sender_of_parts(resolved) if is_cut else functools.partial(torch.distributed.broadcast, src=0)
+    send = (
+        _sender_of_parts(resolved)
+        if zero_stage(resolved) == 3
+        else functools.partial(torch.distributed.broadcast, src=0)
+    )
 
     def own(name: str, meta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return read(name).to(device, dtype) if is_main else torch.empty(meta.shape, dtype=dtype, device=device)
+        if read is not None and is_main:
+            return read(name).to(device, dtype)
+        return torch.empty(meta.shape, dtype=dtype, device=device)
 
     for prefix, module in model.named_modules():
         for name, meta in list(module.named_buffers(recurse=False)):
@@ -64,7 +70,7 @@ def fill_from_rank_0(
 
 def _sender_of_parts(resolved: dict) -> Callable[[torch.nn.Parameter], None]:
     """Return a function that sends rank 0's parameter and leaves each rank with its partition of it."""
-    earlier = []
+    earlier: list = []
 
     def send(parameter: torch.nn.Parameter) -> None:
         if earlier:

@@ -117,12 +117,16 @@ def run_picture(run: Path) -> str:
             f'<text x="{60 + 140 * part}" y="270" text-anchor="middle" class="small">{steps[1] * part // 4}</text>'
         )
     return svg(
-        680, 290, "A run of the sample: training loss and held-out accuracy", *grid,
-        curve(loss, steps, (0, highest), "first"), curve(right, steps, (0, 1), "second"),
+        680,
+        290,
+        "A run of the sample: training loss and held-out accuracy",
+        *grid,
+        curve(loss, steps, (0, highest), "first"),
+        curve(right, steps, (0, 1), "second"),
         '<text x="60" y="18" class="first-text">training cross entropy, nats a token</text>',
         '<text x="620" y="18" text-anchor="end" class="second-text">held-out tokens right</text>',
         '<text x="340" y="286" text-anchor="middle" class="small">step</text>',
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -155,9 +155,12 @@ def datasets_map(rows: pl.DataFrame, preparation: Preparation, folder: Path) -> 
 
     def run() -> None:
         encoded = dataset.map(
-            encode, batched=True, num_proc=preparation.workers, remove_columns=["question", "answer"],
+            encode,
+            batched=True,
+            num_proc=preparation.workers,
+            remove_columns=["question", "answer"],
             load_from_cache_file=False,
-        )  # fmt: skip
+        )
         with webdataset.ShardWriter(str(folder / "slow-%05d.tar"), verbose=0) as writer:
             for number, row in enumerate(encoded):
                 writer.write({"__key__": f"{number:08d}", "ids.json": json.dumps(row["ids"]).encode()})
@@ -184,9 +187,11 @@ def datatrove_pipeline(rows: pl.DataFrame, preparation: Preparation, folder: Pat
         out = folder / f"datatrove-{next(numbers)}"  # datatrove skips work that its logs record as done
         writer = DocumentTokenizer(str(out / "out"), tokenizer_name_or_path=tokenizer, shuffle_documents=False)
         executor = LocalPipelineExecutor(
-            [JsonlReader(str(source)), writer], tasks=preparation.workers, workers=preparation.workers,
+            [JsonlReader(str(source)), writer],
+            tasks=preparation.workers,
+            workers=preparation.workers,
             logging_dir=str(out / "logs"),
-        )  # fmt: skip
+        )
         return seconds_of(executor.run)
 
     return run

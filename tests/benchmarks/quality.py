@@ -221,10 +221,12 @@ def best_rate(results: list[dict]) -> float:
 def speed_table(speed: dict, _: dict) -> list[str]:
     tokens_per_second = "tokens/s, and the step time over tiny's"
     lines = [
-        f"Whole training steps by turns, {speed['threads']} threads, machine's load before: {speed['load_before']:.1f}", "",
-        f"| model | bf16: {tokens_per_second} | fp32: {tokens_per_second} |", "|---|---|---|",
+        f"Whole training steps by turns, {speed['threads']} threads, machine's load before: {speed['load_before']:.1f}",
+        "",
+        f"| model | bf16: {tokens_per_second} | fp32: {tokens_per_second} |",
+        "|---|---|---|",
         f"| tiny | {tokens_of(speed, 'tiny')} | {tokens_of(speed, 'tiny', 'float32')} |",
-    ]  # fmt: skip
+    ]
     for name in speed["float32"]:
         cells = [
             f"{tokens_of(speed, name, dtype)}, {relative_time(speed, name, dtype)}" for dtype in ("bfloat16", "float32")
@@ -267,9 +269,11 @@ def seeds_table(seeds: dict[str, list[dict]], speed: dict) -> list[str]:
 
 def ablations_table(ablations: dict[str, list[dict]], speed: dict) -> list[str]:
     lines = [
-        f"Means of {len(ABLATION_SEEDS)} seeds; `tie`: the difference is no larger than that of the default's own seeds.", "",
-        "| variant | parameters | bits/byte | difference | step time |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"Means of {len(ABLATION_SEEDS)} seeds; `tie`: the difference is no larger than that of the default's own seeds.",
+        "",
+        "| variant | parameters | bits/byte | difference | step time |",
+        "|---|---|---|---|---|",
+    ]
     default = [result["bits_per_byte"] for result in ablations["tiny"]]
     for variant, results in ablations.items():
         first, compared = results[0], results[: len(ABLATION_SEEDS)]

@@ -85,9 +85,13 @@ def _number_of(question: str) -> int:
 def training_stream(folder: Path) -> BatchStream:
     """Return the training batches, in the same order for every model and seed."""
     return BatchStream(
-        ShardFolder(folder / "training"), seed=ORDER_SEED, global_batch_rows=ROWS_PER_STEP,
-        micro_batch_rows=ROWS_PER_STEP, rank=0, world_size=1,
-    )  # fmt: skip
+        ShardFolder(folder / "training"),
+        seed=ORDER_SEED,
+        global_batch_rows=ROWS_PER_STEP,
+        micro_batch_rows=ROWS_PER_STEP,
+        rank=0,
+        world_size=1,
+    )
 
 
 def validation_batches(folder: Path) -> list[ValidationBatch]:

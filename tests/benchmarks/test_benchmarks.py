@@ -54,8 +54,12 @@ def test_the_table_has_a_line_for_each_row_and_each_failure():
 
 def test_figures_have_three_digits():
     assert [report.number(value) for value in (12345.6, 100.2, 99.84, 1.0, 0.01234)] == [
-        "12,346", "100", "99.8", "1.00", "0.0123",
-    ]  # fmt: skip
+        "12,346",
+        "100",
+        "99.8",
+        "1.00",
+        "0.0123",
+    ]
 
 
 def test_only_the_text_between_the_markers_is_replaced(tmp_path, monkeypatch):

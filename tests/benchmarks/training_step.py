@@ -84,15 +84,23 @@ class RunningLoop:
 
     def __init__(self, loop: Loop, ranks: int):
         command = [sys.executable, "-m", "tests.benchmarks.training_step", json.dumps(dataclasses.asdict(loop))]
-        place = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port())}  # fmt: skip
+        place = {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        }
         self._processes = [
             subprocess.Popen(
-                command, cwd=PROJECT, env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                command,
+                cwd=PROJECT,
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for rank in range(ranks)
-        ]  # fmt: skip
+        ]
 
     def step(self) -> float:
         """Let all ranks take a step; return the seconds of the slowest. Raises `RuntimeError` if one has ended."""
@@ -198,9 +206,11 @@ def build_training(loop: Loop) -> tuple:
     model, batch, counts = build_model(loop)
     ranks = environment.world_size
     config = RunConfig(
-        global_batch_rows=ranks * loop.rows, micro_batch_rows=loop.rows, expert_parallel_size=ranks,
+        global_batch_rows=ranks * loop.rows,
+        micro_batch_rows=loop.rows,
+        expert_parallel_size=ranks,
         activation_checkpointing=False,
-    )  # fmt: skip
+    )
     resolved, *_ = resolve_deepspeed_config(DEEPSPEED_JSON, config, environment, model.config.num_experts)
     for half in ("fp16", "bf16"):  # fp32 on both sides: in half precision DeepSpeed keeps fp32 copies as well
         resolved.pop(half, None)

@@ -153,9 +153,11 @@ def test_preflight_ends_a_job_for_wrong_settings_and_requeues_it_for_broken_node
     scontrol = f'echo scontrol "$@" >>{tmp_path}/called\nprintf "%s\\n" localhost node2'
     srun = SRUN.format(folder=tmp_path, report=report, code=code)
     environment = stand_in(tmp_path, srun=srun, squeue="echo RUNNING", scontrol=scontrol) | {
-        "SLURM_SUBMIT_DIR": str(PROJECT), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_SUBMIT_DIR": str(PROJECT),
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
         "SLURM_NTASKS": "2",
-    }  # fmt: skip
+    }
     command = ["bash", "slurm/train.sbatch", f"output={tmp_path / 'run'}"]
     result = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == ends, result.stderr

@@ -51,9 +51,13 @@ class VirtualCluster:
         self._run("ip", "link", "set", BRIDGE, "up")
         munge = self.folder / "munge"
         self._run(
-            "munged", f"--key-file={munge}/key", f"--socket={munge}/socket", f"--pid-file={munge}/pid",
-            f"--log-file={munge}/log", f"--seed-file={munge}/seed",
-        )  # fmt: skip
+            "munged",
+            f"--key-file={munge}/key",
+            f"--socket={munge}/socket",
+            f"--pid-file={munge}/pid",
+            f"--log-file={munge}/log",
+            f"--seed-file={munge}/seed",
+        )
         self._run("slurmctld", "-f", str(self.configuration))
         for node in NODES:
             self.power_on(node)

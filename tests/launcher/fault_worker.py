@@ -31,10 +31,12 @@ def build_with_faults(faults: list[dict]):
     def due(*kinds: str) -> list[dict]:
         rank = dist.get_rank()
         return [
-            fault for fault in faults
-            if fault["kind"] in kinds and fault.get("rank", rank) == rank
+            fault
+            for fault in faults
+            if fault["kind"] in kinds
+            and fault.get("rank", rank) == rank
             and (now["step"] in fault.get("steps", []) or now["position"] in fault.get("positions", []))
-        ]  # fmt: skip
+        ]
 
     def before(module, arguments):
         for fault in due("hang", "hang_in_c", "kill", "sleep", "terminate"):

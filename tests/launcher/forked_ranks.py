@@ -50,9 +50,13 @@ def _train_as(rank: int, port: int, arguments: list[str], output: Path, before: 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+        LOCAL_WORLD_SIZE=str(RANKS),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     launcher.training.resilience.failures.GRACE = 3.0  # both ranks are on this machine
     before(rank)
     with one_sentence_errors(), recognised_failures():

@@ -17,8 +17,11 @@ from launcher.team_member import detect_member
 
 MASTER = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 ARRAY = {
-    "SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_STEP": "2", "SLURM_ARRAY_TASK_COUNT": "5",
-}  # fmt: skip
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_ARRAY_TASK_MIN": "1",
+    "SLURM_ARRAY_TASK_STEP": "2",
+    "SLURM_ARRAY_TASK_COUNT": "5",
+}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +87,10 @@ def test_launchers_that_contradict_each_other_are_refused(variables, parts):
     [
         # srun starts one torchrun a node, which starts two processes
         ({**SRUN, "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "none"}, (3, 4)),
-        ({**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, (1, 2)),  # exported by hand, with the right values
+        (
+            {**SRUN, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            (1, 2),
+        ),  # exported by hand, with the right values
         ({**SRUN, "PMI_RANK": "1", "PMI_SIZE": "2", "PMIX_RANK": "1"}, (1, 2)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0", "PMIX_RANK": "0"}, (0, 1)),
         # a single task with srun's PMI-2 plugin, which some sites have as the default
@@ -92,7 +98,7 @@ def test_launchers_that_contradict_each_other_are_refused(variables, parts):
         # the shell of salloc, which is a step of its own but has the job's number of tasks
         ({**SRUN, "SLURM_PROCID": "0", "SLURM_NTASKS": "16", "SLURM_STEP_ID": "4294967290"}, (0, 1)),
     ],
-)  # fmt: skip
+)
 def test_nested_launchers_that_agree_are_accepted(variables, place):
     found = detect_environment(dict(variables))
     assert (found.rank, found.world_size) == place

@@ -38,9 +38,11 @@ def test_an_invalid_list_is_refused(compressed):
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.from_regex(r"[a-z][a-z0-9-]{0,5}[a-z]", fullmatch=True), st.from_regex(r"[a-z]{0,3}", fullmatch=True),
-    st.integers(1, 4), st.lists(st.integers(0, 9999), min_size=1, max_size=8, unique=True),
-)  # fmt: skip
+    st.from_regex(r"[a-z][a-z0-9-]{0,5}[a-z]", fullmatch=True),
+    st.from_regex(r"[a-z]{0,3}", fullmatch=True),
+    st.integers(1, 4),
+    st.lists(st.integers(0, 9999), min_size=1, max_size=8, unique=True),
+)
 def test_every_list_of_numbered_hosts_is_expanded(prefix, suffix, width, numbers):
     """The test compresses lists as SLURM does: numbers of one width, and neighbours as ranges."""
     inside, run = [], []

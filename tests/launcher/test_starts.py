@@ -45,8 +45,12 @@ def test_prepare_and_its_workers_import_no_torch(shards):
 
 @pytest.mark.parametrize(
     ("arguments", "needed"),
-    [(["verify", "--workers", "2"], "numpy"), (["inspect"], "numpy"), (["inspect", "--png", "histograms.png"], "matplotlib")],
-)  # fmt: skip
+    [
+        (["verify", "--workers", "2"], "numpy"),
+        (["inspect"], "numpy"),
+        (["inspect", "--png", "histograms.png"], "matplotlib"),
+    ],
+)
 def test_commands_on_a_shard_folder_import_no_torch(shards, tmp_path, arguments, needed):
     arguments = [str(tmp_path / word) if word.endswith(".png") else word for word in arguments]
     modules, _ = imported([*LFM, *arguments, str(shards[0])])
@@ -57,8 +61,11 @@ def test_submit_fetch_and_a_batch_jobs_decisions_import_no_torch(tmp_path):
     commands = {
         "submit": ([*LFM, "submit", "--dry-run", "train"], 0),
         "fetch": ([*LFM, "fetch", "--out", str(tmp_path / "hub")], 2),  # no server listens there
-        "batch job": ([sys.executable, "-m", "launcher.cluster.batch_job", "folder", "--deepspeed_config", "x.json"], 0),
-    }  # fmt: skip
+        "batch job": (
+            [sys.executable, "-m", "launcher.cluster.batch_job", "folder", "--deepspeed_config", "x.json"],
+            0,
+        ),
+    }
     for name, (command, code) in commands.items():
         modules, _ = imported(command, code, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_DISABLE_TELEMETRY="1")
         assert (name == "fetch") == ("huggingface_hub" in modules), name

@@ -50,9 +50,13 @@ class Trainer:
 
     def arguments(self, output: str, *overrides: str, deepspeed_config: Path | None = None) -> list[str]:
         return [
-            "--deepspeed_config", str(deepspeed_config or self.fp32), "--config", str(self.config),
-            f"output={self.folder / output}", *overrides,
-        ]  # fmt: skip
+            "--deepspeed_config",
+            str(deepspeed_config or self.fp32),
+            "--config",
+            str(self.config),
+            f"output={self.folder / output}",
+            *overrides,
+        ]
 
     def run(self, world_size: int, *runs: list[str], **options) -> list[subprocess.CompletedProcess]:
         """Train `runs` one after another in one set of processes; fail if a process fails."""
@@ -96,18 +100,25 @@ def start(
 ) -> list[subprocess.CompletedProcess]:
     """Run a command as `world_size` ranks on this machine; `patience` seconds after one fails, the others are killed."""
     environment = {
-        **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),
+        **os.environ,
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), str(Path(__file__).parent)]),
         "PYTHONFAULTHANDLER": "1",  # a crash in native code says where
-    }  # fmt: skip
+    }
     outputs = [tempfile.TemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 - closed with the test
     processes = [
         fork_server.Popen(
-            command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, cwd=PROJECT,
-            stdout=output, stderr=subprocess.STDOUT,
+            command,
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=PROJECT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         for rank, output in enumerate(outputs)
-    ]  # fmt: skip
+    ]
     deadline = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if any(process.poll() for process in processes):

@@ -45,9 +45,10 @@ def test_block_local_attention_is_full_attention_under_the_window_mask(tokens, w
     torch.testing.assert_close(given, expected, atol=1e-5, rtol=1e-5)
     weights, inputs = torch.randn_like(expected), (query, key, value)
     for ours, plain in zip(
-        torch.autograd.grad((given * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs),
+        torch.autograd.grad((given * weights).sum(), inputs),
+        torch.autograd.grad((expected * weights).sum(), inputs),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(ours, plain, atol=1e-5, rtol=1e-5)
 
 

@@ -44,9 +44,10 @@ def test_the_deformable_convolution_matches_its_definition(config):
     inputs = (signal, convolution.tap_proj.weight, convolution.tap_proj.bias)
     target = torch.randn_like(expected)
     for ours, plain in zip(
-        torch.autograd.grad((given * target).sum(), inputs), torch.autograd.grad((expected * target).sum(), inputs),
+        torch.autograd.grad((given * target).sum(), inputs),
+        torch.autograd.grad((expected * target).sum(), inputs),
         strict=True,
-    ):  # fmt: skip
+    ):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 

@@ -1,10 +1,20 @@
 """The loss terms are sums over tokens with the right values and the right gradients."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import LossWeights, RunningMeans, language_loss_sums, regularisation_sums, total_loss
+from model.loss import (
+    PER_SUPERVISED_TOKEN,
+    PER_TOKEN,
+    LossWeights,
+    RunningMeans,
+    language_loss_sums,
+    regularisation_sums,
+    total_loss,
+)
 
 
 @pytest.fixture
@@ -91,6 +101,25 @@ def test_padding_adds_nothing():
     sums = regularisation_sums(router_logits, error, ratio, text, means, 0.6)
     cut = regularisation_sums(router_logits[:, :, :4], error[:, :4], ratio[:, :4], text[:, :4], means, 0.6)
     assert all(torch.equal(sums[term], cut[term]) for term in sums)
+
+
+def test_every_term_but_the_cross_entropy_has_a_weight_of_its_name():
+    weights = {field.name for field in dataclasses.fields(LossWeights)} - {"focal_gamma"}
+    assert {"cross_entropy"} | weights == {*PER_SUPERVISED_TOKEN, *PER_TOKEN}
+
+
+def test_a_term_that_is_registered_is_part_of_the_loss(monkeypatch):
+    monkeypatch.setitem(
+        PER_TOKEN, "length", lambda figures: figures.retained_ratio.new_tensor(len(figures.retained_ratio))
+    )
+    text = torch.ones(2, 7, dtype=torch.bool)
+    text[0, 3:] = False
+    means = RunningMeans(torch.full((2, 4), 0.25), torch.tensor(0.5))
+    sums = regularisation_sums(torch.randn(2, 2, 7, 4), torch.rand(2, 7), torch.rand(2, 7), text, means, 0.6)
+    weights = LossWeights(*[0.0] * 6)
+    weights.length = 0.5
+    language = dict.fromkeys(PER_SUPERVISED_TOKEN, torch.tensor(0.0))
+    assert total_loss(language | sums, weights, supervised=1, tokens=10) == pytest.approx(0.5 * 10 / 10)
 
 
 def test_the_total_is_the_weighted_sum_of_means():

@@ -14,7 +14,7 @@ from itertools import chain
 from textwrap import shorten
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from launcher.environment import Environment
 from launcher.held_out_questions import Question
@@ -77,7 +77,7 @@ class Ranks:
         """Return the results of all processes in the order of the items on rank 0, and None on the other ranks."""
         if self.size == 1:
             return found
-        everyone = [None] * self.size if self.rank == 0 else None
+        everyone: list | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(found, everyone)
         if everyone is None:
             return None
@@ -91,7 +91,7 @@ class Ranks:
 
 def evaluate(
     model: LiquidForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     held_out: HeldOut,
     decoding: Decoding,
     ranks: Ranks,

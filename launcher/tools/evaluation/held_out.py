@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.loading.remote import is_remote
@@ -41,7 +41,7 @@ class HeldOut:
 class PackedQuestions:
     """Questions and answers packed into rows in memory."""
 
-    def __init__(self, location: str, pairs: list[dict], tokenizer: PreTrainedTokenizerBase, longest: int):
+    def __init__(self, location: str, pairs: list[dict], tokenizer: PreTrainedTokenizerFast, longest: int):
         documents = [_encode(tokenizer, pair) for pair in pairs]
         lengths = np.array([len(ids) for ids, _ in documents])
         seq_len = int(min(longest, max(SHORTEST_ROW, lengths.max())))
@@ -53,8 +53,10 @@ class PackedQuestions:
                 sources=np.zeros(len(documents), dtype=np.int64),
                 input_rows=np.arange(len(documents)),
             ),
-            seq_len, tokenizer.pad_token_id, np.int64,
-        )  # fmt: skip
+            seq_len,
+            tokenizer.pad_token_id,
+            np.int64,
+        )
         self.location = location
         self.num_rows = len(packed.tokens)
         self.pad_token_id = tokenizer.pad_token_id
@@ -67,9 +69,9 @@ class PackedQuestions:
 
 
 def open_held_out(
-    data: str | None, questions: str | None, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None
+    data: str | None, questions: str | None, tokenizer: PreTrainedTokenizerFast, longest: int, limit: int | None
 ) -> HeldOut:
-    """Open the shard folder `data` (its `validation/` if it has one), or read `questions` if `data` is None.
+    """Open the shard folder `data` (its `validation/` if it has one), or read `questions`; one of the two is given.
 
     longest: the model's positions. limit: the maximum number of rows (of a shard folder) or questions, evenly spaced.
     Raises `ConfigurationError` if the data does not fit the tokenizer or the model, and `DataError` if the folder is
@@ -77,6 +79,8 @@ def open_held_out(
     """
     if data is not None:
         return _open_shards(Path(data), tokenizer, longest, limit)
+    if questions is None:
+        raise ValueError("give either data or questions")
     pairs = read_questions(questions)
     pairs = _cleaned({index + 1: pairs[index] for index in spread(len(pairs), limit)}, questions)
     asked = [Question(pair["question"], pair["answer"], encode_prompt(tokenizer, pair["question"])) for pair in pairs]
@@ -125,7 +129,7 @@ def read_questions(source: str) -> list[dict]:
     return read_objects(source, "question", "answer")
 
 
-def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int, limit: int | None) -> HeldOut:
+def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerFast, longest: int, limit: int | None) -> HeldOut:
     if (folder / VALIDATION_FOLDER / INDEX_NAME).is_file():
         folder = folder / VALIDATION_FOLDER
     rows = ShardFolder(folder)
@@ -148,7 +152,7 @@ def _open_shards(folder: Path, tokenizer: PreTrainedTokenizerBase, longest: int,
     return HeldOut(rows, numbers, list(questions))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, pair: dict) -> tuple[np.ndarray, int]:
+def _encode(tokenizer: PreTrainedTokenizerFast, pair: dict) -> tuple[np.ndarray, int]:
     """Encode a pair; return the document's ids and the index at which its answer begins."""
     prompt = encode_prompt(tokenizer, pair["question"])
     return np.array([*prompt, *encode_answer(tokenizer, pair["answer"])], dtype=np.int64), len(prompt)

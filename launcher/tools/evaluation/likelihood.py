@@ -10,15 +10,16 @@ Legend: B rows, T tokens, N documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.loading.collate import IGNORE_INDEX, Pieces, collate
 from data_pipeline.shards.packing import PackedRows
+from launcher.tools.evaluation.metric import Metric
 from launcher.training.monitoring.validation import score_tokens
 from model import LiquidForCausalLM
 
@@ -54,8 +55,8 @@ def score_rows(
     logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
     loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
     # Align each prediction with the token that it predicts; nothing predicts a row's first token.
-    loss = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
-    place = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    nats = np.pad(loss.double().cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
+    places = np.pad(place.cpu().numpy(), ((0, 0), (1, 0))).reshape(-1)
     ids, asked = collated[0].reshape(-1), collated[1].reshape(-1) != IGNORE_INDEX
     begin_id, end_id = model.config.bos_token_id, model.config.eos_token_id
     pieces, seq_len = Pieces(rows), rows.tokens.shape[1]
@@ -65,38 +66,84 @@ def score_rows(
         if len(where):
             scores[start // seq_len].append(
                 DocumentScore(
-                    nats=math.fsum(loss[where]),
+                    nats=math.fsum(nats[where]),
                     tokens=len(where),
                     bytes=int(bytes_of[ids[where]].sum()),
-                    among_top=tuple(int((place[where] < top).sum()) for top in TOP),
+                    among_top=tuple(int((places[where] < top).sum()) for top in TOP),
                     is_whole=bool(ids[start] == begin_id and ids[end - 1] == end_id),
                 )
             )
     return scores
 
 
+@dataclass(frozen=True)
+class Totals:
+    """Sums over all documents. whole, right: documents that lie whole in a row, and those with every token right."""
+
+    nats: float
+    tokens: int
+    bytes: int
+    among_top: dict[int, int]
+    whole: int
+    right: int
+
+    @classmethod
+    def of(cls, scores: Sequence[DocumentScore]) -> Totals:
+        whole = [score for score in scores if score.is_whole]
+        return cls(
+            nats=math.fsum(score.nats for score in scores),
+            tokens=sum(score.tokens for score in scores),
+            bytes=sum(score.bytes for score in scores),
+            among_top={top: sum(score.among_top[place] for score in scores) for place, top in enumerate(TOP)},
+            whole=len(whole),
+            right=sum(score.among_top[0] == score.tokens for score in whole),
+        )
+
+
 def likelihood_metrics(scores: Sequence[DocumentScore]) -> dict[str, float | None]:
-    """Return the metrics over all documents, by name.
-
-    perplexity: exp of the mean nats per token. bits_per_byte: all nats, including those of `</s>`, in bits, divided by
-    the bytes of the answers' text. sequence_accuracy: the share of whole documents in which every answer token was the
-    most likely one; None if there is no whole document.
-    """
-    nats, tokens = math.fsum(score.nats for score in scores), sum(score.tokens for score in scores)
-    whole = [score for score in scores if score.is_whole]
-    hits = [sum(score.among_top[place] for score in scores) for place in range(len(TOP))]
-    right = sum(score.among_top[0] == score.tokens for score in whole)
-    return {
-        "cross_entropy": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # exp overflows a float above about 709
-        "bits_per_byte": nats / math.log(2) / max(1, sum(score.bytes for score in scores)),
-        "token_accuracy": hits[0] / tokens,
-        **{f"top{top}_accuracy": hit / tokens for top, hit in zip(TOP[1:], hits[1:], strict=True)},
-        "sequence_accuracy": right / len(whole) if whole else None,
-    }
+    """Return all of `LIKELIHOOD_METRICS` over all documents, by name."""
+    totals = Totals.of(scores)
+    return {name: metric.compute(totals) for name, metric in LIKELIHOOD_METRICS.items()}
 
 
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> np.ndarray:
+def _accuracy(top: int) -> Callable[[Totals], float]:
+    return lambda totals: totals.among_top[top] / totals.tokens
+
+
+LIKELIHOOD_METRICS: dict[str, Metric[Totals]] = {
+    "cross_entropy": Metric(
+        "cross entropy, nats per token", "{:.4f}",
+        "mean over the tokens of the expected answers and their closing `</s>`, each predicted from the correct tokens "
+        "before it",
+        lambda totals: totals.nats / totals.tokens,
+    ),
+    "perplexity": Metric(
+        "perplexity per token", "{:.3f}", "exp of the cross entropy",
+        lambda totals: math.exp(min(totals.nats / totals.tokens, 700.0)),  # exp overflows a float above about 709
+    ),
+    "bits_per_byte": Metric(
+        "bits per byte", "{:.4f}", "the same nats, with those of `</s>`, in bits, divided by the bytes of the answers' text",
+        lambda totals: totals.nats / math.log(2) / max(1, totals.bytes),
+    ),
+    "token_accuracy": Metric(
+        "correct token is the most likely", "{:.2%}", "the share of those tokens that were the most likely", _accuracy(1)
+    ),
+    **{
+        f"top{top}_accuracy": Metric(
+            f"correct token is in the top {top}", "{:.2%}", f"the share of those tokens among the {top} most likely",
+            _accuracy(top),
+        )
+        for top in TOP[1:]
+    },
+    "sequence_accuracy": Metric(
+        "answers with every token correct", "{:.2%}",
+        "the share of whole documents (not split between rows) in which every answer token was the most likely",
+        lambda totals: totals.right / totals.whole if totals.whole else None, "no whole answer",
+    ),
+}  # fmt: skip
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> np.ndarray:
     """Return the number of bytes of text of each token id, int64 `[vocab_size]`; special tokens have 0.
 
     `lfm prepare` accepts only byte-level BPE, which spells each byte as one character.

@@ -1,4 +1,9 @@
-"""Write the results of an evaluation: `metrics.json`, `samples.jsonl`, and a table on the console."""
+"""Write the results of an evaluation: `metrics.json`, `samples.jsonl`, and a table on the console.
+
+    python -m launcher.tools.evaluation.results
+
+prints the table of metrics in README.md beside this file.
+"""
 
 from __future__ import annotations
 
@@ -9,39 +14,11 @@ from typing import Any
 
 from launcher.files import replace_text
 from launcher.tools.evaluation.evaluation import Answered, Evaluation, by_quality
+from launcher.tools.evaluation.likelihood import LIKELIHOOD_METRICS
+from launcher.tools.evaluation.metric import Metric
+from launcher.tools.evaluation.text_metrics import TEXT_METRICS
 
-# The label and the number format of each metric in the table.
-LABELS = {
-    "perplexity": ("perplexity per token", "{:.3f}"),
-    "bits_per_byte": ("bits per byte", "{:.4f}"),
-    "cross_entropy": ("cross entropy, nats per token", "{:.4f}"),
-    "token_accuracy": ("correct token is the most likely", "{:.2%}"),
-    "top3_accuracy": ("correct token is in the top 3", "{:.2%}"),
-    "top5_accuracy": ("correct token is in the top 5", "{:.2%}"),
-    "top10_accuracy": ("correct token is in the top 10", "{:.2%}"),
-    "sequence_accuracy": ("answers with every token correct", "{:.2%}"),
-    "exact_match": ("exact match", "{:.2%}"),
-    "bleu": ("BLEU (0 to 100)", "{:.2f}"),
-    "rouge1": ("ROUGE-1", "{:.4f}"),
-    "rouge2": ("ROUGE-2", "{:.4f}"),
-    "rouge_l": ("ROUGE-L", "{:.4f}"),
-    "meteor": ("METEOR", "{:.4f}"),
-    "distinct_1": ("distinct words", "{:.4f}"),
-    "distinct_2": ("distinct pairs of words", "{:.4f}"),
-    "distinct_3": ("distinct triples of words", "{:.4f}"),
-    "average_length": ("words per generated answer", "{:.2f}"),
-    "average_expected_length": ("words per expected answer", "{:.2f}"),
-}
-# What the table shows for a metric that is None.
-WITHOUT = {
-    "sequence_accuracy": "no whole answer",
-    "bleu": "no answer has 4 words",
-    "rouge2": "no answer has 2 words",
-    "meteor": "needs WordNet",
-    "distinct_1": "no words",
-    "distinct_2": "no answer has 2 words",
-    "distinct_3": "no answer has 3 words",
-}
+METRICS: dict[str, Metric] = {**LIKELIHOOD_METRICS, **TEXT_METRICS}
 
 
 def write_results(folder: Path, evaluation: Evaluation, evaluated: dict[str, Any], samples: int) -> None:
@@ -85,7 +62,17 @@ def print_table(evaluation: Evaluation) -> None:
         if figures:
             table.add_row(f"[bold]{title}[/bold]", "", end_section=True)
         for name, value in figures.items():
-            label, form = LABELS[name]
-            table.add_row(label, WITHOUT[name] if value is None else form.format(value))
+            metric = METRICS[name]
+            table.add_row(metric.label, metric.without if value is None else metric.form.format(value))
         table.add_section()
     Console().print(table)
+
+
+def page_table() -> str:
+    """Return the Markdown table of all metrics with their meanings."""
+    rows = [f"| `{name}` | {metric.meaning} |" for name, metric in METRICS.items()]
+    return "\n".join(["| metric | meaning |", "|---|---|", *rows]) + "\n"
+
+
+if __name__ == "__main__":
+    print(page_table(), end="")

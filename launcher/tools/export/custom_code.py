@@ -21,7 +21,8 @@ FILES = {path.name for path in PACKAGE.glob("*.py")}  # an export contains some 
 
 def write_custom_code(folder: Path) -> None:
     """Copy the files that define the model's classes, and the files that they import."""
-    wanted, done = {place.split(".")[0] for place in AUTO_MAP.values()}, set()
+    wanted = {place.split(".")[0] for place in AUTO_MAP.values()}
+    done: set[str] = set()
     while wanted - done:
         module = min(wanted - done)
         text = (PACKAGE / f"{module}.py").read_text(encoding="utf-8")

@@ -123,12 +123,12 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
         )
     config = LiquidConfig.from_pretrained(folder.model)
     # Drop the rows that only pad the embedding table: other tools would treat them as tokens.
-    config.vocab_size = config.used_vocab_size
+    config.vocab_size = config.used_vocab_size or config.vocab_size
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id,
-    )  # fmt: skip
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
     return checkpoint, read_train_state(checkpoint), model
 
 

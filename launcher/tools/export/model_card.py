@@ -75,7 +75,8 @@ def _table(rows: dict[str, str]) -> list[str]:
 
 def describe_data(data: str | list[dict]) -> tuple[list[str], list[str]]:
     """Return the names of the data's sources, and the card's lines about them."""
-    names, rows = [], []
+    names: list[str] = []
+    rows = []
     for location, weight in [(data, None)] if isinstance(data, str) else [(d["path"], d["weight"]) for d in data]:
         share = "" if weight is None else f" (weight {weight:g})"
         index = Path(location) / "index.json"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TextStreamer
 
 from data_pipeline.tokens.tokenization import decode_answer, encode_beginning, encode_prompt
 from launcher.errors import ConfigurationError
@@ -55,9 +56,12 @@ class Decoding:
         draws = self.temperature >= LEAST_TEMPERATURE
         drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if draws else {}
         return {
-            "max_new_tokens": self.max_new_tokens, "num_beams": self.num_beams, "do_sample": draws,
-            "repetition_penalty": self.repetition_penalty, **drawn,
-        }  # fmt: skip
+            "max_new_tokens": self.max_new_tokens,
+            "num_beams": self.num_beams,
+            "do_sample": draws,
+            "repetition_penalty": self.repetition_penalty,
+            **drawn,
+        }
 
     def within(self, model: LiquidForCausalLM, prompt_length: int) -> Decoding:
         """Return the settings with `max_new_tokens` limited to the positions that the prompt leaves free."""
@@ -67,7 +71,7 @@ class Decoding:
 
 def load_model(
     path: str | Path, device: torch.device | None = None
-) -> tuple[LiquidForCausalLM, PreTrainedTokenizerBase]:
+) -> tuple[LiquidForCausalLM, PreTrainedTokenizerFast]:
     """Load the model and the tokenizer of an exported folder or of a run's newest checkpoint.
 
     device: by default the first GPU, or the CPU if there is none. Raises `ConfigurationError` if `path` is neither kind
@@ -76,13 +80,18 @@ def load_model(
     path = Path(path)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return LiquidForCausalLM.from_pretrained(path).eval().to(device), AutoTokenizer.from_pretrained(path)
-    if (path / "run.yaml").is_file():
-        return load_run(path).to(device), AutoTokenizer.from_pretrained(path / "model")
-    raise ConfigurationError(f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)")
+        model, tokenizer = LiquidForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path)
+    elif (path / "run.yaml").is_file():
+        model, tokenizer = load_run(path), AutoTokenizer.from_pretrained(path / "model")
+    else:
+        raise ConfigurationError(
+            f"{path} is neither a model folder (config.json and weights) nor a run folder (run.yaml)"
+        )
+    model.to(device=device)
+    return model, cast(PreTrainedTokenizerFast, tokenizer)
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, is_beginning: bool = False) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: str, is_beginning: bool = False) -> list[int]:
     """Clean a question like the training data and encode it as `<s> question <sep>`.
 
     is_beginning: the question is the beginning of a plain text instead, `<s> text`.
@@ -105,7 +114,7 @@ def check_room(model: LiquidForCausalLM, prompt: Sequence[int], max_new_tokens: 
 @torch.inference_mode()
 def answer(
     model: LiquidForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     questions: list[str],
     decoding: Decoding = Decoding(),
     batch_size: int = 32,
@@ -138,7 +147,7 @@ def batches_of_like_length(prompts: Sequence[Sequence[int]], batch_size: int) ->
 
 @torch.inference_mode()
 def answer_prompts(
-    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], decoding: Decoding
+    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[list[int]], decoding: Decoding
 ) -> list[str]:
     """Answer one batch of prompts, padded on the left."""
     width = max(map(len, prompts))
@@ -154,7 +163,7 @@ def answer_prompts(
 @torch.inference_mode()
 def stream(
     model: LiquidForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerFast,
     question: str,
     decoding: Decoding,
     is_beginning: bool = False,

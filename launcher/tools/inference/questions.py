@@ -60,8 +60,8 @@ def read_lines(file: str | None) -> list[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"the questions in {name} are not UTF-8 text ({error.reason})") from error
     # Not `splitlines`: a line of JSON may contain U+2028, U+0085 and others. A byte order mark is not part of the text.
-    lines = enumerate(text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}").split("\n"), start=1)
-    lines = [(number, line) for number, line in lines if line.strip()]
+    text = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise ConfigurationError(f"there is no question in {name}; give at least one line")
     for number, line in lines:

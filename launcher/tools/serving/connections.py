@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
@@ -13,7 +13,7 @@ HEAD_SECONDS = 10
 class ImpatientProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with a time limit for the request head, which uvicorn lacks."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:
+    def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._await_head(None)
 

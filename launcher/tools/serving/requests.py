@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from reprlib import repr as shown  # shortened: a value may be as long or as deep as a body allows
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.tokens.tokenization import encode_answer, encode_prompt
 from launcher.errors import ConfigurationError
@@ -63,7 +63,7 @@ class ChatRequest:
 
 
 def read_request(
-    body: bytes, tokenizer: PreTrainedTokenizerBase, model_name: str, positions: int, limits: Limits
+    body: bytes, tokenizer: PreTrainedTokenizerFast, model_name: str, positions: int, limits: Limits
 ) -> ChatRequest:
     """Parse and check a request's body. Raises `RequestError`, which names the invalid field."""
     try:
@@ -97,7 +97,7 @@ def read_request(
 
 
 def _conversation(
-    messages: object, tokenizer: PreTrainedTokenizerBase, limits: Limits
+    messages: object, tokenizer: PreTrainedTokenizerFast, limits: Limits
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return the prompt's token ids, and notes on the messages that cleaning changed.
 
@@ -120,9 +120,11 @@ def _conversation(
         expected = ("user", "assistant")[(place - first) % 2]
         if role != expected:
             raise RequestError(
-                400, f"{where} has the role {shown(role)} instead of {expected!r}: user and assistant messages must "
-                "alternate, and only the first message may be a system message", f"{where}.role",
-            )  # fmt: skip
+                400,
+                f"{where} has the role {shown(role)} instead of {expected!r}: user and assistant messages must "
+                "alternate, and only the first message may be a system message",
+                f"{where}.role",
+            )
         said, before = before + said, ""
         text = _cleaned(said, f"{where}.content")
         notes += [note] if (note := told_if_changed(said, text, f"{where}.content")) else []
@@ -158,16 +160,21 @@ def _decoding(fields: dict, prompt_length: int, positions: int, limits: Limits) 
     room = positions - prompt_length
     if room < 1:
         raise RequestError(
-            400, f"the messages have {prompt_length} tokens, but the model takes {positions} with the answer; shorten them",
-            "messages", "context_length_exceeded",
-        )  # fmt: skip
+            400,
+            f"the messages have {prompt_length} tokens, but the model takes {positions} with the answer; shorten them",
+            "messages",
+            "context_length_exceeded",
+        )
     asked = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
     wanted = _number(fields, asked, min(DEFAULT_NEW_TOKENS, room, limits.new_tokens), 1, limits.new_tokens, whole=True)
     if wanted > room:
         raise RequestError(
-            400, f"{asked} {wanted} plus the messages' {prompt_length} tokens are more than the model's {positions} "
-            f"positions; ask for at most {room}", asked, "context_length_exceeded",
-        )  # fmt: skip
+            400,
+            f"{asked} {wanted} plus the messages' {prompt_length} tokens are more than the model's {positions} "
+            f"positions; ask for at most {room}",
+            asked,
+            "context_length_exceeded",
+        )
     top_p = _number(fields, "top_p", 1.0, 0, 1) or 1e-6  # the protocol allows 0: only the most likely token
     temperature = _number(fields, "temperature", 1.0 if top_p < 1 else 0.0, 0, 2)
     return Decoding(int(wanted), float(temperature), float(top_p) if temperature else 1.0)

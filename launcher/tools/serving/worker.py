@@ -6,11 +6,11 @@ import asyncio
 import codecs
 import copy
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from launcher.tools.serving.requests import ChatRequest, Limits, RequestError
@@ -37,7 +37,7 @@ class TextPieces:
     `finish_reason` becomes `stop` at a stop text or at the end of the answer, and `length` if the answer was cut off.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: tuple[str, ...]):
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._special = set(tokenizer.all_special_ids)
@@ -90,7 +90,7 @@ class TextPieces:
 class Job(BaseStreamer, StoppingCriteria):
     """A request that is being answered: receives tokens from `generate` and tells it when to stop."""
 
-    def __init__(self, request: ChatRequest, tokenizer: PreTrainedTokenizerBase, limits: Limits):
+    def __init__(self, request: ChatRequest, tokenizer: PreTrainedTokenizerFast, limits: Limits):
         self.request = request
         self.deadline = time.monotonic() + limits.seconds
         self.cancelled = False
@@ -99,7 +99,7 @@ class Job(BaseStreamer, StoppingCriteria):
         self._loop = asyncio.get_running_loop()
         self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
         self._read_prompt = False
-        self.done: Future | None = None
+        self.done: Future  # set by the worker
 
     @property
     def is_late(self) -> bool:
@@ -126,7 +126,7 @@ class Job(BaseStreamer, StoppingCriteria):
     def finished(self, _) -> None:
         self._send(None)
 
-    async def pieces(self) -> AsyncIterator[str]:
+    async def pieces(self) -> AsyncGenerator[str, None]:
         """Yield the answer's text as it is generated. Raises `RequestError` if the request exceeds its time limit."""
         try:
             while (piece := await self._pieces.get()) is not None:
@@ -146,7 +146,7 @@ class Job(BaseStreamer, StoppingCriteria):
 class Worker:
     """Run jobs in the order of their arrival."""
 
-    def __init__(self, model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerBase, limits: Limits):
+    def __init__(self, model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerFast, limits: Limits):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         # Requests are read while the thread decodes, and a tokenizer must not be reconfigured while in use.
         self.reading_tokenizer = copy.deepcopy(tokenizer)
@@ -173,9 +173,12 @@ class Worker:
             torch.seed() if job.request.seed is None else torch.manual_seed(job.request.seed)
         ids = torch.tensor([job.request.prompt], device=self.model.device)
         self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=job, stopping_criteria=StoppingCriteriaList([job]),
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=job,
+            stopping_criteria=StoppingCriteriaList([job]),
             **job.request.decoding.arguments(),
-        )  # fmt: skip
+        )
 
     def stop(self) -> None:
         """Stop the running job at its next token, and drop the waiting ones."""

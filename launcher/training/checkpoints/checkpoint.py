@@ -117,6 +117,14 @@ def step_in_name(name: str) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's folder. Raises `ValueError` if it is not named as one."""
+    step = step_in_name(folder.name)
+    if step is None:
+        raise ValueError(f"{folder} is not named as a checkpoint")
+    return step
+
+
 def best_checkpoint(complete: list[Path]) -> Path | None:
     """Return the checkpoint whose own step had the lowest cross entropy, or None; `complete` lists the newest first.
 
@@ -187,7 +195,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         if fault := find_fault(folder):
             raise ConfigurationError(f"cannot resume from {resume}: {fault}; resume=auto takes the newest whole one")
         return folder, []
-    passed_over = []
+    passed_over: list[str] = []
     for folder in complete:
         fault = find_fault(folder)
         if fault is None:

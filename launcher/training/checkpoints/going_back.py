@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launcher.files import replace_text
 from launcher.run_folder import RunFolder
-from launcher.training.checkpoints.checkpoint import complete_checkpoints, step_in_name
+from launcher.training.checkpoints.checkpoint import complete_checkpoints, step_of
 
 
 def still_to_do(run: RunFolder, resume: str) -> tuple[str, list[str]]:
@@ -35,11 +35,11 @@ def go_back(run: RunFolder, checkpoint: Path, resume: str) -> tuple[Path, list[s
 
 def make_newest(run: RunFolder, checkpoint: Path) -> tuple[Path, list[str]]:
     """Make `checkpoint` the newest of its run, under its own name; return its folder and a message for each rename."""
-    step = step_in_name(checkpoint.name)
+    step = step_of(checkpoint)
     own = run.checkpoints / f"step-{step:08d}"
     notes = []
     for folder in complete_checkpoints(run):
-        if folder != checkpoint and step_in_name(folder.name) >= step:
+        if folder != checkpoint and step_of(folder) >= step:
             aside = _free_name(folder)
             folder.rename(aside)
             notes.append(

@@ -182,7 +182,7 @@ class CheckpointSaver:
             return
         started = time.perf_counter()
         pending, self._pending = self._pending, None
-        parts = [None] * dist.get_world_size()
+        parts: list = [None] * dist.get_world_size()
         dist.all_gather_object(parts, pending.described.result())
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error]
         verdict = [errors[0] if errors else None]

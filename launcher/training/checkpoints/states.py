@@ -34,7 +34,7 @@ def check_states(checkpoint: Path) -> None:
         load_state(path)
 
 
-def _own_classes() -> list[type]:
+def _own_classes() -> list:
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

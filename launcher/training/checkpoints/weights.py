@@ -138,7 +138,7 @@ def _placement(layer: dict) -> dict[int, list[int]]:
 
 
 def _rank_of(path: Path) -> int:
-    return int(re.search(r"zero_pp_rank_(\d+)_", path.name)[1])
+    return int(re.findall(r"zero_pp_rank_(\d+)_", path.name)[0])
 
 
 def _model_states_of(optimizer_states: Path) -> Path:

@@ -91,7 +91,7 @@ class ActivationMonitor:
         found = {}
         for kind, scale, kind_sums, kind_largest in zip(KINDS, (1.0, gradient_scale), sums, largest, strict=True):
             found[kind] = {
-                name: _statistics(*values, maximum, scale)
+                name: _statistics(values, maximum, scale)
                 for name, values, maximum in zip(self.names, kind_sums, kind_largest, strict=True)
                 if values[0]  # a layer that no gradient reaches has no gradient statistics
             }
@@ -140,13 +140,15 @@ class ActivationMonitor:
         finite = size.isfinite()
         # Squares of 16-bit numbers would overflow or vanish, so the norm is taken in fp32.
         wide = torch.where(finite, tensor, 0).to(torch.promote_types(tensor.dtype, torch.float32))
-        self._sums[kind, index] += torch.stack([
-            torch.tensor(float(tensor.numel()), dtype=torch.float64, device=tensor.device),
-            finite.sum().double(),
-            ((size > limit) & finite).sum().double(),
-            wide.sum(dtype=torch.float64),
-            torch.linalg.vector_norm(wide).double().square(),
-        ])  # fmt: skip
+        self._sums[kind, index] += torch.stack(
+            [
+                torch.tensor(float(tensor.numel()), dtype=torch.float64, device=tensor.device),
+                finite.sum().double(),
+                ((size > limit) & finite).sum().double(),
+                wide.sum(dtype=torch.float64),
+                torch.linalg.vector_norm(wide).double().square(),
+            ]
+        )
         self._largest[kind, index] = torch.maximum(self._largest[kind, index], wide.abs().max().float())
 
 
@@ -169,9 +171,8 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.M
     return [(name, module) for name, module in modules if name in chosen]
 
 
-def _statistics(
-    count: float, finite: float, saturated: float, total: float, squares: float, largest: float, scale: float
-) -> Statistics:
+def _statistics(sums: Sequence[float], largest: float, scale: float) -> Statistics:
+    count, finite, saturated, total, squares = sums
     return Statistics(
         mean=total / max(finite, 1) / scale,
         rms=(squares / max(finite, 1)) ** 0.5 / scale,

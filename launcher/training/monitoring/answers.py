@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.tokens.tokenization import decode_answer
 from launcher.held_out_questions import Question, questions_in, spread
+from model import LiquidForCausalLM
 
 LONGEST = 48  # tokens; longer answers are cut off
 
@@ -23,7 +24,7 @@ class SampledAnswer:
     given: str
 
 
-def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Question]:
+def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerFast, count: int) -> list[Question]:
     """Choose up to `count` questions from rows spread evenly over the folder; the same on every rank.
 
     Each row gives its first document that lies whole in it.
@@ -34,7 +35,7 @@ def choose_questions(data: RowReader, tokenizer: PreTrainedTokenizerBase, count:
 
 @torch.no_grad()
 def sample_answers(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, questions: list[Question]
+    model: LiquidForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: list[Question]
 ) -> list[SampledAnswer]:
     """Answer the questions with greedy decoding; called by all ranks with the same questions.
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -85,14 +86,17 @@ class EventWriter:
 
     def _hand_over(self, method: str, tag: str, value: object, step: int) -> None:
         if method == "add_summary":
-            self._writer.file_writer.add_summary(value, step)
+            self._opened().file_writer.add_summary(value, step)
         else:
-            getattr(self._writer, method)(tag, value, step)
+            getattr(self._opened(), method)(tag, value, step)
 
-    def _flush(self) -> None:
+    def _opened(self) -> Any:
         if self._writer is None:
             self._open()
-        self._writer.flush()
+        return self._writer
+
+    def _flush(self) -> None:
+        self._opened().flush()
         if self._kept:
             self._purge_step = max(step for *_, step in self._kept) + 1
         self._kept.clear()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
@@ -52,7 +54,7 @@ def gradient_norms(engine) -> dict[str, float]:
     return dict(zip(GROUPS, (squares.sqrt() / scale).tolist(), strict=True))
 
 
-def _own_piece(parameter: torch.nn.Parameter) -> torch.Tensor | None:
+def _own_piece(parameter: Any) -> torch.Tensor | None:
     """Return the part of a parameter's averaged gradient that this rank's optimizer uses; None if it has no part."""
     if hasattr(parameter, "ds_id"):  # ZeRO-3
         return safe_get_local_grad(parameter)

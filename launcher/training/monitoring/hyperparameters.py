@@ -24,7 +24,7 @@ def write_hyperparameters(writer: EventWriter, config: RunConfig, step: int) -> 
 
 
 def _flat(values: dict, prefix: str = "") -> dict[str, bool | str | float]:
-    flat = {}
+    flat: dict[str, bool | str | float] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             flat |= _flat(value, f"{prefix}{name}.")

@@ -29,15 +29,17 @@ class LayerWatch:
     def step_begins(self, step: int) -> None:
         self.values, self.warnings = {}, []
         self._looks = self.looks_at(step)
+        if self._activations is None:
+            return
         if self._looks:
             self._activations.begin(self.engine.device)
-        elif self._activations is not None:
+        else:
             self._activations.stop()  # the previous step may have been skipped before its backward
 
     def backward_ended(self) -> None:
         """Collect `values` (by TensorBoard tag) and `warnings` after the last backward of a measured step."""
         engine = self.engine
-        if not self._looks or not engine.is_gradient_accumulation_boundary():
+        if self._activations is None or not self._looks or not engine.is_gradient_accumulation_boundary():
             return
         self._looks = False
         self.values = {tags.GROUP_NORM.format(group=group): norm for group, norm in gradient_norms(engine).items()}

@@ -39,7 +39,6 @@ class Monitor:
         self.active = active
         self.config = config
         self.folder = folder
-        self.layers: LayerWatch | None = None
         self.profiler: StepProfiler | None = None
         self.started = time.perf_counter()
         if not active:
@@ -126,12 +125,9 @@ class Monitor:
         if not self.active:
             return
         self.writer.add_scalar(tags.VALIDATION_SECONDS, seconds, step)
-        shares = {
-            tags.TOKEN_ACCURACY: result.token_accuracy,
-            tags.TOP5_ACCURACY: result.top5_accuracy,
-            tags.SEQUENCE_ACCURACY: result.sequence_accuracy,
-        }
-        shares = {tag: share for tag, share in shares.items() if share is not None}
+        shares = {tags.TOKEN_ACCURACY: result.token_accuracy, tags.TOP5_ACCURACY: result.top5_accuracy}
+        if result.sequence_accuracy is not None:
+            shares[tags.SEQUENCE_ACCURACY] = result.sequence_accuracy
         values = {
             tags.HELD_OUT_CROSS_ENTROPY: result.cross_entropy,
             tags.HELD_OUT_PERPLEXITY: result.perplexity,

@@ -27,9 +27,9 @@ class StepTimer:
             end.record()
             self._events.append((part, begin, end))
         else:
-            begin = time.perf_counter()
+            started = time.perf_counter()
             yield
-            self._seconds[part] += time.perf_counter() - begin
+            self._seconds[part] += time.perf_counter() - started
 
     def take(self) -> dict[str, float]:
         """Return the seconds of each part since the last call; on CUDA this waits until the last part is done."""

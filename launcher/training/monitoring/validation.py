@@ -9,9 +9,10 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.loader import ValidationBatches
@@ -66,7 +67,7 @@ def open_validation_data(config: RunConfig, data: RowReader) -> RowReader | None
     location = held_out_location(config.data, config.validation_data)
     if location is None:
         return None
-    held_out = open_data(location, config.on_bad_shard, shard_cache(config))
+    held_out = open_data(location, config.on_bad_shard, shard_cache(config.data_cache))
     if held_out.tokenizer_fingerprint != data.tokenizer_fingerprint or held_out.seq_len > data.seq_len:
         raise ConfigurationError(
             f"validation_data {held_out.location} has another tokenizer or longer rows than {data.location}; prepare it "
@@ -94,7 +95,7 @@ class Validation:
                 ValidationBatches(data, micro_batch_rows=rows, rank=rank, world_size=world_size, loss_on=loss_on)
                 for loss_on in (config.loss_on, "answer")
             )
-            self._tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_path)
+            self._tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(data.tokenizer_path))
             self._questions = choose_questions(data, self._tokenizer, config.validation_samples)
 
     def is_due(self, step: int) -> bool:
@@ -108,45 +109,45 @@ class Validation:
         interrupted: called before each batch. It must return the same on all ranks; if it returns True, the result is None.
         Raises `DataError` on all ranks if any rank cannot read its rows, or if there are no supervised tokens.
         """
+        if self.data is None:
+            raise ValueError("there are no held-out rows to validate on")
         config = engine.module.config
         sums: dict[str, torch.Tensor] = {}
         batches = zip(self._batches, self._answers, strict=True)
         with evaluating(engine):
-            for (inputs, sources), (answers, _) in read_together(batches, engine.device):
+            for (inputs, sources), (of_answers, _) in read_together(batches, engine.device):
                 if interrupted():
                     return None
-                ids, labels, positions, answers, sources = (
-                    tensor.to(engine.device)
-                    for tensor in (*inputs.values(), answers["labels"], sources)
-                )  # fmt: skip
+                ids, labels, positions, asked, sources = (
+                    tensor.to(engine.device) for tensor in (*inputs.values(), of_answers["labels"], sources)
+                )
                 logits = engine(input_ids=ids, position_ids=positions, use_cache=False).logits
                 loss, place = score_tokens(logits[:, :-1], ids[:, 1:])
                 del logits
                 part = _token_sums(loss, place, labels[:, 1:], sources[:, 1:], len(self.data.sources))
-                part |= _sequence_sums(place == 0, ids, answers, positions, config.bos_token_id, config.eos_token_id)
+                part |= _sequence_sums(place == 0, ids, asked, positions, config.bos_token_id, config.eos_token_id)
                 sums = {name: sums.get(name, 0.0) + value.double() for name, value in part.items()}
             if interrupted():
                 return None
             answers = sample_answers(engine.module, self._tokenizer, self._questions)
-        return self._result(add_up([sums])), answers
+        return _result(self.data, add_up([sums])), answers
 
-    def _result(self, totals: dict[str, torch.Tensor]) -> ValidationResult:
-        tokens, sequences = int(totals["tokens"]), int(totals["sequences"])
-        if tokens == 0:
-            raise DataError(f"{self.data.location} has no supervised token in its readable rows; set validate_every=0")
-        of_sources = zip(
-            self.data.sources, totals["source_loss"].tolist(), totals["source_tokens"].tolist(), strict=True
-        )
-        by_source = {name: (loss / count, int(count)) for name, loss, count in of_sources if count}
-        return ValidationResult(
-            cross_entropy=totals["cross_entropy"].item() / tokens,
-            token_accuracy=totals["correct"].item() / tokens,
-            top5_accuracy=totals["among_top"].item() / tokens,
-            sequence_accuracy=totals["right_sequences"].item() / sequences if sequences else None,
-            supervised_tokens=tokens,
-            sequences=sequences,
-            by_source=dict(sorted(by_source.items(), key=lambda item: -item[1][1])),
-        )
+
+def _result(data: RowReader, totals: dict[str, torch.Tensor]) -> ValidationResult:
+    tokens, sequences = int(totals["tokens"]), int(totals["sequences"])
+    if tokens == 0:
+        raise DataError(f"{data.location} has no supervised token in its readable rows; set validate_every=0")
+    of_sources = zip(data.sources, totals["source_loss"].tolist(), totals["source_tokens"].tolist(), strict=True)
+    by_source = {name: (loss / count, int(count)) for name, loss, count in of_sources if count}
+    return ValidationResult(
+        cross_entropy=totals["cross_entropy"].item() / tokens,
+        token_accuracy=totals["correct"].item() / tokens,
+        top5_accuracy=totals["among_top"].item() / tokens,
+        sequence_accuracy=totals["right_sequences"].item() / sequences if sequences else None,
+        supervised_tokens=tokens,
+        sequences=sequences,
+        by_source=dict(sorted(by_source.items(), key=lambda item: -item[1][1])),
+    )
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from launcher.training.preflight.machine import (
     check_precision,
     check_versions,
 )
-from launcher.training.setup.data_source import open_run_data, will_be_prepared
+from launcher.training.setup.data_source import open_run_data, to_prepare
 from launcher.training.setup.deepspeed_config import read_json, resolve_deepspeed_config
 from launcher.training.setup.json_keys import check_keys
 from launcher.training.setup.model_source import model_config, preset_sizes
@@ -87,12 +87,10 @@ def _check_json_keys(content: dict, path: str) -> list[Finding]:
 
 def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
     """Open the rows as training will, which checks the index and the size of each file, and check the vocabulary."""
-    if will_be_prepared(config):
-        found = Finding(
-            "data", YELLOW, f"{config.data} does not exist yet: training prepares it from {config.prepare.source} first",
-            f"lfm prepare {config.prepare.source} --out {config.data}",
-        )  # fmt: skip
-        return None, [found]
+    if missing := to_prepare(config):
+        wanted, folder = missing
+        message = f"{folder} does not exist yet: training prepares it from {wanted.source} first"
+        return None, [Finding("data", YELLOW, message, f"lfm prepare {wanted.source} --out {folder}")]
     data, found = refused("data", lambda: open_run_data(config))
     if data is None:
         return None, found
@@ -112,7 +110,10 @@ def _check_data(config: RunConfig) -> tuple[RowReader | None, list[Finding]]:
 
 
 def _seq_len(config: RunConfig, data: RowReader | None) -> int:
-    return data.seq_len if data else config.prepare.seq_len
+    """Return the tokens in a row of the data, or of the data to be prepared; 0 if it is unknown."""
+    if data is not None:
+        return data.seq_len
+    return config.prepare.seq_len if config.prepare else 0
 
 
 def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfig | None, list[Finding]]:
@@ -122,7 +123,7 @@ def _check_model(config: RunConfig, data: RowReader | None) -> tuple[LiquidConfi
         goes_on = run if has_checkpoints(run) else None
         sizes, found = refused("model", lambda: model_config(config, data, goes_on))
         words = f"{data.vocab_size:,} tokens in a vocabulary of {{}}, rows of {data.seq_len} tokens in {{}} positions"
-    elif will_be_prepared(config) and config.init_from is None:
+    elif to_prepare(config) and config.init_from is None:
         sizes, found = refused("model", lambda: preset_sizes(config.model))
         words = "a vocabulary of {}, {} positions"
     else:
@@ -158,28 +159,38 @@ def _check_settings(
     findings = [
         Finding("batch", GREEN, f"{rows} rows = {world.world_size} processes × {micro} rows × {steps} micro-batches")
     ]
-    findings += _check_experts(config, resolved, world, sizes)
+    findings += _check_experts(config.expert_parallel_size, resolved, world, sizes)
     return [
-        *findings, check_precision(resolved, world), check_attention(config.attention, world),
+        *findings,
+        check_precision(resolved, world),
+        check_attention(config.attention, world),
         check_memory(sizes, resolved, world, seq_len, activations=True, here=here),
         check_disk(sizes, config.output, config.keep_checkpoints),
-    ]  # fmt: skip
+    ]
 
 
-def _check_experts(config: RunConfig, resolved: dict, world: Environment, sizes: LiquidConfig) -> list[Finding]:
+def _check_experts(asked: int, resolved: dict, world: Environment, sizes: LiquidConfig) -> list[Finding]:
     experts = resolved.get("expert_parallel")
     if not experts:
         return [Finding("experts", GREEN, f"{sizes.num_experts}, all on each rank")]
     used = experts["autoep_size"]
     message = f"{sizes.num_experts} experts over {used} of {world.world_size} processes"
-    if used != config.expert_parallel_size:
-        return [Finding(
-            "experts", YELLOW, f"{message}, because expert_parallel_size {config.expert_parallel_size} does not divide both",
-            f"set expert_parallel_size={used}",
-        )]  # fmt: skip
+    if used != asked:
+        return [
+            Finding(
+                "experts",
+                YELLOW,
+                f"{message}, because expert_parallel_size {asked} does not divide both",
+                f"set expert_parallel_size={used}",
+            )
+        ]
     if used > world.local_world_size:
-        return [Finding(
-            "experts", YELLOW, f"{message}: their all-to-all crosses nodes of {world.local_world_size}",
-            f"set expert_parallel_size={world.local_world_size} if the network is slow",
-        )]  # fmt: skip
+        return [
+            Finding(
+                "experts",
+                YELLOW,
+                f"{message}: their all-to-all crosses nodes of {world.local_world_size}",
+                f"set expert_parallel_size={world.local_world_size} if the network is slow",
+            )
+        ]
     return [Finding("experts", GREEN, message)]

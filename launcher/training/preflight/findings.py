@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 from data_pipeline.errors import DataError
 from launcher.errors import ConfigurationError
 
+Result = TypeVar("Result")
 GREEN, YELLOW, RED = "green", "yellow", "red"
 OF_MACHINES = ("GPUs", "clocks", "links")  # checks that turn red because of a machine, never because of a setting
 
@@ -29,7 +31,7 @@ class Finding:
     nodes: tuple[str, ...] = ()
 
 
-def refused(check: str, attempt: Callable) -> tuple[object, list[Finding]]:
+def refused(check: str, attempt: Callable[[], Result]) -> tuple[Result | None, list[Finding]]:
     """Return the result of `attempt()`, or None and a red finding made from its error: what is wrong, and the fix."""
     try:
         return attempt(), []
@@ -66,7 +68,7 @@ def suspects(findings: Iterable[Finding], nodes: list[str]) -> list[str] | None:
     If most nodes have the same red finding, the settings are to blame (for example, data on one node's local disk). If only a
     few have it, these nodes are. The list is empty if some machine is at fault but it is not known which.
     """
-    found = []
+    found: list[str] = []
     for finding in (finding for finding in findings if finding.level == RED):
         few = 0 < len(finding.nodes) < len(nodes) / 2
         if finding.check not in OF_MACHINES and not few:
@@ -92,9 +94,11 @@ def print_table(findings: list[Finding]) -> None:
         unnamed = [node for node in finding.nodes if node not in finding.message]
         where = f"on {', '.join(unnamed)}: " if unnamed else ""
         table.add_row(
-            Text(finding.level, style=f"bold {finding.level}"), Text(finding.check), Text(where + finding.message),
+            Text(finding.level, style=f"bold {finding.level}"),
+            Text(finding.check),
+            Text(where + finding.message),
             Text(finding.fix),
-        )  # fmt: skip
+        )
     console.print(table)
 
 

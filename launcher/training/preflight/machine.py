@@ -44,9 +44,11 @@ def check_precision(resolved: dict, environment: Environment) -> Finding:
 
         if not get_accelerator().is_fp16_supported():
             return Finding(
-                "precision", RED, "the JSON enables fp16, which DeepSpeed does not support on this device",
+                "precision",
+                RED,
+                "the JSON enables fp16, which DeepSpeed does not support on this device",
                 "remove precision.force, or train on a device with native fp16",
-            )  # fmt: skip
+            )
     return Finding("precision", GREEN, f"{asked} on a CPU")
 
 
@@ -77,20 +79,25 @@ def check_memory(
     for key in ZERO_DEFAULTS:
         if not isinstance(zero[key], (int, float)):
             return Finding(
-                "memory", RED, f"zero_optimization.{key} is {zero[key]!r} in the DeepSpeed JSON, which is not a number",
+                "memory",
+                RED,
+                f"zero_optimization.{key} is {zero[key]!r} in the DeepSpeed JSON, which is not a number",
                 "write it as a number without quotes",
-            )  # fmt: skip
+            )
     counted = Sizes.of(sizes)
     experts_over = expert_parallel_size(resolved)
-    needed, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts_over)
+    state, _ = state_bytes(counted, {"zero_optimization": zero}, environment.world_size, experts_over)
+    needed = float(state)
     available, where = _device_memory(environment)
     message = f"{counted.total / 1e6:,.1f} million parameters need {needed / 1e9:.1f} GB per rank"
     here = here or environment.device.type == "cuda"
     if here and needed > available:
         return Finding(
-            "memory", RED, f"{message}, and a rank has {available / 1e9:.1f} GB ({where})",
+            "memory",
+            RED,
+            f"{message}, and a rank has {available / 1e9:.1f} GB ({where})",
             "use more GPUs, a larger expert_parallel_size, ds_configs/zero3_offload.json or a smaller model",
-        )  # fmt: skip
+        )
     if activations:
         tokens = resolved["train_micro_batch_size_per_gpu"] * seq_len
         recompute = resolved.get("activation_checkpointing", {}).get("enabled", False)
@@ -98,8 +105,12 @@ def check_memory(
             needed += Activations.of(sizes).peak(sizes, tokens, recompute)
         message += f", {needed / 1e9:.1f} GB with the activations of a micro-batch"
     if not here:
-        return Finding("memory", YELLOW, f"{message}; the memory of the run's nodes is not known here",
-                       "compare it with their GPUs, or run lfm preflight there")  # fmt: skip
+        return Finding(
+            "memory",
+            YELLOW,
+            f"{message}; the memory of the run's nodes is not known here",
+            "compare it with their GPUs, or run lfm preflight there",
+        )
     message += f", of {available / 1e9:.1f} GB ({where})"
     if needed > TIGHT * available:
         return Finding("memory", YELLOW, message, "set a smaller micro_batch_rows, or activation_checkpointing=true")

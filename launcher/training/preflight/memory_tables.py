@@ -10,8 +10,8 @@ from pathlib import Path
 from launcher.training.preflight.memory_estimate import GPUS_PER_NODE, Activations, Sizes, state_bytes
 from launcher.training.setup.deepspeed_config import read_json
 from model import LiquidConfig
+from model.configuration import preset_names
 
-PRESETS = ("tiny", "base", "1b", "8b-a1b")
 GPUS = (8, 16, 64)
 TOKENS = 8192  # in a micro-batch: 4 rows of 2,048
 LED_WORDS = 50266
@@ -22,6 +22,11 @@ START = 4
 def preset(name: str) -> LiquidConfig:
     """Return a preset with the vocabulary size of LED's tokenizer."""
     return LiquidConfig.from_preset(name).sized_for(LED_WORDS, pad_token_id=1, bos_token_id=0, eos_token_id=2)
+
+
+def presets() -> list[str]:
+    """Return the names of all presets, the smallest first."""
+    return sorted(preset_names(), key=lambda name: Sizes.of(preset(name)).total)
 
 
 def expert_parallel_size(num_experts: int, gpus: int) -> int:
@@ -36,7 +41,7 @@ def states_table(folder: Path) -> str:
         "| preset | JSON | " + " | ".join(f"{gpus} GPUs" for gpus in GPUS) + " | host memory of a node | to start |"
     ]
     lines.append("|---|---|" + "---|" * (len(GPUS) + 2))
-    for name in PRESETS:
+    for name in presets():
         config = preset(name)
         sizes = Sizes.of(config)
         for file in names:
@@ -51,7 +56,7 @@ def states_table(folder: Path) -> str:
 def activations_table() -> str:
     """Return a Markdown table of the GB of activations of a micro-batch of `TOKENS`, by preset."""
     lines = ["| preset | activations kept | recomputed |", "|---|---|---|"]
-    for name in PRESETS:
+    for name in presets():
         config = preset(name)
         activations = Activations.of(config)
         kept, recomputed = (activations.peak(config, TOKENS, recompute) / 1e9 for recompute in (False, True))

@@ -95,8 +95,12 @@ def judge_clocks(offsets: dict[str, float]) -> Finding:
     level = RED if max(map(abs, off.values())) > CLOCK_LIMIT else YELLOW
     if len(offsets) == 2:  # either of the two may be the wrong one
         (first, second), apart = offsets, max(offsets.values()) - min(offsets.values())
-        return Finding("clocks", level, f"those of {first} and {second} are {apart:.1f} s apart",
-                       "synchronise the wrong one (chrony, ntpd)")  # fmt: skip
+        return Finding(
+            "clocks",
+            level,
+            f"those of {first} and {second} are {apart:.1f} s apart",
+            "synchronise the wrong one (chrony, ntpd)",
+        )
     said = ", ".join(f"{name} is {seconds:+.1f} s off" for name, seconds in off.items())
     return Finding("clocks", level, said, "synchronise their clocks (chrony, ntpd), or exclude these nodes", tuple(off))
 
@@ -107,10 +111,9 @@ def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
     probe = gather(secrets.token_hex(8))[0]
     created = not folder.exists()
     created = gather(created)[0]
-    problems = _try(
-        lambda: (folder.mkdir(parents=True, exist_ok=True), _write(folder / f".{probe}-{nodes.index}")), nodes
-    )
-    written = gather(problems)  # also a barrier: no node looks before all have written
+    written = gather(
+        _try(lambda: _write(folder / f".{probe}-{nodes.index}"), nodes)
+    )  # also a barrier: no node looks before all have written
     missing = _wait_for({folder / f".{probe}-{n}" for n in range(len(nodes.ranks))}) if nodes.is_member else set()
     blind = gather(bool(missing) and not any(written))
     if nodes.is_member:
@@ -120,12 +123,20 @@ def _check_shared_folder(nodes: Nodes, output: str) -> Finding:
         folder.rmdir()
     failed = [f"{name}: {written[rank]}" for name, rank in zip(nodes.names, nodes.ranks, strict=True) if written[rank]]
     if failed:
-        return Finding("run folder", RED, f"{folder} cannot be written: {', '.join(failed)}",
-                       "set output to a folder on a file system that all nodes share")  # fmt: skip
+        return Finding(
+            "run folder",
+            RED,
+            f"{folder} cannot be written: {', '.join(failed)}",
+            "set output to a folder on a file system that all nodes share",
+        )
     unseen = [name for name, rank in zip(nodes.names, nodes.ranks, strict=True) if blind[rank]]
     if unseen:
-        return Finding("run folder", RED, f"{folder} is not the same folder everywhere: {', '.join(unseen)} do not see the "
-                       "others' files", "set output to a folder on a file system that all nodes share")  # fmt: skip
+        return Finding(
+            "run folder",
+            RED,
+            f"{folder} is not the same folder everywhere: {', '.join(unseen)} do not see the others' files",
+            "set output to a folder on a file system that all nodes share",
+        )
     return Finding(
         "run folder", GREEN, f"all {len(nodes.ranks)} nodes can write to {folder} and see each other's files"
     )
@@ -143,6 +154,7 @@ def _try(attempt: Callable, nodes: Nodes) -> str:
 
 
 def _write(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(socket.gethostname())
 
 
@@ -167,8 +179,12 @@ def _check_shared_file(nodes: Nodes, path: str) -> Finding:
     first = contents[nodes.ranks[0]]
     others = [name for name, rank in zip(nodes.names, nodes.ranks, strict=True) if contents[rank] != first]
     if first is None or others:
-        return Finding("shared data", RED, f"{path} is missing or different on {', '.join(others or nodes.names[:1])}",
-                       "put the data on a file system that all nodes share, or copy it to each node")  # fmt: skip
+        return Finding(
+            "shared data",
+            RED,
+            f"{path} is missing or different on {', '.join(others or nodes.names[:1])}",
+            "put the data on a file system that all nodes share, or copy it to each node",
+        )
     return Finding("shared data", GREEN, f"{path} is the same on all {len(nodes.ranks)} nodes")
 
 
@@ -231,7 +247,7 @@ def _link_speeds(nodes: Nodes, data: torch.Tensor) -> list[float]:
                 seconds.append(time.perf_counter() - begin)
             speeds[sender] = data.nbytes / 1e9 / statistics.median(seconds)
         dist.barrier(nodes.group)  # otherwise a node's work on its other link would be timed as well
-    known = [None] * count
+    known: list[dict[int, float]] = [{}] * count
     dist.all_gather_object(known, speeds, group=nodes.group)
     return [value for _, value in sorted({n: v for part in known for n, v in part.items()}.items())]
 
@@ -248,11 +264,16 @@ def judge_links(names: list[str], speeds: list[float]) -> Finding:
     if slow:
         level = RED if min(slow.values()) < TOO_SLOW * usual else YELLOW
         said = ", ".join(f"{name} reaches its neighbours at {speed:.2f} GB/s" for name, speed in slow.items())
-        return Finding("links", level, f"{said}, the others at {usual:.2f}",
-                       f"sbatch --exclude={','.join(slow)}", tuple(slow))  # fmt: skip
+        return Finding(
+            "links", level, f"{said}, the others at {usual:.2f}", f"sbatch --exclude={','.join(slow)}", tuple(slow)
+        )
     if len(names) == 2 and min(speeds) < SLOW * max(speeds):
-        return Finding("links", YELLOW, f"{min(speeds):.2f} GB/s one way and {max(speeds):.2f} the other between "
-                       f"{' and '.join(names)}", "test each of them with a third node")  # fmt: skip
+        return Finding(
+            "links",
+            YELLOW,
+            f"{min(speeds):.2f} GB/s one way and {max(speeds):.2f} the other between {' and '.join(names)}",
+            "test each of them with a third node",
+        )
     return Finding("links", GREEN, f"{min(speeds):.2f} to {max(speeds):.2f} GB/s from each node to the next")
 
 

@@ -10,7 +10,6 @@ import time
 import torch.distributed as dist
 
 from data_pipeline.errors import DataError
-from launcher.config import RunConfig
 from launcher.training.checkpoints.checkpoint import TrainState
 from launcher.training.checkpoints.saver import CheckpointSaver
 from launcher.training.monitoring.monitor import Monitor
@@ -25,15 +24,15 @@ class DueValidations:
     def __init__(
         self,
         engine,
-        config: RunConfig,
         validation: Validation,
         monitor: Monitor,
         checkpoints: CheckpointSaver,
         stop: StopRequest,
         watchdog: Watchdog,
+        on_bad_shard: str,
     ) -> None:
         self._engine = engine
-        self._may_skip = config.on_bad_shard == "skip"
+        self._may_skip = on_bad_shard == "skip"
         self._validation = validation
         self._monitor = monitor
         self._checkpoints = checkpoints

@@ -77,7 +77,7 @@ class Failures:
         self._folder = run.path / "failures"
         self._rank = dist.get_rank()
         self._ended = False
-        self._hosts = [None] * dist.get_world_size()
+        self._hosts = [""] * dist.get_world_size()
         if self._rank == 0:
             shutil.rmtree(self._folder, ignore_errors=True)  # notes of the previous attempt
         dist.all_gather_object(self._hosts, socket.gethostname())

@@ -83,18 +83,21 @@ class Guard:
         self.run = run
         self.monitor = monitor
         self.checkpoints = checkpoints
-        self._rollbacks, self._went_back_to = 0, None  # rollbacks in a row, and to which checkpoint
+        self._rollbacks = 0  # in a row
+        self._went_back_to: str | None = None  # the checkpoint of these rollbacks
         self._spike = self._hopeless = False
         self._not_finite = 0  # steps in a row, up to the last one
+        self._scale: float | None = None  # fp16's, before the coming step
         self._take_scaler()
 
     def observe(self, state: TrainState, loss: float) -> dict[str, float]:
         """Judge the step that `state` follows, given the global batch's loss; return values for TensorBoard."""
         skipped, finite = self.engine.optimizer.overflow, math.isfinite(loss)
         # If the loss scale is too large, the gradients of a finite loss overflow; the scaler then lowers it until they fit.
-        by_scale = skipped and finite and self._scaler is not None
-        self._hopeless = by_scale and self._scale == self._scaler.min_scale
-        self._scale = self._scaler and self._scaler.cur_scale
+        scaler = self._scaler
+        by_scale = skipped and finite and scaler is not None
+        self._hopeless = scaler is not None and by_scale and self._scale == scaler.min_scale
+        self._scale = scaler and scaler.cur_scale
         self._not_finite = self._not_finite + 1 if skipped and not by_scale else 0
         state.skipped_steps += skipped
         state.skipped_in_a_row = state.skipped_in_a_row + 1 if skipped and not by_scale else 0
@@ -160,17 +163,15 @@ class Guard:
 
         The stream of batches is already at that position.
         """
-        chosen = [self._loadable() if dist.get_rank() == 0 else None]
+        chosen: list = [self._loadable() if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(chosen, src=0)
         earlier = load_checkpoint(self.engine, chosen[0])
         self._not_finite = 0
         earlier.skipped_ranges = [*earlier.skipped_ranges, [earlier.position, state.position]]
         earlier.position = state.position
         earlier.skipped_steps = state.skipped_steps
-        self._rollbacks, self._went_back_to = (
-            self._rollbacks + 1,
-            self._newest(),
-        )  # a different one if the newest was damaged
+        self._rollbacks += 1
+        self._went_back_to = self._newest()  # a different one if the newest was damaged
         self._take_scaler()
         first, end = earlier.skipped_ranges[-1]
         self.monitor.say(f"rolled back to {chosen[0].name}; skipping the rows at positions {first} to {end - 1}")
@@ -201,9 +202,9 @@ class Guard:
     def _end_where_hopeless(self, state: TrainState) -> None:
         if self._hopeless or state.skipped_in_a_row > self.config.max_skipped_in_a_row:
             self.checkpoints.settle()  # so that the message names the newest checkpoint
-        if self._hopeless:
+        if self._hopeless and (scaler := self._scaler) is not None:
             raise TrainingError(
-                f"step {state.step}: fp16's loss scale is at its minimum ({self._scaler.min_scale:g}) and the gradients "
+                f"step {state.step}: fp16's loss scale is at its minimum ({scaler.min_scale:g}) and the gradients "
                 "still overflow; train in bf16, or lower learning_rate, or lower fp16.min_loss_scale in the JSON; "
                 f"the last checkpoint is {self._last_checkpoint()}"
             )
@@ -223,6 +224,10 @@ class Guard:
         Damaged newer ones are renamed: under their own names they would keep their steps from being saved again.
         """
         checkpoint, passed_over = find_checkpoint(self.run, "auto")
+        if checkpoint is None:
+            raise TrainingError(
+                f"the checkpoints in {self.run.checkpoints} are gone, so the run cannot roll back; start it again to begin anew"
+            )
         checkpoint, renamed = make_newest(self.run, checkpoint)
         for note in (*passed_over, *renamed):
             self.monitor.say(note)

@@ -66,9 +66,10 @@ class StopRequest:
         while True:
             (number,) = os.read(reading, 1)
             now = time.monotonic()
-            if number == signal.SIGINT and self._interrupted is None:
+            first = self._interrupted
+            if number == signal.SIGINT and first is None:
                 self._interrupted = now
-            elif number == signal.SIGINT and now - self._interrupted > SAME_REQUEST:
+            elif number == signal.SIGINT and first is not None and now - first > SAME_REQUEST:
                 print("interrupted twice: stopping at once, without a checkpoint", file=sys.stderr, flush=True)
                 self._report("interrupted twice")
                 os._exit(INTERRUPTED)

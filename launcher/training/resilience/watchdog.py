@@ -83,5 +83,5 @@ class Watchdog:
             f"{self._what} hangs: it took longer than step_timeout_seconds allows; the stacks are in {self._path}"
         )
         print(f"error: rank {self._rank}: {sentence}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__)
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         self._report(sentence)

@@ -10,7 +10,7 @@ from data_pipeline.loading.mixture import open_data
 from data_pipeline.loading.remote import ShardCache, default_cache_folder, is_remote
 from data_pipeline.loading.row_reader import RowReader
 from data_pipeline.shards.format import INDEX_NAME, VALIDATION_FOLDER
-from launcher.config import RunConfig
+from launcher.config import DataCache, Prepare, RunConfig
 
 
 def open_run_data(config: RunConfig) -> RowReader:
@@ -19,14 +19,14 @@ def open_run_data(config: RunConfig) -> RowReader:
     Raises `DataError` if a folder cannot be opened, or the folders of a mixture do not fit together.
     """
     data = config.data if isinstance(config.data, str) else [asdict(weighted) for weighted in config.data]
-    return open_data(data, config.on_bad_shard, shard_cache(config))
+    return open_data(data, config.on_bad_shard, shard_cache(config.data_cache))
 
 
-def will_be_prepared(config: RunConfig) -> bool:
-    """Return whether a start prepares the data: `prepare` is given, and the folder `data` is not finished yet."""
+def to_prepare(config: RunConfig) -> tuple[Prepare, str] | None:
+    """Return how a start prepares the data, and the folder; None without `prepare`, or if the folder is finished."""
     if config.prepare is None or not isinstance(config.data, str) or is_remote(config.data):
-        return False
-    return not Path(config.data, INDEX_NAME).exists()
+        return None
+    return None if Path(config.data, INDEX_NAME).exists() else (config.prepare, config.data)
 
 
 def held_out_location(data: str | list, validation_data: str | None) -> str | None:
@@ -42,10 +42,10 @@ def held_out_location(data: str | list, validation_data: str | None) -> str | No
     return str(Path(data, VALIDATION_FOLDER))
 
 
-def shard_cache(config: RunConfig) -> ShardCache:
-    """Create the cache that `data_cache` describes; variables such as `$SLURM_TMPDIR` are expanded on each machine."""
-    folder = config.data_cache.folder
+def shard_cache(wanted: DataCache) -> ShardCache:
+    """Create the cache of a run; variables such as `$SLURM_TMPDIR` are expanded on each machine."""
+    folder = wanted.folder
     return ShardCache(
         Path(os.path.expandvars(folder)).expanduser() if folder else default_cache_folder(),
-        round(config.data_cache.gigabytes * 1e9),
+        round(wanted.gigabytes * 1e9),
     )

@@ -48,11 +48,11 @@ def resolve_deepspeed_config(
     automatic = _automatic(resolved)
     _check_keys(resolved, automatic, str(path))
     config = _agree(resolved, config, str(path))
-    notes = []
-    _resolve_precision(resolved, config, environment, notes)
+    notes: list[str] = []
+    _resolve_precision(resolved, config.precision.force, environment, notes)
     _resolve_optimizer(resolved, environment, notes)
-    _resolve_batch(resolved, config, environment)
-    _resolve_experts(resolved, config, environment, num_experts, notes)
+    _resolve_batch(resolved, config.global_batch_rows, config.micro_batch_rows, environment.world_size)
+    _resolve_experts(resolved, config.expert_parallel_size, environment, num_experts, notes)
     places = [".".join(keys) for keys in automatic if keys[0] in resolved]
     filled = [f"{place} {json.dumps(value_at(resolved, place))}" for place in places]
     return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
@@ -164,10 +164,13 @@ def _agree(resolved: dict, config: RunConfig, path: str) -> RunConfig:
     return dataclasses.replace(config, **from_json)
 
 
-def _resolve_precision(resolved: dict, config: RunConfig, environment: Environment, notes: list[str]) -> None:
-    """Replace a half precision that a CPU does not support natively: by bf16 if that is native, otherwise by fp32."""
+def _resolve_precision(resolved: dict, force: bool, environment: Environment, notes: list[str]) -> None:
+    """Unless `force`, replace a half precision that a CPU does not support natively.
+
+    By bf16 if that is native, otherwise by fp32.
+    """
     asked = precision(resolved)
-    if environment.device.type != "cpu" or asked == "fp32" or config.precision.force:
+    if environment.device.type != "cpu" or asked == "fp32" or force:
         return
     native = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
     if asked == native:
@@ -190,15 +193,14 @@ def _resolve_optimizer(resolved: dict, environment: Environment, notes: list[str
     notes.append("on a CPU the optimizer is torch's fused AdamW, as if the JSON had torch_adam and fused")
 
 
-def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) -> None:
-    world, rows = environment.world_size, config.global_batch_rows
+def _resolve_batch(resolved: dict, rows: int, micro_batch_rows: int, world: int) -> None:
     share, rest = divmod(rows, world)
     if rest:
         raise ConfigurationError(
             f"global_batch_rows is {rows}, which does not divide over {world} processes; "
             f"the nearest that do are {max(1, share) * world} and {(share + 1) * world}"
         )
-    micro = max(size for size in range(1, min(share, config.micro_batch_rows) + 1) if share % size == 0)
+    micro = max(size for size in range(1, min(share, micro_batch_rows) + 1) if share % size == 0)
     accumulation = share // micro
     if resolved.get("gradient_accumulation_steps", "auto") not in ("auto", accumulation):
         raise ConfigurationError(
@@ -210,15 +212,13 @@ def _resolve_batch(resolved: dict, config: RunConfig, environment: Environment) 
     )
 
 
-def _resolve_experts(
-    resolved: dict, config: RunConfig, environment: Environment, num_experts: int, notes: list[str]
-) -> None:
+def _resolve_experts(resolved: dict, asked: int, environment: Environment, num_experts: int, notes: list[str]) -> None:
     experts = resolved.get("expert_parallel")
     if not experts or not experts.get("enabled"):
         resolved.pop("expert_parallel", None)
-        if config.expert_parallel_size > 1:
+        if asked > 1:
             notes.append(
-                f"expert_parallel_size {config.expert_parallel_size} is ignored: the JSON's expert_parallel section is "
+                f"expert_parallel_size {asked} is ignored: the JSON's expert_parallel section is "
                 f"{'not enabled' if experts else 'missing'}, so each rank holds all experts"
             )
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from launcher.run_folder import RunFolder
 from launcher.training.weight_broadcast import fill_from_rank_0
 from launcher.weight_files import WeightFiles
 from model import LiquidConfig, LiquidForCausalLM
+from model.loss import LossWeights
 
 TABLE = "model.embed_tokens.weight"
 
@@ -117,17 +119,17 @@ def build_model(
             model = LiquidForCausalLM(sizes)
         read = None
         if dist.get_rank() == 0:
-            read = _reader_of_zeros(model) if goes_on else _reader_of_initial_weights(config, sizes)
+            read = _reader_of_zeros(model) if goes_on else _reader_of_initial_weights(config.init_from, sizes)
         model = fill_from_rank_0(model, read, resolved)
     elif config.init_from is None:
         model = LiquidForCausalLM(sizes)
     else:
         model = LiquidForCausalLM(sizes)
-        read = _reader_of_initial_weights(config, sizes)
+        read = _reader_of_initial_weights(config.init_from, sizes)
         model.load_state_dict(
             {name: read(name) for name in model.state_dict() if name not in model.all_tied_weights_keys}, strict=False
         )
-    model.loss_weights = config.loss
+    model.loss_weights = LossWeights(**asdict(config.loss))
     if config.attention != "auto":
         model.set_attn_implementation(config.attention)
     return model
@@ -139,10 +141,10 @@ def _reader_of_zeros(model: LiquidForCausalLM) -> Callable[[str], torch.Tensor]:
     return lambda name: torch.zeros(shapes[name])
 
 
-def _reader_of_initial_weights(config: RunConfig, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
+def _reader_of_initial_weights(init_from: str | None, sizes: LiquidConfig) -> Callable[[str], torch.Tensor]:
     """Return a function that returns the named initial weight. It can be called once for each weight."""
-    if config.init_from is not None:
-        files = WeightFiles(Path(config.init_from))
+    if init_from is not None:
+        files = WeightFiles(Path(init_from))
 
         def read(name: str) -> torch.Tensor:
             tensor = files.read(name)

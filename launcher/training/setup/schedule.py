@@ -19,7 +19,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
         return peak * (step + 1) / config.warmup_steps
     minimum = peak * schedule.minimum_ratio
     annealed = (schedule.steps or config.max_steps) - config.warmup_steps
-    passed = step - config.warmup_steps
+    passed = float(step - config.warmup_steps)
     if passed >= annealed:
         return minimum
     lengths = [schedule.multiplier**cycle for cycle in range(schedule.cycles)]

@@ -161,8 +161,11 @@ def test_a_run_is_evaluated_on_its_own_held_out_rows(tmp_path):
         return data_of_run(run)
 
     assert asked(data="there", validation_data="elsewhere") == "elsewhere"
-    for keys in ({"data": str(data)}, {"data": [{"path": str(data), "weight": 1}]},
-                 {"data": "there", "validation_data": "https://elsewhere"}):  # fmt: skip
+    for keys in (
+        {"data": str(data)},
+        {"data": [{"path": str(data), "weight": 1}]},
+        {"data": "there", "validation_data": "https://elsewhere"},
+    ):
         with pytest.raises(ConfigurationError, match="no held-out rows on this machine; give --data"):
             asked(**keys)  # `data` has no held-out part, and its own rows were trained on
     (data / "validation").mkdir(parents=True)

@@ -146,8 +146,10 @@ def test_a_note_shows_a_question_whose_words_cleaning_changed(exported):
         assert noted(alike) == ""
     result = fork_server.run(
         [*COMMAND, str(exported), "--max-new-tokens", "1", "Why?", "Is https://example.com safe?"],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0
     notes = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert notes == ["note: question 2 is read as 'Is safe?': it was cleaned like the training data"]

@@ -153,9 +153,12 @@ def test_one_step_of_trls_trainer_changes_only_the_adapters(folder, tokenizer, t
     whole = AutoModelForCausalLM.from_pretrained(folder)
     before = {name: weight.clone() for name, weight in whole.state_dict().items()}
     trainer = trl.SFTTrainer(
-        model=whole, args=options, train_dataset=datasets.Dataset.from_list(conversations), peft_config=lora,
+        model=whole,
+        args=options,
+        train_dataset=datasets.Dataset.from_list(conversations),
+        peft_config=lora,
         processing_class=tokenizer,
-    )  # fmt: skip
+    )
     adapters = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
     assert len(adapters) == 2 * 2 * 4 and all("lora_" in name for name in adapters)
     result = trainer.train()
@@ -178,9 +181,13 @@ def test_transformers_trainer_accumulates_and_evaluates(folder, tokenizer, tmp_p
     )  # fmt: skip
     whole = AutoModelForCausalLM.from_pretrained(folder)
     trainer = Trainer(
-        model=whole, args=options, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer,
+        model=whole,
+        args=options,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-    )  # fmt: skip
+    )
     found = trainer.predict(rows)
     mean = found.metrics["test_loss"]
     assert found.predictions.shape[::2] == (8, whole.config.vocab_size)

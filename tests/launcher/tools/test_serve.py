@@ -38,9 +38,12 @@ class Server:
         self.token = token
         with open(log, "w") as output:
             self.process = fork_server.Popen(
-                [*COMMAND, str(model), "--port", "0", *arguments], stdout=subprocess.PIPE, stderr=output, text=True,
+                [*COMMAND, str(model), "--port", "0", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
                 env={**os.environ, "LFM_TOKEN": token},
-            )  # fmt: skip
+            )
         line = self.process.stdout.readline()
         assert " answers at http://" in line, log.read_text()
         self.url = re.search(r"http://\S+", line)[0]
@@ -118,9 +121,11 @@ def test_openais_own_client_gets_answers(server, small):
     assert stopped.choices[0].finish_reason == "stop"
 
     drawn = [
-        ask(model=model.id, messages=messages, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed).choices[0].message.content
+        ask(model=model.id, messages=messages, max_tokens=12, temperature=1.5, top_p=0.95, seed=seed)
+        .choices[0]
+        .message.content
         for seed in (1, 1, 2)
-    ]  # fmt: skip
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
     with pytest.raises(BadRequestError, match="n 2 is not supported") as refused:

@@ -8,9 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from launcher.tools.evaluation import results
 from launcher.tools.evaluation.text_metrics import bleu, distinct, meteor, rouge, text_metrics
 
+README = Path(results.__file__).with_name("README.md")
 WORDNET = Path(__file__).parents[4] / "shared" / "data" / "nltk_data"
+
+
+def test_the_page_of_metrics_is_made_from_their_declarations():
+    page = README.read_text(encoding="utf-8")
+    assert results.page_table() in page, "put the output of `python -m launcher.tools.evaluation.results` there"
+
+
+def test_a_metric_that_does_not_apply_says_why():
+    found = text_metrics(["a"], ["b"], rouge(["a"], ["b"]))
+    missing = [name for name, value in found.items() if value is None and name != "meteor"]
+    assert missing == ["bleu", "rouge2", "distinct_2", "distinct_3"]
+    assert all(results.METRICS[name].without for name in (*missing, "meteor", "sequence_accuracy"))
 
 
 def test_exact_match_and_lengths():

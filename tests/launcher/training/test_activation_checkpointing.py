@@ -63,9 +63,12 @@ def measured(trainer):
     for recompute in ("true", "false"):
         arguments = trainer.arguments("memory", f"activation_checkpointing={recompute}", "model=tiny")
         result = subprocess.run(
-            [sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, timeout=240,
+            [sys.executable, "-c", MEASURE, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=240,
             env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # freed tensors go back to the system at once
-        )  # fmt: skip
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         results[recompute] = json.loads(result.stdout.split("RESULT", 1)[1].splitlines()[0])
     return results

@@ -67,8 +67,9 @@ def plain(config):
     """The statistics of layers and the norms of groups in the same step of plain PyTorch, by tag."""
     data = ShardFolder(config.data)
     model = build_model(config, data).train()
-    (batch,) = BatchStream(data, seed=config.seed, global_batch_rows=4, micro_batch_rows=4, rank=0, world_size=1,
-                           loss_on=config.loss_on).next_step()  # fmt: skip
+    (batch,) = BatchStream(
+        data, seed=config.seed, global_batch_rows=4, micro_batch_rows=4, rank=0, world_size=1, loss_on=config.loss_on
+    ).next_step()
     outputs = {}
     for name, module in model.named_modules():
         if name in LAYERS:
@@ -189,8 +190,10 @@ def test_a_layer_that_leaves_its_range_is_reported_once_until_it_is_back():
 
 
 def test_layer_patterns_that_match_nothing_or_are_invalid_are_refused():
-    for patterns, fault in ((["no_such"], "'no_such', which matches no layer; .* of the model are 0"),
-                            (["("], "not a valid regular expression")):  # fmt: skip
+    for patterns, fault in (
+        (["no_such"], "'no_such', which matches no layer; .* of the model are 0"),
+        (["("], "not a valid regular expression"),
+    ):
         with pytest.raises(ConfigurationError, match=fault):
             ActivationMonitor(nn.Sequential(nn.Identity()), patterns)
 

@@ -46,5 +46,9 @@ def test_what_this_device_cannot_train_is_refused_before_the_start(trainer):
         pytest.skip("flex attention trains on this device")
     assert check_attention("flex_attention", here).level == RED
     with pytest.raises(ConfigurationError, match="has no backward pass on a CPU; set attention=auto"):
-        make_plan(str(trainer.config), [f"output={trainer.folder / 'flex'}", "attention=flex_attention"],
-                  str(trainer.fp32), here)  # fmt: skip
+        make_plan(
+            str(trainer.config),
+            [f"output={trainer.folder / 'flex'}", "attention=flex_attention"],
+            str(trainer.fp32),
+            here,
+        )

@@ -19,8 +19,12 @@ from launcher.training.setup.data_source import open_run_data
 def mixture(trainer, sample_data):
     """The sample, and the sample again in small shards, one of which has a flipped bit."""
     damaged = trainer.folder / "damaged"
-    prepare("sample", damaged, Settings(tokenizer=str(sample_data / "tokenizer"), seq_len=64, rows_per_shard=400),
-            progress=False)  # fmt: skip
+    prepare(
+        "sample",
+        damaged,
+        Settings(tokenizer=str(sample_data / "tokenizer"), seq_len=64, rows_per_shard=400),
+        progress=False,
+    )
     name = ShardFolder(damaged).index["files"][1]["name"]
     content = bytearray((damaged / name).read_bytes())
     content[1000] ^= 1

@@ -88,9 +88,11 @@ OF_A_STAGE = {
 OFFLOAD = read_json(FOLDER / "zero3_offload.json")
 ELSEWHERE = {
     "": {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"},
-    "fp16": set(SCALING), "bf16": {"enabled"}, "zero_optimization": {"offload_optimizer"},
+    "fp16": set(SCALING),
+    "bf16": {"enabled"},
+    "zero_optimization": {"offload_optimizer"},
     "zero_optimization.offload_optimizer": set(value_at(OFFLOAD, "zero_optimization.offload_optimizer")),
-}  # fmt: skip
+}
 
 
 def supported(stage: int) -> dict:

@@ -125,10 +125,13 @@ def test_every_attempt_has_a_line_that_says_how_it_ended(representative):
 def test_a_term_in_a_forward_pass_an_optimizer_step_or_a_save_and_a_cut_shard_cost_nothing(representative):
     name = "often"
     forward, cut, optimizer, save, end = series(
-        representative, stopped(representative, name, "forward", 1), lost(representative, name, "cut"),
-        stopped(representative, name, "optimizer", 11), stopped(representative, name, "save", 14),
+        representative,
+        stopped(representative, name, "forward", 1),
+        lost(representative, name, "cut"),
+        stopped(representative, name, "optimizer", 11),
+        stopped(representative, name, "save", 14),
         {"arguments": representative.arguments(name, *COMMON)},
-    )  # fmt: skip
+    )
     assert [forward["codes"], optimizer["codes"], save["codes"]] == [[75, 75]] * 3
     check_lost(representative, name, cut, "cut")
     assert end["codes"] == [0, 0]

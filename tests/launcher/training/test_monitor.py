@@ -153,9 +153,13 @@ def test_answers_to_held_out_questions_are_text(tensorboard):
 
 def test_figures_are_written_at_the_requested_steps(watched):
     shown = watched.scalars("watched")
-    for tag, steps in (("grad_norm/experts", {2, 4, 6}), ("activations/model.norm/rms", {2, 4, 6}),
-                       ("validation/perplexity", {3, 6}), ("perf/save_seconds", {3, 6}),
-                       ("perf/mfu", set(range(1, STEPS + 1)))):  # fmt: skip
+    for tag, steps in (
+        ("grad_norm/experts", {2, 4, 6}),
+        ("activations/model.norm/rms", {2, 4, 6}),
+        ("validation/perplexity", {3, 6}),
+        ("perf/save_seconds", {3, 6}),
+        ("perf/mfu", set(range(1, STEPS + 1))),
+    ):
         assert set(shown[tag]) == steps, tag
     for step in range(1, STEPS + 1):
         parts = sum(shown[f"perf/{part}_seconds"][step] for part in ("forward", "backward", "optimizer"))

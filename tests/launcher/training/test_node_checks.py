@@ -24,8 +24,10 @@ def test_equal_findings_of_several_nodes_are_one_line():
     data = Finding("data", GREEN, "whole")
     merged = merge({"n1": [data, fine], "n2": [data, bad], "n3": [data, fine]})
     assert [(f.check, f.level, f.nodes) for f in merged] == [
-        ("data", GREEN, ()), ("GPUs", GREEN, ("n1", "n3")), ("GPUs", RED, ("n2",)),
-    ]  # fmt: skip
+        ("data", GREEN, ()),
+        ("GPUs", GREEN, ("n1", "n3")),
+        ("GPUs", RED, ("n2",)),
+    ]
 
 
 def test_faults_of_a_few_nodes_make_them_suspect_and_shared_faults_are_of_settings():

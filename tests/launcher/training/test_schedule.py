@@ -10,9 +10,11 @@ from launcher.training.setup.schedule import learning_rate
 @pytest.mark.parametrize(("cycles", "multiplier", "first"), [(1, 1.0, 90), (3, 1.0, 30), (2, 2.0, 30)])
 def test_after_the_warm_up_it_is_torchs_cosine_with_warm_restarts(cycles, multiplier, first):
     config = RunConfig(
-        learning_rate=0.1, warmup_steps=10, max_steps=100,
+        learning_rate=0.1,
+        warmup_steps=10,
+        max_steps=100,
         schedule=Schedule(cycles=cycles, multiplier=multiplier, minimum_ratio=0.2),
-    )  # fmt: skip
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
         optimizer, T_0=first, T_mult=int(multiplier), eta_min=0.02

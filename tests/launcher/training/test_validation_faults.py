@@ -87,9 +87,8 @@ def test_a_validation_without_any_row_stops_the_run_only_if_bad_shards_are_refus
 
     said, state, stop = [], TrainState(4, 16, 400, [], 0.0, [], validated_step=2), SimpleNamespace(agreed=False)
     validations = DueValidations(
-        SimpleNamespace(module=None), SimpleNamespace(on_bad_shard=on_bad_shard),
-        SimpleNamespace(run=run, is_due=lambda step: True), SimpleNamespace(say=said.append), None, stop,
-        SimpleNamespace(at_each_forward=lambda *_: nullcontext()),
+        SimpleNamespace(module=None), SimpleNamespace(run=run, is_due=lambda step: True), SimpleNamespace(say=said.append),
+        None, stop, SimpleNamespace(at_each_forward=lambda *_: nullcontext()), on_bad_shard,
     )  # fmt: skip
     validations.validate_if_due(state)
     assert validations.is_missed(state) and state.best_step is None
