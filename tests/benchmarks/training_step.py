@@ -153,7 +153,8 @@ def plain_step(loop: Loop) -> Callable[[], None]:
     """Return a function that takes the same step in plain PyTorch."""
     import torch
 
-    from launcher.environment import detect_environment, export_for_torch
+    from launcher.environment import detect_environment
+    from launcher.process import export_for_torch
     from model.loss import LossWeights, RunningMeans, total_loss
 
     export_for_torch(detect_environment())
@@ -194,7 +195,8 @@ def build_model(loop: Loop) -> tuple:
 def build_training(loop: Loop) -> tuple:
     """Join the other ranks and hand the model to DeepSpeed; returns the engine, a batch and its counts."""
     from launcher.config import RunConfig
-    from launcher.environment import detect_environment, export_for_torch
+    from launcher.environment import detect_environment
+    from launcher.process import export_for_torch
     from launcher.training.engine import build_engine, start_process_group
     from launcher.training.setup.deepspeed_config import resolve_deepspeed_config
 
