@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.augmentation [--seeds 1 2] [--scratch FOLDER]
 
-For each seed, the run of `make train` is trained on the sample and on the sample with copies, for the same number of steps. Each
-model answers the sample's held-out questions, and the same questions rewritten by the augmentations. Takes about 4 minutes a
-run on two cores.
+For each seed, the run of `make train` is trained on the sample and on the sample with copies, for the same number of
+steps. Each model answers the sample's held-out questions, and the same questions rewritten by the augmentations. Takes about
+4 minutes a run on two cores.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from data_pipeline.sources.sample import held_out_rows
 
 USED = ("request", "number-words", "swapped-operands", "reversed-fact")
 REWRITTEN = ("request", "number-words")  # the others apply to few held-out questions
+DEEPSPEED = str(Path(sys.executable).with_name("deepspeed"))
 PREPARE = ("--seq-len", "256", "--validation-share", "0.02")
 
 
@@ -50,7 +51,7 @@ def right_answers(model: Path, questions: str, out: Path) -> str:
     """Evaluate a model; return the share of exact answers."""
     lfm("evaluate", str(model), "--questions", questions, "--out", str(out))
     metrics = json.loads((out / "metrics.json").read_text())
-    return f"{metrics['text']['exact_match']:.0%} of {metrics['counts']['answers']}"
+    return f"{metrics['generated']['exact_match']:.0%} of {metrics['counts']['answers']}"
 
 
 def main() -> None:
@@ -68,7 +69,7 @@ def main() -> None:
             for seed in options.seeds:
                 output, config = folder / f"{data.name}-{seed}", "ds_configs/zero3.json"
                 settings = (f"data={data}", f"output={output}", f"seed={seed}")
-                run("deepspeed", "train.py", "--deepspeed_config", config, *settings)
+                run(DEEPSPEED, "train.py", "--deepspeed_config", config, *settings)
                 shares = [right_answers(output, asked, folder / "evaluation") for asked in questions.values()]
                 print(f"| {name} | {seed} | {' | '.join(shares)} |", flush=True)
 
