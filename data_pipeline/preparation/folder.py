@@ -26,6 +26,7 @@ from data_pipeline.shards.format import (
 LOCK_NAME = ".prepare.lock"
 CONFIG_NAME = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
+SHOWN_LENGTH = 300  # characters of a value in a message
 SHARD_FILES = re.compile(r"shard-\d+-\d+\.(tar|offsets\.npy)")
 
 
@@ -124,10 +125,21 @@ def _check_same(before: dict, now: dict, made: str) -> None:
     differing = [key for key in now.keys() | before.keys() if now.get(key) != before.get(key)]
     if differing:
         key = min(differing)
+        then, today = _shown(before.get(key), now.get(key))
         raise DataError(
-            f"{made} with {key} = {before.get(key)}, but {key} is now {now.get(key)}: name another folder, or remove this "
-            "one"
+            f"{made} with {key} = {then}, but {key} is now {today}: name another folder, or remove this one"
         )
+
+
+def _shown(before, now) -> tuple[str, str]:
+    """Return two different values as short texts. Of long lists, such as the files of a source, show what differs first."""
+    if isinstance(before, list) and isinstance(now, list) and before and now:
+        position = next((n for n, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
+        if len(before) != len(now):
+            return f"{len(before):,} entries", f"{len(now):,} entries"
+        if len(now) > 1:
+            before, now = ({f"entry {position + 1:,}": each[position]} for each in (before, now))
+    return tuple(text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…" for text in (str(before), str(now)))
 
 
 def _own_files(out: Path) -> list[Path]:

@@ -15,9 +15,9 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.chunk import whole_groups
-from data_pipeline.sources.file_names import shown
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, text_frame
+from data_pipeline.sources.names import as_text
+from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, table_frames
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -35,17 +35,16 @@ class ArrowChunk:
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         import pyarrow as pa
 
-        name, source = shown(self.file), shown(self.file.name)
+        name, source = as_text(self.file), as_text(self.file.name)
         with _opened(self.file) as (schema, batches):
             columns = columns_of(layout, schema.names)
             first_row = sum(batch.num_rows for batch in islice(batches, self.first_batch))
             for batch in islice(batches, self.batches):
                 table = pa.Table.from_batches([batch]).select(columns)
-                table.validate(full=True)
                 rows = max(1, min(ROWS_PER_FRAME, BYTES_PER_FRAME * len(table) // max(1, table.nbytes)))
                 for start in range(0, len(table), rows):
                     part = table.slice(start, rows)
-                    yield text_frame(part, name, source, layout, first_row, bad_rows)
+                    yield from table_frames(part, name, source, layout, first_row, bad_rows)
                     first_row += len(part)
 
 
@@ -55,7 +54,7 @@ def arrow_chunks(file: Path, layout: Layout) -> list[ArrowChunk]:
     Raises DataError if the file is not an Arrow file, or if its columns do not fit the layout.
     """
     with _opened(file) as (schema, batches):
-        check_columns(schema, shown(file), layout)
+        check_columns(schema, as_text(file), layout)
         sizes = [batch.num_rows for batch in batches]
     return [ArrowChunk(file, *group) for group in whole_groups(sizes)]
 
@@ -82,5 +81,5 @@ def _opened(file: Path) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
         yield reader.schema, in_order
     except (pa.ArrowException, OSError, ValueError) as error:  # an empty file cannot be mapped: ValueError
         raise DataError(
-            f"{shown(file)} is not a readable Arrow file: download it again or leave it out ({error})"
+            f"{as_text(file)} is not a readable Arrow file: download it again or leave it out ({error})"
         ) from error

@@ -9,6 +9,8 @@ from data_pipeline.errors import DataError
 
 ON_BAD_ROW = ("refuse", "skip")
 EXAMPLES = 3  # sentences kept for each reason
+REASONS = 50  # after so many different ones, the others are counted together
+OTHER_REASONS = "other reasons"
 
 
 class BadRowError(DataError):
@@ -45,8 +47,10 @@ class BadRows:
         """
         if self.on_bad_row == "refuse":
             raise DataError(f"{where()}: {error}; or skip bad rows with --on-bad-row skip") from error
-        self.counts[error.reason] += 1
-        examples = self.examples.setdefault(error.reason, [])
+        known = error.reason in self.counts or len(self.counts) < REASONS
+        reason = error.reason if known else OTHER_REASONS
+        self.counts[reason] += 1
+        examples = self.examples.setdefault(reason, [])
         if len(examples) < EXAMPLES:
             examples.append(f"{where()}: {error}")
 
@@ -77,6 +81,8 @@ def merged(summaries: Iterable[list[tuple[str, int, list[str]]]]) -> list[tuple[
     examples: dict[str, list[str]] = {}
     for summary in summaries:
         for reason, count, sentences in summary:
+            if reason not in counts and len(counts) >= REASONS:
+                reason = OTHER_REASONS
             counts[reason] += count
             examples[reason] = [*examples.get(reason, []), *sentences][:EXAMPLES]
     return [(reason, count, examples[reason]) for reason, count in counts.most_common()]

@@ -12,10 +12,10 @@ import polars as pl
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRowError, BadRows
-from data_pipeline.sources.compression import FAULTS, open_bytes
-from data_pipeline.sources.file_names import shown
+from data_pipeline.sources.compression import READ_FAULTS, open_bytes
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.rows import BYTES_PER_FRAME, check_columns, columns_of, empty_frame, text_frame
+from data_pipeline.sources.names import as_text
+from data_pipeline.sources.rows import BYTES_PER_FRAME, bad_frame, check_columns, columns_of, table_frames
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class CsvChunk:
             found.append(BadRowError("another number of values than columns", f"{fault} ({row.text[:80]})"))
             return "skip"
 
-        name, source, first_row = shown(self.file), shown(self.file.name), 0
+        name, source, first_row = as_text(self.file), as_text(self.file.name), 0
         columns = columns_of(layout, csv_columns(self.file) or [])
         try:
             with open_bytes(self.file) as content:
@@ -54,12 +54,12 @@ class CsvChunk:
                 )
                 for batch in reader:
                     table = pa.Table.from_batches([batch])
-                    yield text_frame(table, name, source, layout, first_row, bad_rows)
+                    yield from table_frames(table, name, source, layout, first_row, bad_rows)
                     first_row += len(table)
                     yield from _skipped(found, name, source, layout, first_row, bad_rows)
                     found.clear()
                 yield from _skipped(found, name, source, layout, first_row, bad_rows)
-        except (pa.ArrowException, *FAULTS) as error:
+        except (pa.ArrowException, *READ_FAULTS) as error:
             raise DataError(
                 f"{name} cannot be read after row {first_row}: correct it or leave it out ({error})"
             ) from error
@@ -71,8 +71,7 @@ def _skipped(
     """Stand in for the rows that the parser left out, near the place where they were."""
     for error in found:
         bad_rows.add(error, lambda: f"{name}, a row before row {first_row}")
-        row = layout.turns([layout.bad_row()])
-        yield row.with_columns(pl.Series("source", [source])).cast(empty_frame(layout).schema)
+        yield bad_frame(layout, source)
 
 
 def csv_chunks(file: Path, layout: Layout) -> list[CsvChunk]:
@@ -82,7 +81,7 @@ def csv_chunks(file: Path, layout: Layout) -> list[CsvChunk]:
     columns = csv_columns(file)
     if columns is None:
         return []
-    check_columns(pa.schema([(column, pa.string()) for column in columns]), shown(file), layout)
+    check_columns(pa.schema([(column, pa.string()) for column in columns]), as_text(file), layout)
     return [CsvChunk(file)]
 
 
@@ -91,8 +90,8 @@ def csv_columns(file: Path) -> list[str] | None:
     try:
         with open_bytes(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as lines:
             return next(csv.reader(lines, delimiter=_delimiter(file)), None)
-    except (*FAULTS, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{shown(file)} has no readable first line: save it as UTF-8 text ({error})") from error
+    except (*READ_FAULTS, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{as_text(file)} has no readable first line: save it as UTF-8 text ({error})") from error
 
 
 def _delimiter(file: Path) -> str:

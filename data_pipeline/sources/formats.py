@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from data_pipeline.sources.arrow import arrow_chunks, arrow_columns
 from data_pipeline.sources.chunk import Chunk
@@ -23,15 +23,13 @@ class Format:
 
     columns: return the names of a file's columns, or None if it has no row to tell them.
     chunks: divide a file into chunks. Both raise DataError if the file is damaged.
-    is_divided: whether several processes can share a file that is not compressed.
     """
 
     columns: Callable[[Path], list[str] | None]
     chunks: Callable[[Path, Layout], Sequence[Chunk]]
-    is_divided: bool = True
 
 
-JSONL, CSV = Format(jsonl_columns, jsonl_chunks), Format(csv_columns, csv_chunks, is_divided=False)
+JSONL, CSV = Format(jsonl_columns, jsonl_chunks), Format(csv_columns, csv_chunks)
 TEXT_FORMATS = {
     ".jsonl": JSONL,
     ".ndjson": JSONL,
@@ -42,14 +40,14 @@ TEXT_FORMATS = {
 FORMATS = {
     ".parquet": Format(parquet_columns, parquet_chunks),
     ".arrow": Format(arrow_columns, arrow_chunks),
-    ".tar": Format(tar_columns, tar_chunks, is_divided=False),
+    ".tar": Format(tar_columns, tar_chunks),
     **TEXT_FORMATS,
     **{suffix + compression: kind for suffix, kind in TEXT_FORMATS.items() for compression in COMPRESSIONS},
 }
 NAMED = f"{', '.join(suffix for suffix in FORMATS if suffix.count('.') == 1)} (text also as {', '.join(COMPRESSIONS)})"
 
 
-def format_of(file: Path) -> Format | None:
+def format_of(file: PurePath) -> Format | None:
     """Return the format of a file, or None if its suffix is not known."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     return FORMATS.get("".join(suffixes[-2:])) or FORMATS.get("".join(suffixes[-1:]))

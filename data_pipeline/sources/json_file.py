@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +12,11 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRows, columns_of_rows
 from data_pipeline.sources.chunk import Chunk
-from data_pipeline.sources.compression import FAULTS, open_bytes
-from data_pipeline.sources.file_names import shown
-from data_pipeline.sources.json_rows import row_of
+from data_pipeline.sources.compression import READ_FAULTS, open_bytes
+from data_pipeline.sources.json_rows import loads, row_of
 from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
 from data_pipeline.sources.layouts import Layout
+from data_pipeline.sources.names import as_text
 from data_pipeline.sources.rows import Row, frames
 
 BEGINNING = 4096  # bytes in which a list has to begin
@@ -31,7 +30,7 @@ class JsonChunk:
     rows: None = None  # unknown until it is read
 
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
-        yield from frames(_rows(self.file), layout, shown(self.file.name), bad_rows)
+        yield from frames(_rows(self.file), layout, as_text(self.file.name), bad_rows)
 
 
 def json_chunks(file: Path, layout: Layout) -> Sequence[Chunk]:
@@ -46,24 +45,28 @@ def json_columns(file: Path) -> list[str] | None:
 
 def _rows(file: Path) -> Iterator[Row]:
     for number, row in enumerate(_list(file)):
-        yield row_of(row), partial("{}, row {}".format, shown(file), number)
+        yield row_of(row), partial("{}, row {}".format, as_text(file), number)
 
 
 def _is_list(file: Path) -> bool:
     try:
         with open_bytes(file) as content:
             return content.read(BEGINNING).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-    except FAULTS as error:
+    except READ_FAULTS as error:
         raise _unreadable(file, error) from error
 
 
 def _list(file: Path) -> list:
     try:
         with open_bytes(file) as content:
-            return json.loads(content.read().removeprefix(b"\xef\xbb\xbf"))
-    except (*FAULTS, ValueError, RecursionError) as error:
+            values = loads(content.read().removeprefix(b"\xef\xbb\xbf"))
+    except (*READ_FAULTS, ValueError) as error:
         raise _unreadable(file, error) from error
+    assert isinstance(values, list)  # it begins with a bracket
+    return values
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(f"{shown(file)} is not a valid list of JSON objects: download it again or leave it out ({error})")
+    return DataError(
+        f"{as_text(file)} is not a valid list of JSON objects: download it again or leave it out ({error})"
+    )

@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 
 from data_pipeline.sources.bad_rows import BadRowError
+
+# Values below this depth are not kept. No column of text is so deep, and Python's parser refuses about 1,000 levels.
+DEEPEST = 100
+TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 def parse_row(text: bytes, keys: Iterable[bytes]) -> dict | BadRowError:
     """Parse a row, or return why that is not possible. keys: quoted names that must not occur twice in the row."""
     try:
-        row = json.loads(text)
+        row = loads(text)
         # A second look costs time, so only rows that might have a key twice get one.
         if any(text.count(key) > 1 for key in keys):
-            json.loads(text, object_pairs_hook=_without_repetition)
-    except RecursionError:
-        return BadRowError("nested too deeply", "it is nested too deeply to be read")
+            loads(text, object_pairs_hook=_without_repetition)
     except BadRowError as error:
         return error
     except ValueError as error:
         return BadRowError("not valid JSON", f"it is not valid JSON ({error})")
     return row_of(row)
+
+
+def loads(text: bytes, **options) -> object:
+    """Decode a JSON text. Raises ValueError if it is not valid."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        return json.loads(_shallow(text.decode()), **options)
+
+
+def _shallow(text: str) -> str:
+    """Replace the arrays and objects below DEEPEST by null."""
+    parts, depth, kept_to = [], 0, 0
+    for token in TOKENS.finditer(text):
+        if token[0] in "[{":
+            depth += 1
+            if depth == DEEPEST + 1:
+                parts.append(text[kept_to : token.start()])
+        elif token[0] in "]}":
+            if depth == DEEPEST + 1:
+                parts.append("null")
+                kept_to = token.end()
+            depth -= 1
+    return "".join(parts) + text[kept_to:] if depth <= DEEPEST else text[:kept_to]
 
 
 def row_of(value: object) -> dict | BadRowError:

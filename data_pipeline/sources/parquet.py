@@ -11,9 +11,9 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.chunk import whole_groups
-from data_pipeline.sources.file_names import shown
 from data_pipeline.sources.layouts import Layout
-from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, text_frame
+from data_pipeline.sources.names import as_text, for_arrow
+from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, table_frames
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class ParquetChunk:
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         import pyarrow as pa
 
-        name, source = shown(self.file), shown(self.file.name)
+        name, source = as_text(self.file), as_text(self.file.name)
         with _open(self.file) as parquet:
             columns = columns_of(layout, parquet.schema_arrow.names)
             first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(self.first_group))
@@ -36,9 +36,8 @@ class ParquetChunk:
                 rows = _rows_per_frame(parquet.metadata.row_group(group))
                 try:
                     for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
-                        batch.validate(full=True)  # parquet readers trust text to be valid UTF-8, and it may not be
                         table = pa.Table.from_batches([batch])
-                        yield text_frame(table, name, source, layout, first_row, bad_rows)
+                        yield from table_frames(table, name, source, layout, first_row, bad_rows)
                         first_row += len(table)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
@@ -56,7 +55,7 @@ def parquet_chunks(file: Path, layout: Layout) -> list[ParquetChunk]:
     Raises DataError if the file is not a parquet file, or if its columns do not fit the layout.
     """
     with _open(file) as parquet:
-        check_columns(parquet.schema_arrow, shown(file), layout)
+        check_columns(parquet.schema_arrow, as_text(file), layout)
         sizes = [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
     return [ParquetChunk(file, *group) for group in whole_groups(sizes)]
 
@@ -72,9 +71,8 @@ def _open(file: Path):
     import pyarrow.parquet as pq
 
     try:
-        # Opened here, because pyarrow cannot encode a name that is not UTF-8.
-        return pq.ParquetFile(pa.PythonFile(file.open("rb"), mode="r"), pre_buffer=False)
+        return pq.ParquetFile(for_arrow(file))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{shown(file)} is not a readable parquet file: download it again or leave it out ({error})"
+            f"{as_text(file)} is not a readable parquet file: download it again or leave it out ({error})"
         ) from error

@@ -1,7 +1,7 @@
 """The common form of rows from any source: frames with prompt, answer and source.
 
 Readers that see one row at a time pass them through `frames`. Readers of whole columns check a file's columns with
-`check_columns`, and pass its tables through `text_frame`.
+`check_columns`, and pass its tables through `table_frames`.
 """
 
 from __future__ import annotations
@@ -122,13 +122,41 @@ def check_columns(schema: pa.Schema, where: str, layout: Layout) -> None:
             )
 
 
-def text_frame(
+def table_frames(
     table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int, bad_rows: BadRows
-) -> pl.DataFrame:
-    """Return the rows of a table whose columns were checked.
+) -> Iterator[pl.DataFrame]:
+    """Yield the rows of a table whose columns were checked.
 
     where: names the file in errors. first_row: number of the table's first row in the file.
+    Raises pyarrow.ArrowInvalid for text that is not UTF-8 if bad rows are refused.
     """
+    import pyarrow as pa
+
+    try:
+        table.validate(full=True)  # readers trust text to be valid UTF-8, and it may not be
+    except pa.ArrowInvalid:
+        if bad_rows.on_bad_row == "refuse":
+            raise
+        if len(table) > 1:  # find the rows by halving
+            half = len(table) // 2
+            yield from table_frames(table.slice(0, half), where, default_source, layout, first_row, bad_rows)
+            yield from table_frames(table.slice(half), where, default_source, layout, first_row + half, bad_rows)
+            return
+        error = BadRowError("text that is not UTF-8", "it has text that is not UTF-8")
+        bad_rows.add(error, partial("{}, row {}".format, where, first_row))
+        yield bad_frame(layout, default_source)
+        return
+    yield _table_frame(table, where, default_source, layout, first_row, bad_rows)
+
+
+def bad_frame(layout: Layout, source: str) -> pl.DataFrame:
+    """Return what stands for a row that cannot be read."""
+    return _frame([{**layout.bad_row(), "source": source}], layout, [], BadRows())
+
+
+def _table_frame(
+    table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int, bad_rows: BadRows
+) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
     if layout.source in frame.columns:

@@ -6,81 +6,33 @@ modules determine the chunks.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import polars as pl
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRows, NoGoodRowError
-from data_pipeline.sources.chunk import Chunk
-from data_pipeline.sources.compression import is_compressed
-from data_pipeline.sources.file_names import shown
-from data_pipeline.sources.files import FileChoice, find_files
-from data_pipeline.sources.formats import format_of
+from data_pipeline.sources.chunk import BYTES_PER_CHUNK, Chunk
+from data_pipeline.sources.file_state import FileChunk, FileState
+from data_pipeline.sources.files import FileChoice, find_files, is_pattern, several
+from data_pipeline.sources.formats import Format, format_of
 from data_pipeline.sources.layout_choice import LayoutChoice
 from data_pipeline.sources.layouts import Layout
+from data_pipeline.sources.names import as_text
 from data_pipeline.sources.origin import origin_of
 from data_pipeline.sources.rows import frames
 
+LARGE_FILE = 2 * BYTES_PER_CHUNK  # a file from which it matters that several workers read it
 BLOCK_BYTES, BLOCKS = 2**16, 64
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 TRAIN, BY_COLUMNS = FileChoice(), LayoutChoice()
-
-
-@dataclass(frozen=True)
-class FileState:
-    """The size of a file and the time when it was last written."""
-
-    file: Path
-    size: int
-    written_ns: int
-
-    @classmethod
-    def of(cls, file: Path) -> FileState:
-        """Return the current state of a file."""
-        stat = file.stat()
-        return cls(file, stat.st_size, stat.st_mtime_ns)
-
-    def check_unchanged(self) -> None:
-        """Raise DataError if the file was written, replaced or removed since."""
-        try:
-            now = FileState.of(self.file)
-        except OSError as error:
-            raise DataError(
-                f"{shown(self.file)} was removed while it was read: put it back and run again ({error})"
-            ) from error
-        if now != self:
-            raise DataError(
-                f"{shown(self.file)} changed while it was read ({self.size:,} bytes before, {now.size:,} now): wait until "
-                "nothing writes to it, delete the unfinished output folder, and run again"
-            )
-
-
-@dataclass(frozen=True)
-class FileChunk:
-    """A chunk of a file. Reading it fails if the file has changed since the source was opened."""
-
-    chunk: Chunk
-    state: FileState
-
-    @property
-    def rows(self) -> int | None:
-        return self.chunk.rows
-
-    def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
-        try:
-            yield from self.chunk.frames(layout, bad_rows)
-        except DataError:
-            self.state.check_unchanged()  # a changed file is the likelier cause
-            raise
-        self.state.check_unchanged()
 
 
 @dataclass(frozen=True)
@@ -138,48 +90,46 @@ def open_source(source: str | list[str], layout: LayoutChoice = BY_COLUMNS, file
 def file_source(parts: list[str], layout: LayoutChoice = BY_COLUMNS, choice: FileChoice = TRAIN) -> Source:
     """Open files as one source, in sorted order; every chunk lies within one file."""
     found = find_files(parts, choice)
-    files = found.taken
-    if not files:
-        raise DataError("no source is given: name files, a folder, a hub dataset, or `sample`")
-    states = [FileState.of(file) for file in files]
+    states = [FileState.of(file) for file in found.taken]
+    names = [as_text(file.name) for file in found.taken]
     identity = [
-        {"name": shown(file.name), "bytes": file.stat().st_size, "sample": _digest(file), **origin_of(file)}
-        for file in files
+        {"name": name, "bytes": state.size, "sample": _digest(state.file), **origin_of(state.file)}
+        for name, state in zip(names, states, strict=True)
     ]
-    its_layout = _layout_of(files, layout)
-    chunks: list[Chunk] = []
-    for file, state in zip(files, states, strict=True):
-        kind = format_of(file)
-        assert kind is not None  # find_files has refused other files
-        chunks += [FileChunk(chunk, state) for chunk in kind.chunks(file, its_layout)]
-    first, last = shown(files[0].name), shown(files[-1].name)
-    name = first if len(files) == 1 else f"{first} … {last}"
-    return Source(name, identity, tuple(chunks), its_layout, tuple(states), (*found.report(), *_notes(files)))
+    its_layout = _layout_of(found.taken, layout)
+    by_file = [_format_of(file).chunks(file, its_layout) for file in found.taken]
+    chunks = tuple(FileChunk(chunk, state) for state, of_file in zip(states, by_file, strict=True) for chunk in of_file)
+    whole = [
+        name
+        for name, state, of_file in zip(names, states, by_file, strict=True)
+        if len(of_file) == 1 and state.size > LARGE_FILE
+    ]
+    name = names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+    report = found.lines()
+    if whole:
+        report.append(
+            f"cannot be divided between workers: {several(whole)} (JSON lines can, also if pzstd or bgzip compressed them)"
+        )
+    return Source(name, identity, chunks, its_layout, tuple(states), tuple(report))
 
 
-def _notes(files: list[Path]) -> list[str]:
-    """Say which files only one process can read."""
-    kinds = [(file, format_of(file)) for file in files]
-    whole = [file for file, kind in kinds if kind is not None and (is_compressed(file) or not kind.is_divided)]
-    if not whole:
-        return []
-    more = f" and {len(whole) - 1:,} more" if len(whole) > 1 else ""
-    return [f"{shown(whole[0])}{more} cannot be divided: one process reads a whole file"]
+def _format_of(file: Path) -> Format:
+    kind = format_of(file)
+    assert kind is not None  # find_files has refused other files
+    return kind
 
 
-def _layout_of(files: list[Path], choice: LayoutChoice) -> Layout:
+def _layout_of(files: Sequence[Path], choice: LayoutChoice) -> Layout:
     """Find the layout of the first file that has columns; the other files have to fit it."""
-    fault = DataError(f"{shown(files[0])} and all other files of the source have no rows: check them")
+    fault = DataError(f"{as_text(files[0])} and all other files of the source have no rows: check them")
     for file in files:
-        kind = format_of(file)
-        assert kind is not None  # find_files has refused other files
         try:
-            columns = kind.columns(file)
+            columns = _format_of(file).columns(file)
         except NoGoodRowError as error:
             fault = error
             continue
         if columns is not None:
-            return choice.resolve(columns, shown(file))
+            return choice.resolve(columns, as_text(file))
     raise fault
 
 
@@ -224,5 +174,5 @@ def _sample_rows() -> list[dict[str, str]]:
 
 
 def _is_local(part: str) -> bool:
-    looks_like_path = glob.has_magic(part) or part.startswith((".", "/", "~")) or format_of(Path(part)) is not None
-    return looks_like_path or Path(part).exists()
+    looks_like_path = is_pattern(part) or part.startswith((".", "/", "~")) or format_of(PurePath(part)) is not None
+    return looks_like_path or os.path.lexists(part)

@@ -13,9 +13,9 @@ import polars as pl
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRowError, BadRows, columns_of_rows
-from data_pipeline.sources.file_names import shown
 from data_pipeline.sources.json_rows import parse_row
 from data_pipeline.sources.layouts import Layout
+from data_pipeline.sources.names import as_text
 from data_pipeline.sources.rows import Row, frames
 
 
@@ -27,7 +27,7 @@ class TarChunk:
     rows: None = None  # unknown until it is read
 
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
-        yield from frames(_rows(self.file), layout, shown(self.file.name), bad_rows)
+        yield from frames(_rows(self.file), layout, as_text(self.file.name), bad_rows)
 
 
 def tar_chunks(file: Path, layout: Layout) -> list[TarChunk]:
@@ -42,7 +42,7 @@ def tar_columns(file: Path) -> list[str] | None:
 
 def _rows(file: Path) -> Iterator[Row]:
     """Yield every row: the keys of a `.json` member, the text of `.txt` as `text`, that of others under their extension."""
-    name = shown(file)
+    name = as_text(file)
     try:
         with tarfile.open(file, "r:") as tar:
             for key, members in groupby((member for member in tar if member.isfile()), key=_key):

@@ -86,3 +86,20 @@ def test_a_file_that_changes_while_it_is_read_ends_the_job(settings, tmp_path, m
     with pytest.raises(DataError, match=f"{file.name} {message}"):
         prepare(str(file), tmp_path / "out", replace(settings, tokenizer="train"), workers=1, progress=False)
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_a_source_of_many_files_that_differs_is_one_short_sentence(settings, tmp_path):
+    """The files of both sources in full were 290,000 characters."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(300):
+        (folder / f"{number:03}.jsonl").write_text(json.dumps({"question": f"q {number}", "answer": "a"}) + "\n")
+    settings = replace(settings, tokenizer="train")
+    prepare(str(folder), tmp_path / "out", settings, workers=1, progress=False)
+    (folder / "007.jsonl").write_text(json.dumps({"question": "q seven", "answer": "a"}) + "\n")
+    with pytest.raises(DataError, match=r"source = \{'entry 8': \{'name': '007.jsonl'.* but source is now ") as error:
+        prepare(str(folder), tmp_path / "out", settings, workers=1, progress=False)
+    assert len(str(error.value)) < 1000
+    (folder / "300.jsonl").write_text(json.dumps({"question": "one more", "answer": "a"}) + "\n")
+    with pytest.raises(DataError, match="source = 300 entries, but source is now 301 entries"):
+        prepare(str(folder), tmp_path / "out", settings, workers=1, progress=False)
