@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 from data_pipeline.sources.arrow import arrow_chunks, arrow_columns
 from data_pipeline.sources.chunk import Chunk
 from data_pipeline.sources.compression import COMPRESSIONS
-from data_pipeline.sources.csv_file import csv_chunks, csv_columns
+from data_pipeline.sources.delimited import delimited_chunks, delimited_columns
 from data_pipeline.sources.json_file import json_chunks, json_columns
 from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
 from data_pipeline.sources.layouts import Layout
@@ -29,17 +29,20 @@ class Format:
     chunks: Callable[[Path, Layout], Sequence[Chunk]]
 
 
-JSONL, CSV = Format(jsonl_columns, jsonl_chunks), Format(csv_columns, csv_chunks)
+JSONL, DELIMITED = Format(jsonl_columns, jsonl_chunks), Format(delimited_columns, delimited_chunks)
+ARROW = Format(arrow_columns, arrow_chunks)
 TEXT_FORMATS = {
     ".jsonl": JSONL,
     ".ndjson": JSONL,
     ".json": Format(json_columns, json_chunks),
-    ".csv": CSV,
-    ".tsv": CSV,
+    ".csv": DELIMITED,
+    ".tsv": DELIMITED,
 }
 FORMATS = {
     ".parquet": Format(parquet_columns, parquet_chunks),
-    ".arrow": Format(arrow_columns, arrow_chunks),
+    ".arrow": ARROW,
+    ".feather": ARROW,
+    ".ipc": ARROW,
     ".tar": Format(tar_columns, tar_chunks),
     **TEXT_FORMATS,
     **{suffix + compression: kind for suffix, kind in TEXT_FORMATS.items() for compression in COMPRESSIONS},

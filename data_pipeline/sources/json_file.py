@@ -44,7 +44,7 @@ def json_columns(file: Path) -> list[str] | None:
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    for number, row in enumerate(_list(file)):
+    for number, row in enumerate(_list(file), 1):
         yield row_of(row), partial("{}, row {}".format, as_text(file), number)
 
 

@@ -28,21 +28,23 @@ class ParquetChunk:
     def frames(self, layout: Layout, bad_rows: BadRows) -> Iterator[pl.DataFrame]:
         import pyarrow as pa
 
-        name, source = as_text(self.file), as_text(self.file.name)
         with _open(self.file) as parquet:
             columns = columns_of(layout, parquet.schema_arrow.names)
-            first_row = sum(parquet.metadata.row_group(group).num_rows for group in range(self.first_group))
+            first = sum(parquet.metadata.row_group(group).num_rows for group in range(self.first_group))
             for group in range(self.first_group, self.first_group + self.groups):
                 rows = _rows_per_frame(parquet.metadata.row_group(group))
                 try:
                     for batch in parquet.iter_batches(batch_size=rows, row_groups=[group], columns=columns):
                         table = pa.Table.from_batches([batch])
-                        yield from table_frames(table, name, source, layout, first_row, bad_rows)
-                        first_row += len(table)
+                        yield from table_frames(table, layout, as_text(self.file.name), bad_rows, self._place, first)
+                        first += len(table)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(
-                        f"{name} is corrupt in row group {group}: download it again or leave it out ({error})"
+                        f"{as_text(self.file)} is corrupt in row group {group}: download it again or leave it out ({error})"
                     ) from error
+
+    def _place(self, row: int) -> str:
+        return f"{as_text(self.file)}, row {row + 1}"
 
 
 def _rows_per_frame(group) -> int:

@@ -123,30 +123,31 @@ def check_columns(schema: pa.Schema, where: str, layout: Layout) -> None:
 
 
 def table_frames(
-    table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int, bad_rows: BadRows
+    table: pa.Table,
+    layout: Layout,
+    default_source: str,
+    bad_rows: BadRows,
+    place: Callable[[int], str],
+    first: int = 0,
 ) -> Iterator[pl.DataFrame]:
     """Yield the rows of a table whose columns were checked.
 
-    where: names the file in errors. first_row: number of the table's first row in the file.
-    Raises pyarrow.ArrowInvalid for text that is not UTF-8 if bad rows are refused.
+    place: returns the name of a row for errors, by its position. first: the position of the table's first row.
     """
     import pyarrow as pa
 
     try:
         table.validate(full=True)  # readers trust text to be valid UTF-8, and it may not be
     except pa.ArrowInvalid:
-        if bad_rows.on_bad_row == "refuse":
-            raise
         if len(table) > 1:  # find the rows by halving
             half = len(table) // 2
-            yield from table_frames(table.slice(0, half), where, default_source, layout, first_row, bad_rows)
-            yield from table_frames(table.slice(half), where, default_source, layout, first_row + half, bad_rows)
+            yield from table_frames(table.slice(0, half), layout, default_source, bad_rows, place, first)
+            yield from table_frames(table.slice(half), layout, default_source, bad_rows, place, first + half)
             return
-        error = BadRowError("text that is not UTF-8", "it has text that is not UTF-8")
-        bad_rows.add(error, partial("{}, row {}".format, where, first_row))
+        bad_rows.add(BadRowError("text that is not UTF-8", "it has text that is not UTF-8"), partial(place, first))
         yield bad_frame(layout, default_source)
         return
-    yield _table_frame(table, where, default_source, layout, first_row, bad_rows)
+    yield _table_frame(table, layout, default_source, bad_rows, place, first)
 
 
 def bad_frame(layout: Layout, source: str) -> pl.DataFrame:
@@ -155,7 +156,7 @@ def bad_frame(layout: Layout, source: str) -> pl.DataFrame:
 
 
 def _table_frame(
-    table: pa.Table, where: str, default_source: str, layout: Layout, first_row: int, bad_rows: BadRows
+    table: pa.Table, layout: Layout, default_source: str, bad_rows: BadRows, place: Callable[[int], str], first: int
 ) -> pl.DataFrame:
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)
@@ -166,17 +167,19 @@ def _table_frame(
     if isinstance(layout, TemplateLayout):
         turns = layout.turns(frame.select(_text(field, frame.columns).alias(field) for field in layout.fields))
     else:
-        turns = layout.turns(_conversations(frame[layout.messages].to_list(), where, layout, first_row, bad_rows))
+        turns = layout.turns(_conversations(frame[layout.messages].to_list(), layout, bad_rows, place, first))
     return turns.with_columns(source.to_series())
 
 
-def _conversations(values: list, where: str, layout: ChatLayout, first_row: int, bad_rows: BadRows) -> list[dict]:
+def _conversations(
+    values: list, layout: ChatLayout, bad_rows: BadRows, place: Callable[[int], str], first: int
+) -> list[dict]:
     rows: list[dict] = []
-    for number, value in enumerate(values, first_row):
+    for position, value in enumerate(values, first):
         try:
             rows.append(layout.row({layout.messages: value}))
         except BadRowError as error:
-            bad_rows.add(error, partial("{}, row {}".format, where, number))
+            bad_rows.add(error, partial(place, position))
             rows.append(layout.bad_row())
     return rows
 

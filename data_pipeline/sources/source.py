@@ -108,7 +108,7 @@ def file_source(parts: list[str], layout: LayoutChoice = BY_COLUMNS, choice: Fil
     report = found.lines()
     if whole:
         report.append(
-            f"cannot be divided between workers: {several(whole)} (JSON lines can, also if pzstd or bgzip compressed them)"
+            f"cannot be divided between workers: {several(whole)} (JSON lines can be, also if pzstd or bgzip compressed them)"
         )
     return Source(name, identity, chunks, its_layout, tuple(states), tuple(report))
 

@@ -88,10 +88,10 @@ def test_text_that_is_not_utf8_in_a_table_is_a_bad_row(tmp_path):
     ((reason, count, examples),) = bad.summary()
     assert (reason, count) == ("text that is not UTF-8", 2)
     assert [example.split(": ")[0].rpartition("/")[2] for example in examples] == [
-        "a.parquet, row 1",
-        "a.parquet, row 3",
+        "a.parquet, row 2",
+        "a.parquet, row 4",
     ]
-    with pytest.raises(DataError, match="a.parquet is corrupt in row group 0"):
+    with pytest.raises(DataError, match="a.parquet, row 2: it has text that is not UTF-8"):
         list(source.frames(BadRows()))
 
 

@@ -148,4 +148,4 @@ def test_several_workers_give_the_same_bytes_and_large_files_of_one_part_are_tol
         for workers in (1, 2)
     ]
     assert indexes[0] == indexes[1]
-    assert "cannot be divided between workers: b.jsonl.xz (JSON lines can" in capsys.readouterr().err
+    assert "cannot be divided between workers: b.jsonl.xz (JSON lines can be" in capsys.readouterr().err

@@ -273,7 +273,7 @@ def test_conversations_that_cannot_be_read_are_named(tmp_path, name):
 def test_a_wrong_conversation_in_parquet_is_named_by_its_row(tmp_path):
     good = {"messages": [user("a"), assistant("b")]}
     source = open_source(write(tmp_path, "parquet", [good, good, {"messages": [user("a"), user("b")]}]))
-    with pytest.raises(DataError, match=r"rows.parquet, row 2: messages ends with a message of the user"):
+    with pytest.raises(DataError, match=r"rows.parquet, row 3: messages ends with a message of the user"):
         list(source.frames(BadRows()))
 
 

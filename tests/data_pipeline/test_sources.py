@@ -219,7 +219,7 @@ def test_bytes_that_are_no_utf8_in_parquet_are_named(tmp_path):
     offsets, letters = pa.py_buffer(bytes([0, 0, 0, 0, 4, 0, 0, 0])), pa.py_buffer(b"caf\xe9")
     broken = pa.Array.from_buffers(pa.string(), 1, [None, offsets, letters])
     pq.write_table(pa.table({"question": broken, "answer": ["a"]}), tmp_path / "bad.parquet")
-    with pytest.raises(DataError, match="bad.parquet is corrupt in row group 0"):
+    with pytest.raises(DataError, match="bad.parquet, row 1: it has text that is not UTF-8"):
         read(str(tmp_path))
 
 

@@ -1,0 +1,142 @@
+"""Lists in JSON files, WebDataset tars, and what holds for every kind of file."""
+
+import gzip
+import io
+import json
+import tarfile
+from dataclasses import replace
+
+import polars as pl
+import pytest
+import webdataset
+
+from data_pipeline.errors import DataError
+from data_pipeline.preparation.prepare import prepare
+from data_pipeline.sources.bad_rows import BadRows
+from data_pipeline.sources.formats import FORMATS
+from data_pipeline.sources.source import open_source
+
+ROWS = [{"question": f"q{n} é", "answer": f"a{n}\nb", "source": "forum", "more": [n]} for n in range(50)]
+TEXTS = [(row["question"], row["answer"], row["source"]) for row in ROWS]
+FLAT = pl.DataFrame([{name: row[name] for name in ("question", "answer", "source")} for row in ROWS])
+
+
+def lines(rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def tar(rows) -> bytes:
+    content = io.BytesIO()
+    with webdataset.TarWriter(content) as writer:
+        for number, row in enumerate(rows):
+            writer.write({"__key__": f"part.1/{number:03}", "json": row})
+    return content.getvalue()
+
+
+def arrow() -> bytes:
+    content = io.BytesIO()
+    FLAT.write_ipc_stream(content)
+    return content.getvalue()
+
+
+CONTENTS = {
+    ".parquet": lambda: (content := io.BytesIO(), FLAT.write_parquet(content))[0].getvalue(),
+    ".arrow": arrow,
+    ".jsonl": lambda: lines(ROWS),
+    ".ndjson": lambda: lines(ROWS),
+    ".json": lambda: json.dumps(ROWS, indent=1).encode(),
+    ".csv": lambda: FLAT.write_csv().encode(),
+    ".tsv": lambda: FLAT.write_csv(separator="\t").encode(),
+    ".tar": lambda: tar(ROWS),
+    ".json.gz": lambda: gzip.compress(json.dumps(ROWS).encode()),
+    ".csv.gz": lambda: gzip.compress(FLAT.write_csv().encode()),
+}
+
+
+def read(source, bad_rows=None):
+    found = open_source(str(source))
+    return [row for frame in found.frames(bad_rows or BadRows()) for row in frame.rows()]
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_every_kind_of_file_gives_the_same_rows_and_the_same_bytes_by_any_number_of_workers(
+    tmp_path, prepared, settings, suffix
+):
+    assert suffix in FORMATS
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in "ab":
+        (folder / f"{name}{suffix}").write_bytes(CONTENTS[suffix]())
+    assert read(folder) == TEXTS * 2
+    settings = replace(settings, tokenizer=str(prepared / "tokenizer"))
+    indexes = [prepare(str(folder), tmp_path / f"{n}", settings, workers=n, progress=False) for n in (1, 2)]
+    assert indexes[0] == indexes[1]
+    assert indexes[0]["counts"]["rows_dropped"]["duplicate"] == 50
+
+
+@pytest.mark.parametrize("suffix", CONTENTS)
+def test_half_a_file_is_an_error_that_names_it(tmp_path, suffix):
+    whole = CONTENTS[suffix]()
+    (tmp_path / f"bad{suffix}").write_bytes(whole[: len(whole) // 2])
+    if suffix in (
+        ".csv",
+        ".tsv",
+        ".jsonl",
+        ".ndjson",
+    ):  # text that ends in a row: the row is bad, or a value has no end
+        match = (
+            f"bad{suffix}( has a quoted value without an end|, row \\d+: it has 1|, line \\d+: it is not valid JSON)"
+        )
+    else:
+        match = f"bad{suffix} (is not a|cannot be read)"
+    with pytest.raises(DataError, match=match):
+        read(tmp_path)
+
+
+def test_a_json_file_may_hold_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(lines(ROWS))
+    assert read(tmp_path) == TEXTS
+
+
+def test_bad_rows_of_a_list_are_skipped_and_counted(tmp_path):
+    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([ROWS[0], 5, {"question": "q"}, ROWS[1]]), encoding="utf-8")
+    bad = BadRows("skip")
+    assert [row[0] for row in read(tmp_path, bad)] == ["q0 é", None, None, "q1 é"]
+    assert bad.examples == {
+        "not a JSON object": [f"{tmp_path}/a.json, row 2: it is not a JSON object, but of type int"],
+        "no column answer": [f"{tmp_path}/a.json, row 3: there is no column answer; the columns are question"],
+    }
+
+
+def write_tar(path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as file:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+
+def test_members_of_a_tar_with_one_key_are_a_row(tmp_path):
+    members = [
+        ("x/1.question", b"q1"), ("x/1.answer", b"a1"), ("y/1.json", b'{"answer": "a2"}'), ("y/1.question", b"q2"),
+    ]  # fmt: skip
+    write_tar(tmp_path / "a.tar", members)
+    assert read(tmp_path) == [("q1", "a1", "a.tar"), ("q2", "a2", "a.tar")]
+    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("2.txt", "zwei ü".encode())])
+    assert read(tmp_path) == [("one", "a.tar"), ("zwei ü", "a.tar")]
+
+
+def test_bad_rows_of_a_tar_are_skipped_and_counted(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("2.txt", b"\xff"), ("3.json", b"{"), ("4.txt", b"four")])
+    bad = BadRows("skip")
+    assert [row[0] for row in read(tmp_path, bad)] == ["one", None, None, "four"]
+    assert bad.examples["the member .txt is not text"] == [
+        f"{tmp_path}/a.tar, key 2: its member .txt is not UTF-8 text"
+    ]
+    assert bad.counts["not valid JSON"] == 1
+
+
+def test_shards_are_no_tars_of_text(prepared):
+    tar_file = next(prepared.glob("*.tar"))
+    with pytest.raises(DataError, match=f"{tar_file.name}, key shard-00000-000-000000: its member .tokens.npy is not"):
+        open_source(str(tar_file))
