@@ -10,11 +10,11 @@ from data_pipeline.sources.arrow import arrow_chunks, arrow_columns
 from data_pipeline.sources.chunk import Chunk
 from data_pipeline.sources.compression import COMPRESSIONS
 from data_pipeline.sources.delimited import delimited_chunks, delimited_columns
-from data_pipeline.sources.json_file import json_chunks, json_columns
+from data_pipeline.sources.json_array import json_chunks, json_columns
 from data_pipeline.sources.jsonl import jsonl_chunks, jsonl_columns
 from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.parquet import parquet_chunks, parquet_columns
-from data_pipeline.sources.tar_file import tar_chunks, tar_columns
+from data_pipeline.sources.tar_samples import tar_chunks, tar_columns
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def parse_row(text: bytes, keys: Iterable[bytes]) -> dict | BadRowError:
         row = loads(text)
         # A second look costs time, so only rows that might have a key twice get one.
         if any(text.count(key) > 1 for key in keys):
-            loads(text, object_pairs_hook=_without_repetition)
+            loads(text, object_pairs_hook=without_repetition)
     except BadRowError as error:
         return error
     except ValueError as error:
@@ -27,12 +27,12 @@ def parse_row(text: bytes, keys: Iterable[bytes]) -> dict | BadRowError:
     return row_of(row)
 
 
-def loads(text: bytes, **options) -> object:
+def loads(text: str | bytes, **options) -> object:
     """Decode a JSON text. Raises ValueError if it is not valid."""
     try:
         return json.loads(text, **options)
     except RecursionError:
-        return json.loads(_shallow(text.decode()), **options)
+        return json.loads(_shallow(text if isinstance(text, str) else text.decode()), **options)
 
 
 def _shallow(text: str) -> str:
@@ -48,17 +48,30 @@ def _shallow(text: str) -> str:
                 parts.append("null")
                 kept_to = token.end()
             depth -= 1
-    return "".join(parts) + text[kept_to:] if depth <= DEEPEST else text[:kept_to]
+    return "".join(parts if depth > DEEPEST else [*parts, text[kept_to:]])
+
+
+def end_of_value(text: str, start: int) -> int | None:
+    """Return the end of the array or object that begins at `start`, or None if the text ends before."""
+    depth = 0
+    for token in TOKENS.finditer(text, start):
+        depth += (token[0] in "[{") - (token[0] in "]}")
+        if depth == 0:
+            return token.end()
+    return None
 
 
 def row_of(value: object) -> dict | BadRowError:
-    """Return a parsed row, or why it is none."""
+    """Return a parsed row, or why it is none. A fault that was found before is passed on."""
+    if isinstance(value, BadRowError):
+        return value
     if not isinstance(value, dict):
         return BadRowError("not a JSON object", f"it is not a JSON object, but of type {type(value).__name__}")
     return value
 
 
-def _without_repetition(pairs: list[tuple[str, object]]) -> dict:
+def without_repetition(pairs: list[tuple[str, object]]) -> dict:
+    """Make an object of its pairs; an `object_pairs_hook`. Raises BadRowError if a key occurs twice."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]

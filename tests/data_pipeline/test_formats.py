@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import tarfile
 from dataclasses import replace
 
 import polars as pl
@@ -87,47 +86,13 @@ def test_a_json_file_may_hold_lines(tmp_path):
     assert read(tmp_path) == TEXTS
 
 
-def test_bad_rows_of_a_list_are_skipped_and_counted(tmp_path):
-    (tmp_path / "a.json").write_text("\ufeff" + json.dumps([ROWS[0], 5, {"question": "q"}, ROWS[1]]), encoding="utf-8")
-    bad = BadRows("skip")
-    assert [row[0] for row in read(tmp_path, bad)] == ["q0 é", None, None, "q1 é"]
-    assert bad.examples == {
-        "not a JSON object": [f"{tmp_path}/a.json, row 2: it is not a JSON object, but of type int"],
-        "no column answer": [f"{tmp_path}/a.json, row 3: there is no column answer; the columns are question"],
-    }
-
-
-def write_tar(path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as file:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            file.addfile(member, io.BytesIO(content))
-
-
-def test_members_of_a_tar_with_one_key_are_a_row(tmp_path):
-    members = [
-        ("x/1.question", b"q1"), ("x/1.answer", b"a1"), ("y/1.json", b'{"answer": "a2"}'), ("y/1.question", b"q2"),
-    ]  # fmt: skip
-    write_tar(tmp_path / "a.tar", members)
-    assert read(tmp_path) == [("q1", "a1", "a.tar"), ("q2", "a2", "a.tar")]
-    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("2.txt", "zwei ü".encode())])
+def test_plain_texts_in_a_tar_are_a_layout(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        writer.write({"__key__": "1", "txt": "one"})
+        writer.write({"__key__": "2", "txt": "zwei ü"})
     assert read(tmp_path) == [("one", "a.tar"), ("zwei ü", "a.tar")]
 
 
-def test_bad_rows_of_a_tar_are_skipped_and_counted(tmp_path):
-    write_tar(tmp_path / "a.tar", [("1.txt", b"one"), ("2.txt", b"\xff"), ("3.json", b"{"), ("4.txt", b"four")])
-    bad = BadRows("skip")
-    assert [row[0] for row in read(tmp_path, bad)] == ["one", None, None, "four"]
-    assert bad.examples["the member .txt is not text"] == [
-        f"{tmp_path}/a.tar, key 2: its member .txt is not UTF-8 text"
-    ]
-    assert bad.counts["not valid JSON"] == 1
-
-
 def test_shards_are_no_tars_of_text(prepared):
-    tar_file = sorted(prepared.glob("*.tar"))[0]
-    with pytest.raises(
-        DataError, match=rf"{tar_file.name}, key shard-00000-000-000000: its member .\w+.npy is not UTF-8"
-    ):
-        open_source(str(tar_file))
+    with pytest.raises(DataError, match=r".tar has the columns none, which fit no layout"):
+        open_source(str(sorted(prepared.glob("*.tar"))[0]))
