@@ -30,7 +30,13 @@ DEFAULT_CONFIG = CONFIG_FOLDER / "sample.yaml"
 class _Once(argparse.Action):
     """Refuse an option that is given twice, because argparse would silently drop its first value."""
 
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         if getattr(namespace, f"given_{self.dest}", False):
             parser.error(f"{option_string} is given twice ({getattr(namespace, self.dest)} and {values}); give it once")
         setattr(namespace, f"given_{self.dest}", True)
@@ -79,7 +85,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
 class _TextLoader(yaml.BaseLoader):
     """Load YAML with all values as text; the key's type decides what 1.10, 010, 12:30 or 2024_01 mean."""
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -114,7 +120,7 @@ def as_dict(config: RunConfig) -> dict:
     return {name: value for name, value in dataclasses.asdict(config).items() if name != "explicit"}
 
 
-def _parse_value(key: str, value: str):
+def _parse_value(key: str, value: str) -> Any:
     """Parse an override's value: plain text if the key takes text, else YAML (lists and sections)."""
     if _takes_text(key) and not (key == "data" and value.startswith("[")):
         return value
@@ -148,7 +154,7 @@ class _Origin:
         return self.path
 
 
-def _build(cls: Any, fields: dict, prefix: str, origin: _Origin):
+def _build(cls: Any, fields: dict, prefix: str, origin: _Origin) -> Any:
     known = [f.name for f in dataclasses.fields(cls) if f.init]
     hints = typing.get_type_hints(cls)
     values = {}
@@ -164,7 +170,7 @@ def _build(cls: Any, fields: dict, prefix: str, origin: _Origin):
     return cls(**values)
 
 
-def _convert(hint: Any, value, key: str, origin: _Origin):
+def _convert(hint: Any, value: Any, key: str, origin: _Origin) -> Any:
     if isinstance(hint, types.UnionType):
         if type(None) in typing.get_args(hint) and value in NULL:
             return None

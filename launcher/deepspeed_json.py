@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 PRECISIONS = ("fp16", "bf16")  # the sections that enable them; without one, training is in fp32
 
 
-def value_at(content: dict, location: str):
+def value_at(content: dict, location: str) -> Any:
     """Return the value at `section.key`; None if there is none."""
     for part in location.split("."):
         if not isinstance(content, dict) or part not in content:

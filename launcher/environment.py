@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ConfigurationError
 from launcher.node_list import expand_node_list
@@ -179,7 +179,7 @@ def _meet_over_mpi(variables: MutableMapping[str, str], expected: int) -> Enviro
     return place
 
 
-def _mpi_world(expected: int):
+def _mpi_world(expected: int) -> tuple[Any, Any]:
     """Return MPI's communicator of all ranks, and mpi4py's module.
 
     Raises `ConfigurationError` if MPI counts other than `expected` ranks.

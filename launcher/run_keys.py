@@ -28,7 +28,7 @@ class Key:
     one_of: tuple[str, ...] = ()
     not_empty: bool = False
 
-    def fault(self, value) -> str:
+    def fault(self, value: Any) -> str:
         """Return what is wrong with a value, to follow the key's name in a message; an empty string if it is valid."""
         if value is None:
             return ""
@@ -57,7 +57,7 @@ class Key:
         return " and ".join(f"{name} {_short(bound)}" for name, bound in names if bound is not None) or "finite"
 
 
-def key(default, meaning: str, **limits) -> Any:
+def key(default: Any, meaning: str, **limits: Any) -> Any:
     """Declare a configuration field with its `Key`; a callable default, such as a class, is called for each instance."""
     metadata = {"key": Key(meaning, **limits)}
     if default is dataclasses.MISSING:
@@ -79,14 +79,14 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
             yield from keys_of(section, f"{prefix}{field.name}{'[]' if _is_list(hints[field.name]) else ''}.")
 
 
-def section_of(hint) -> Any:
+def section_of(hint: Any) -> Any:
     """Return the dataclass in a type such as `Section`, `Section | None` or `str | list[Section]`; None without one."""
     if dataclasses.is_dataclass(hint):
         return hint
     return next(filter(None, map(section_of, typing.get_args(hint))), None)
 
 
-def check_values(config, prefix: str = "") -> None:
+def check_values(config: Any, prefix: str = "") -> None:
     """Raise `ConfigurationError` for the first value that its key does not allow."""
     for field in dataclasses.fields(config):
         if "key" not in field.metadata:
@@ -125,11 +125,11 @@ def _hints_by_name(cls: type, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def _is_list(hint) -> bool:
+def _is_list(hint: Any) -> bool:
     return typing.get_origin(hint) is list or any(typing.get_origin(part) is list for part in _parts(hint))
 
 
-def _parts(hint) -> tuple:
+def _parts(hint: Any) -> tuple:
     return typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
 
 

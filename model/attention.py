@@ -10,6 +10,7 @@ head, d head size, W window, n blocks, L queries in a block.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -104,7 +105,7 @@ def local_mask(
     """
     past = past_key_values.get_seq_length() if past_key_values is not None else 0
 
-    def same_document(row, head, query, key):
+    def same_document(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return query - key <= documents.offset[row, query - past]
 
     return create_sliding_window_causal_mask(
@@ -125,7 +126,7 @@ def block_local_mask(
     mask_function: Callable,
     device: torch.device,
     config: LiquidConfig,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor | BlockMask:
     """Make the mask for `block_local`: bool `[B * n, 1, G * L, keys of a block]`, never `[T, T]`.
 
@@ -163,7 +164,7 @@ def block_local_attention(
     attention_mask: torch.Tensor | BlockMask,
     scaling: float,
     sliding_window: int,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute exact causal sliding-window attention in O(T · W), as an attention function of transformers.
 
@@ -213,7 +214,7 @@ def eager_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention by its definition: `[B, T, H, d]` and the weights `[B, H, T, keys]`; quadratic in T."""
     key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))

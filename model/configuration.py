@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -84,7 +85,7 @@ class LiquidConfig(PreTrainedConfig):
     embedding_target_ratio: float = 0.75
     embedding_temperature: float = 4.0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.used_vocab_size is None:
             self.used_vocab_size = self.vocab_size
         super().__post_init__(attn_implementation=kwargs.pop("attn_implementation", None) or BLOCK_LOCAL, **kwargs)
@@ -110,7 +111,7 @@ class LiquidConfig(PreTrainedConfig):
         return NUMBER_OF_STATES
 
     @classmethod
-    def from_preset(cls, name_or_path: str, **overrides) -> LiquidConfig:
+    def from_preset(cls, name_or_path: str, **overrides: Any) -> LiquidConfig:
         """Read a preset (model/configs) or a YAML file of fields; keyword arguments override both.
 
         Raises `ValueError` if there is no such preset or file, or if the file is invalid or sets an unknown field.
@@ -135,7 +136,7 @@ class LiquidConfig(PreTrainedConfig):
             raise ValueError(f"{path} sets {', '.join(unknown)}, unknown to the model; remove or rename it")
         return cls(**fields)
 
-    def sized_for(self, used_vocab_size: int, **overrides) -> LiquidConfig:
+    def sized_for(self, used_vocab_size: int, **overrides: Any) -> LiquidConfig:
         """Return a copy whose table fits a tokenizer of `used_vocab_size` tokens (rounded up to 128)."""
         padded = -(-used_vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         fields = {name: getattr(self, name) for name in own_fields()}

@@ -6,6 +6,7 @@ Legend: B rows, T tokens, N documents in the whole batch.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ class Documents:
             raise ValueError("these documents were found without a cache")
         return self.carried
 
-    def to(self, *arguments, **options) -> Documents:
+    def to(self, *arguments: Any, **options: Any) -> Documents:
         """Copy to another device, with the arguments of `Tensor.to`. accelerate calls it for layers on several devices."""
         tensors = {name: value for name, value in vars(self).items() if value is not None}
         return replace(self, **{name: value.to(*arguments, **options) for name, value in tensors.items()})

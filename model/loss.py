@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -142,7 +143,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(context: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = max(1, SLICE_ELEMENTS.get(logits.device.type, 2**26) // logits.shape[1])
         wide = torch.promote_types(logits.dtype, torch.float32)
         normaliser = torch.cat([part.to(wide).logsumexp(1) for part in logits.split(rows)])
@@ -152,7 +153,7 @@ class NegativeLogLikelihood(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(context, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         logits, targets, normaliser = context.saved_tensors
         result = torch.empty_like(logits)
         tensors = (logits, targets.unsqueeze(1), normaliser.unsqueeze(1), gradient.unsqueeze(1), result)

@@ -13,6 +13,7 @@ Legend: B rows, T tokens, N documents, n completed blocks of all documents, M LS
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,7 @@ class OrderedLSTM(nn.LSTM):
     order in which they arrive on each rank, so ZeRO-1 summed gradients of different weights.
     """
 
-    def forward(self, sequences, initial=None):
+    def forward(self, sequences: Any, initial: tuple[torch.Tensor, torch.Tensor] | None = None) -> Any:
         if not torch.is_grad_enabled():
             return super().forward(sequences, initial)
         weights = self._flat_weights
@@ -178,11 +179,11 @@ class Together(torch.autograd.Function):
     """Return tensors unchanged and pass their gradients on only once all of them have arrived."""
 
     @staticmethod
-    def forward(context, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(context: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod
-    def backward(context, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return gradients
 
 

@@ -161,7 +161,7 @@ class LiquidModel(LiquidPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LiquidModelOutput:
         """Run the model: `input_ids` `[B, T]` or `inputs_embeds` `[B, T, D]` → `LiquidModelOutput`.
 
@@ -304,7 +304,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
         running_means: RunningMeans | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LiquidCausalLMOutput:
         """Compute the logits and, given `labels` (aligned with the inputs, -100 = not predicted), the loss and its terms.
 
@@ -347,7 +347,7 @@ class LiquidForCausalLM(LiquidPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor | None:
+    def create_masks_for_generate(attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:
         """Return the mask `[B, P + T]` unchanged: the model derives the attention mask itself, even for a static cache."""
         return attention_mask
 

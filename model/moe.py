@@ -51,7 +51,7 @@ class Router(nn.Module):
         # The bias can choose experts whose probabilities are all 0 in fp32. AutoEP adds the same constant.
         return experts, weights / (weights.sum(-1, keepdim=True) + 1e-20)
 
-    def _apply(self, *arguments, **options) -> Router:
+    def _apply(self, *arguments: Any, **options: Any) -> Router:
         """Keep the bias in fp32 when the module is cast: rounding would make close biases equal and change the choice."""
         exact = self.e_score_correction_bias
         super()._apply(*arguments, **options)

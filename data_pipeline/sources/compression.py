@@ -36,7 +36,7 @@ class _Slice(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
+    def readinto(self, buffer: Any) -> int:
         left = len(buffer) if self._end is None else min(len(buffer), self._end - self._position)
         count = self._file.readinto(memoryview(buffer)[:left]) if left > 0 else 0
         self._position += count

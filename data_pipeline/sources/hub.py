@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -16,6 +17,9 @@ from data_pipeline.sources.bad_rows import BadRows
 from data_pipeline.sources.layout_choice import LayoutChoice
 from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.rows import Row, columns_of, frames
+
+if TYPE_CHECKING:
+    import datasets
 
 WAITS = (1, 5, 30, 120)  # seconds before each further attempt; `datasets` itself retries single reads
 
@@ -90,7 +94,7 @@ def _newest_revision(name: str) -> str | None:
 
 
 @lru_cache(maxsize=1)
-def _open(name: str, revision: str | None, split: str):
+def _open(name: str, revision: str | None, split: str) -> datasets.IterableDataset:
     import datasets
 
     return datasets.load_dataset(name, split=split, streaming=True, revision=revision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from data_pipeline.sources.bad_rows import BadRowError
 
@@ -27,7 +28,7 @@ def parse_row(text: bytes, keys: Iterable[bytes]) -> dict | BadRowError:
     return row_of(row)
 
 
-def loads(text: str | bytes, **options) -> object:
+def loads(text: str | bytes, **options: Any) -> object:
     """Decode a JSON text. Raises ValueError if it is not valid."""
     try:
         return json.loads(text, **options)

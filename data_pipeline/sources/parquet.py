@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 
@@ -14,6 +15,9 @@ from data_pipeline.sources.chunk import whole_groups
 from data_pipeline.sources.layouts import Layout
 from data_pipeline.sources.names import as_text, for_arrow
 from data_pipeline.sources.rows import BYTES_PER_FRAME, ROWS_PER_FRAME, check_columns, columns_of, table_frames
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class ParquetChunk:
         return f"{as_text(self.file)}, row {row + 1}"
 
 
-def _rows_per_frame(group) -> int:
+def _rows_per_frame(group: pq.RowGroupMetaData) -> int:
     return max(1, min(ROWS_PER_FRAME, BYTES_PER_FRAME * group.num_rows // max(1, group.total_byte_size)))
 
 
@@ -68,7 +72,7 @@ def parquet_columns(file: Path) -> list[str]:
         return parquet.schema_arrow.names
 
 
-def _open(file: Path):
+def _open(file: Path) -> pq.ParquetFile:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_pipeline.errors import DataError
 
@@ -129,7 +130,7 @@ def _chosen(folder: Path, configurations: list[dict]) -> dict:
     return chosen[0]
 
 
-def _split_patterns(files) -> list[tuple[str, str]]:
+def _split_patterns(files: Any) -> list[tuple[str, str]]:
     """Return pairs of split and pattern from the forms that `data_files` may have."""
     if isinstance(files, dict):
         files = [{"split": split, "path": path} for split, path in files.items()]

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from launcher.config_file import add_run_arguments, load_run_config
 from launcher.errors import ConfigurationError, one_sentence_errors
@@ -39,7 +40,7 @@ class JobLog:
         self.folder, self.job, self.restart = folder, job, restart
         self._file = folder / "jobs.jsonl"
 
-    def note(self, event: str, **facts) -> None:
+    def note(self, event: str, **facts: Any) -> None:
         """Append a line for this job: the event (`begins` or `ended`), the time and the newest checkpoint."""
         line = {"event": event, "job": self.job, "restart": self.restart, "time": time.time()}
         line |= {"checkpoint": self.newest_checkpoint(), **facts}
@@ -132,14 +133,14 @@ def end(log: JobLog, code: int, signal: str, hosts: list[str]) -> str:
     return _ended(log, verdict, code=code, signal=signal, state=state)
 
 
-def _ended(log: JobLog, verdict: str, **facts) -> str:
+def _ended(log: JobLog, verdict: str, **facts: Any) -> str:
     if verdict.startswith("retry") and log.fruitless() >= FRUITLESS_STARTS:
         return _hold(log, "ended", **facts)
     _note_verdict(log, "ended", verdict, **facts)
     return verdict
 
 
-def _note_verdict(log: JobLog, event: str, verdict: str, **facts) -> None:
+def _note_verdict(log: JobLog, event: str, verdict: str, **facts: Any) -> None:
     try:
         log.note(event, verdict=verdict, **facts)
     except ConfigurationError as error:  # for example a full disk: the verdict matters more than its log line
@@ -169,7 +170,7 @@ def _event(line: str) -> dict:
         return {}
 
 
-def _hold(log: JobLog, event: str, **facts) -> str:
+def _hold(log: JobLog, event: str, **facts: Any) -> str:
     _note_verdict(log, event, "hold", **facts)
     newest = log.newest_checkpoint() or "the beginning"
     _say(

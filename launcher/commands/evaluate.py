@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
+
+if TYPE_CHECKING:
+    from launcher.environment import Environment
+    from launcher.tools.evaluation.held_out import HeldOut
+    from launcher.tools.inference.generation import Decoding
+    from model import LiquidForCausalLM
 
 LINE_EVERY = 30  # seconds between progress lines if stderr is not a terminal
 
 
-def add_evaluate(commands) -> None:
+def add_evaluate(commands: Subcommands) -> None:
     """Add `lfm evaluate` to the commands."""
     parser = command(
         commands,
@@ -42,7 +50,7 @@ def add_evaluate(commands) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="rows or questions per batch")
 
 
-def _evaluate(options) -> None:
+def _evaluate(options: argparse.Namespace) -> None:
     from launcher.environment import detect_environment
     from launcher.errors import ConfigurationError
     from launcher.process import export_for_torch
@@ -87,7 +95,13 @@ def _default_folder(model: Path) -> Path:
     return model / "evaluation" if (model / "run.yaml").is_file() else model.with_name(f"{model.name}-evaluation")
 
 
-def _evaluated(options, model, held_out, decoding, environment) -> dict:
+def _evaluated(
+    options: argparse.Namespace,
+    model: LiquidForCausalLM,
+    held_out: HeldOut,
+    decoding: Decoding,
+    environment: Environment,
+) -> dict:
     """Return what was evaluated, with all settings that affect the metrics."""
     from dataclasses import asdict
 

@@ -6,10 +6,10 @@ import argparse
 import signal
 import sys
 
-from launcher.commands.parsing import command, size
+from launcher.commands.parsing import Subcommands, command, size
 
 
-def add_export(commands) -> None:
+def add_export(commands: Subcommands) -> None:
     """Add `lfm export` to the commands."""
     parser = command(
         commands,
@@ -45,7 +45,7 @@ def add_export(commands) -> None:
     )
 
 
-def _export(options) -> None:
+def _export(options: argparse.Namespace) -> None:
     from launcher.tools.export.export import export
 
     # Turn SIGTERM into an exit, so that partial output is removed.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from launcher.commands.parsing import command
+import argparse
+
+from launcher.commands.parsing import Subcommands, command
 from launcher.errors import ConfigurationError
 
 
-def add_fetch(commands) -> None:
+def add_fetch(commands: Subcommands) -> None:
     """Add `lfm fetch` to the commands."""
     parser = command(
         commands,
@@ -24,7 +26,7 @@ def add_fetch(commands) -> None:
     parser.add_argument("--out", default="data/hub", help="folder for dataset/ and tokenizer/")
 
 
-def _fetch(options) -> None:
+def _fetch(options: argparse.Namespace) -> None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 

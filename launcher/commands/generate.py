@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
 
 
-def add_generate(commands) -> None:
+def add_generate(commands: Subcommands) -> None:
     """Add `lfm generate` to the commands."""
     parser = command(
         commands,
@@ -51,7 +52,7 @@ def add_generate(commands) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="questions per batch")
 
 
-def _generate(options) -> None:
+def _generate(options: argparse.Namespace) -> None:
     from launcher.errors import ConfigurationError
     from launcher.tools.inference.questions import cleaned, is_text, told_if_changed
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
+from typing import TypeAlias
 
+Subcommands: TypeAlias = argparse._SubParsersAction
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -15,7 +18,9 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
-def command(commands, name: str, run, help: str, epilog: str) -> argparse.ArgumentParser:
+def command(
+    commands: Subcommands, name: str, run: Callable[[argparse.Namespace], int | None], help: str, epilog: str
+) -> argparse.ArgumentParser:
     """Add a command that calls `run(options)`, with an example below its options."""
     parser = commands.add_parser(
         name, help=help, description=help, epilog=f"example: {epilog}", formatter_class=_Defaults

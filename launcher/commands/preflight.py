@@ -7,15 +7,20 @@ import json
 import os
 import socket
 import sys
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
 from launcher.config_file import add_run_arguments
 from launcher.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from launcher.environment import Environment
 
-def add_preflight(commands) -> None:
+
+def add_preflight(commands: Subcommands) -> None:
     """Add `lfm preflight` to the commands."""
     parser = command(
         commands,
@@ -35,7 +40,7 @@ def add_preflight(commands) -> None:
     add_run_arguments(parser)
 
 
-def _preflight(options) -> int:
+def _preflight(options: argparse.Namespace) -> int:
     from launcher.environment import detect_environment
     from launcher.process import export_for_torch
 
@@ -78,7 +83,9 @@ def _save(path: Path, report: str) -> None:
         raise ConfigurationError(f"cannot write {path}: {error.strerror}; name another file with --save") from error
 
 
-def world_of(options, environment, variables=os.environ):
+def world_of(
+    options: argparse.Namespace, environment: Environment, variables: Mapping[str, str] = os.environ
+) -> Environment:
     """Return the world of the planned run: from the options, else from the SLURM job, else from the current processes.
 
     Under `srun --ntasks-per-node=1` there is only one process per node, fewer than the run will have.
@@ -103,7 +110,7 @@ def world_of(options, environment, variables=os.environ):
     return Environment(environment.rank, nodes * ranks, environment.local_rank, ranks, environment.launcher)
 
 
-def _shared_paths(options) -> tuple[str | None, str | None]:
+def _shared_paths(options: argparse.Namespace) -> tuple[str | None, str | None]:
     """Return the run folder and the data's index, which all nodes must see; None for what does not exist."""
     from data_pipeline.loading.remote import is_remote
     from launcher.config_file import load_run_config

@@ -7,7 +7,10 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
+from launcher.commands.parsing import Subcommands
 from launcher.team_member import detect_member
 
 LED = "allenai/led-base-16384"
@@ -25,7 +28,7 @@ To resume an interrupted preparation, run the same command again.
 """
 
 
-def add_prepare(commands) -> None:
+def add_prepare(commands: Subcommands) -> None:
     parser = commands.add_parser(
         "prepare",
         help="Clean, tokenize and pack texts into WebDataset shards.",
@@ -211,7 +214,7 @@ def _ending_at_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _end(number: int, frame) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     """On a signal, exit the same way as on an error, so that the worker processes are ended as well."""
     for again in (signal.SIGTERM, signal.SIGUSR1):  # a second signal must not interrupt the cleanup
         signal.signal(again, signal.SIG_IGN)
@@ -248,5 +251,5 @@ def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def _given(value, default):
+def _given(value: Any, default: Any) -> Any:
     return default if value is None else value

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
 
 
-def add_report(commands) -> None:
+def add_report(commands: Subcommands) -> None:
     """Add `lfm report` to the commands."""
     parser = command(
         commands,
@@ -21,7 +21,7 @@ def add_report(commands) -> None:
     parser.add_argument("--out", default=argparse.SUPPRESS, help="file to write (default: report.html in RUN)")
 
 
-def _report(options) -> None:
+def _report(options: argparse.Namespace) -> None:
     from launcher.tools.report import write_report
 
     run = Path(options.run_folder)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 from pathlib import Path
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
 from launcher.errors import ConfigurationError
 
 
-def add_serve(commands) -> None:
+def add_serve(commands: Subcommands) -> None:
     """Add `lfm serve` to the commands."""
     parser = command(
         commands,
@@ -40,7 +41,7 @@ def add_serve(commands) -> None:
     parser.add_argument("--body-bytes", type=int, default=2**20, help="maximum size of a request")
 
 
-def _serve(options) -> None:
+def _serve(options: argparse.Namespace) -> None:
     token = os.environ.get("LFM_TOKEN") if options.token is None else options.token
     token = token or None
     if options.host not in ("127.0.0.1", "localhost", "::1") and token is None:

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
 
 
-def add_verify(commands) -> None:
+def add_verify(commands: Subcommands) -> None:
     """Add `lfm verify DIR` to the commands."""
     parser = command(
         commands,
@@ -32,7 +32,7 @@ def add_verify(commands) -> None:
     )
 
 
-def add_inspect(commands) -> None:
+def add_inspect(commands: Subcommands) -> None:
     """Add `lfm inspect DIR` to the commands."""
     parser = command(
         commands,
@@ -61,7 +61,7 @@ def add_inspect(commands) -> None:
     )
 
 
-def _verify(options) -> None:
+def _verify(options: argparse.Namespace) -> None:
     from data_pipeline.checking.verification import bytes_to_verify, verify
 
     total = bytes_to_verify(options.folder)
@@ -76,7 +76,7 @@ def _verify(options) -> None:
     )
 
 
-def _inspect(options) -> None:
+def _inspect(options: argparse.Namespace) -> None:
     from data_pipeline.checking.inspection import choose_rows, collect_statistics, report, rows_as_text
     from data_pipeline.shards.format import read_index
     from launcher.errors import ConfigurationError

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.commands.parsing import Subcommands
+
+if TYPE_CHECKING:
+    from launcher.cluster.sbatch import Submission
 
 EPILOG = """\
 examples:
@@ -27,7 +33,7 @@ INSTEAD = {
 }
 
 
-def add_submit(commands) -> None:
+def add_submit(commands: Subcommands) -> None:
     """Add `lfm submit` to the commands."""
     about = "Submit batch scripts to SLURM: one, a chain, or a sweep."
     parser = commands.add_parser(
@@ -66,7 +72,7 @@ def add_submit(commands) -> None:
     add("words", nargs=argparse.REMAINDER, metavar="train|prepare|evaluate ...", help="the script and its arguments")
 
 
-def _submit(options) -> None:
+def _submit(options: argparse.Namespace) -> None:
     from launcher.cluster.sbatch import check_sbatch, of_script, stages
     from launcher.cluster.site import read_site, write_site
 
@@ -91,7 +97,7 @@ def _submit(options) -> None:
         previous = _send(job, options.dry_run, script)
 
 
-def _checked(found, options):
+def _checked(found: list[tuple[str, list[str]]], options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     from launcher.errors import ConfigurationError
 
     for name, value, least in (("--nodes", options.nodes, 1), ("--gpus", options.gpus, 0)):
@@ -108,7 +114,7 @@ def _checked(found, options):
     return found
 
 
-def _submit_sweep(options, site: dict[str, str], arguments: list[str]) -> None:
+def _submit_sweep(options: argparse.Namespace, site: dict[str, str], arguments: list[str]) -> None:
     from launcher.cluster.batch_job import run_folder
     from launcher.cluster.sweep import sweep, table_job, write_runs
     from launcher.errors import ConfigurationError
@@ -139,7 +145,7 @@ def _show_table(output: Path) -> None:
     print(text, end="")
 
 
-def _resources(options, script: str = "train") -> list[str]:
+def _resources(options: argparse.Namespace, script: str = "train") -> list[str]:
     named = []
     if script == "train":
         named += [f"--nodes={options.nodes}"] if options.nodes is not None else []
@@ -153,7 +159,7 @@ def _resources(options, script: str = "train") -> list[str]:
     return named + options.sbatch
 
 
-def _send(job, dry_run: bool, script: str = "") -> str:
+def _send(job: Submission, dry_run: bool, script: str = "") -> str:
     """Submit the job and return its number; in a dry run, print it and return a placeholder."""
     if not dry_run:
         number = job.send()

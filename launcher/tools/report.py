@@ -9,11 +9,16 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launcher.config import Loss
 from launcher.training.monitoring import tags
+
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 # The title and the TensorBoard tags of each plot. A plot without data is left out.
 PLOTS = (
@@ -95,7 +100,7 @@ def _state(run: Path) -> str:
     return f"<p>State: <b>{html.escape(status['state'])}</b> at step {status['step']:,}{reason}.</p>"
 
 
-def _plots(scalars: dict[str, list[tuple[int, float]]]):
+def _plots(scalars: dict[str, list[tuple[int, float]]]) -> Iterator[str]:
     """Yield each plot as an inline SVG that keeps text as text."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -140,7 +145,7 @@ def _short(tag: str) -> str:
     return tag.removeprefix("train/").removeprefix("perf/").removesuffix("_seconds").replace("/", " ").replace("_", " ")
 
 
-def _expert_load(events, found) -> list[str]:
+def _expert_load(events: EventAccumulator, found: dict) -> list[str]:
     if tags.LOAD not in found["images"]:
         return []
     from launcher.training.monitoring.expert_load import LEGEND
@@ -153,7 +158,7 @@ def _expert_load(events, found) -> list[str]:
     ]
 
 
-def _answers(events, found) -> list[str]:
+def _answers(events: EventAccumulator, found: dict) -> list[str]:
     """Return the newest sampled answers as HTML; TensorBoard stores them as a Markdown table."""
     tag = f"{tags.ANSWERS}/text_summary"
     if tag not in found["tensors"]:

@@ -8,7 +8,7 @@ import torch
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 
 
-def forget_earlier_steps(optimizer: DeepSpeedCPUAdam, *_) -> None:
+def forget_earlier_steps(optimizer: DeepSpeedCPUAdam, *_: object) -> None:
     """Make the bias correction of a step depend on the step number only, so that a resumed run is exact.
 
     The kernel multiplies the powers of the betas from step to step, but computes them directly if the step number

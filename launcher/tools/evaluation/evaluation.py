@@ -133,7 +133,14 @@ def evaluate(
     )
 
 
-def _score(model, tokenizer, held_out: HeldOut, ranks: Ranks, batch_size: int, progress) -> list | None:
+def _score(
+    model: LiquidForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: HeldOut,
+    ranks: Ranks,
+    batch_size: int,
+    progress: Callable[[str, int], Progress],
+) -> list | None:
     """Score the documents of each row; the result is in the order of the rows."""
     rows, numbers = held_out.rows, held_out.numbers
     seq_len = rows.gather(numbers[:1]).tokens.shape[1]
@@ -149,7 +156,13 @@ def _score(model, tokenizer, held_out: HeldOut, ranks: Ranks, batch_size: int, p
 
 
 def _answer(
-    model, tokenizer, questions: list[Question], decoding: Decoding, ranks: Ranks, batch_size: int, progress
+    model: LiquidForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    decoding: Decoding,
+    ranks: Ranks,
+    batch_size: int,
+    progress: Callable[[str, int], Progress],
 ) -> list[str] | None:
     """Answer the questions; the result is in the order of the questions."""
     prompts = [question.prompt for question in questions]

@@ -36,7 +36,7 @@ class Decoding:
     num_beams: int = 1
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for is_right, name, must in (
             (self.max_new_tokens >= 1, "max_new_tokens", "be at least 1"),
             (0 <= self.temperature < float("inf"), "temperature", "be 0 (the most likely token) or above"),

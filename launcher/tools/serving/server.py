@@ -10,6 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import HTTPException
@@ -35,7 +36,7 @@ def build_app(worker: Worker, model_name: str, host: str, token: str | None) -> 
     """Build the application. With `token`, all addresses except the page and `/health` require it as a bearer token."""
 
     @asynccontextmanager
-    async def lifespan(_):
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(worker.stop)
 
@@ -122,7 +123,7 @@ async def _watch(request: Request, job: Job) -> None:
 async def _events(job: Job, head: dict, chat_request: ChatRequest) -> AsyncIterator[str]:
     """Yield the answer as server-sent events; an error after the first event is also sent as an event."""
 
-    def event(delta: dict | None, finish_reason: str | None = None, **more) -> str:
+    def event(delta: dict | None, finish_reason: str | None = None, **more: Any) -> str:
         choices = (
             [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}]
         )
@@ -154,14 +155,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Return every error in OpenAI's format."""
 
     @app.exception_handler(RequestError)
-    async def wrong_request(_, error: RequestError) -> JSONResponse:
+    async def wrong_request(_: Request, error: RequestError) -> JSONResponse:
         headers = {"Retry-After": "5"} if error.status == 429 else {}
         return JSONResponse(error.content(), error.status, headers=headers)
 
     @app.exception_handler(StarletteHTTPException)
-    async def wrong_address(_, error: HTTPException) -> JSONResponse:
+    async def wrong_address(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse(RequestError(error.status_code, str(error.detail)).content(), error.status_code)
 
     @app.exception_handler(Exception)  # uvicorn logs its traceback
-    async def our_mistake(_, error: Exception) -> JSONResponse:
+    async def our_mistake(_: Request, error: Exception) -> JSONResponse:
         return JSONResponse(OUR_MISTAKE.content(), OUR_MISTAKE.status)

@@ -8,6 +8,7 @@ import copy
 import time
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, StoppingCriteria, StoppingCriteriaList
@@ -115,7 +116,7 @@ class Job(BaseStreamer, StoppingCriteria):
     def end(self) -> None:
         self._send(self.text.end())
 
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         ended = self.cancelled or self.is_late or self.text.finish_reason is not None
         return torch.full((len(input_ids),), ended, device=input_ids.device)
 
@@ -123,7 +124,7 @@ class Job(BaseStreamer, StoppingCriteria):
         if piece != "":
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
-    def finished(self, _) -> None:
+    def finished(self, _: Future) -> None:
         self._send(None)
 
     async def pieces(self) -> AsyncGenerator[str, None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -37,7 +37,7 @@ def load_checkpoint(engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainSta
 
 
 @contextmanager
-def _settings_kept(optimizer) -> Iterator[None]:
+def _settings_kept(optimizer: Any) -> Iterator[None]:
     """Restore the optimizer's settings on exit, because DeepSpeed's loading replaces them with the checkpoint's."""
     groups = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     clipping, scaler = optimizer.clip_grad, optimizer.loss_scaler

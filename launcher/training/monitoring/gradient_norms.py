@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import launcher.training.accelerator  # noqa: F401 - DeepSpeed reads what it sets
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_local_grad
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 # A parameter belongs to the first group with a part that occurs in its name.
 GROUPS = {
@@ -34,7 +37,7 @@ def group_of(name: str) -> str:
 
 
 @torch.no_grad()
-def gradient_norms(engine) -> dict[str, float]:
+def gradient_norms(engine: DeepSpeedEngine) -> dict[str, float]:
     """Return the gradient norm of each group, before clipping and without the loss scale.
 
     Called by all ranks between a step's last backward and `engine.step()`. Under ZeRO each element of the gradient is on

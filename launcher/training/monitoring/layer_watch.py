@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
 
 from launcher.config import Monitor
@@ -9,13 +11,16 @@ from launcher.training.monitoring import tags
 from launcher.training.monitoring.activation_monitor import ActivationMonitor
 from launcher.training.monitoring.gradient_norms import gradient_norms
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 TAGS = {"activations": tags.ACTIVATIONS, "gradients": tags.GRADIENTS}  # by the kinds of activation_monitor.py
 
 
 class LayerWatch:
     """Measure every `settings.every`-th step (0: none). All ranks must make the same calls."""
 
-    def __init__(self, engine, settings: Monitor):
+    def __init__(self, engine: DeepSpeedEngine, settings: Monitor):
         self.engine = engine
         self.every = settings.every
         self.values: dict[str, float] = {}

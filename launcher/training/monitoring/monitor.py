@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from launcher.training.monitoring.throughput import peak_flops, token_flops, uti
 from launcher.training.monitoring.validation import ValidationResult
 from model.loss import PER_SUPERVISED_TOKEN, PER_TOKEN, weight_of
 from model.metrics import load_max_over_mean
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 # Number of sources, the largest first, whose validation losses are drawn as curves. A table lists all sources.
 SOURCES = 8
@@ -51,7 +55,7 @@ class Monitor:
         if config.profile.steps is not None:
             self.profiler = StepProfiler(folder.parent / "profile", config.profile.steps)
 
-    def watch(self, engine, seq_len: int) -> None:
+    def watch(self, engine: DeepSpeedEngine, seq_len: int) -> None:
         """Start to measure the engine's layers and to time its steps; called by all ranks.
 
         seq_len: tokens in a row, for counting FLOPs.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -24,6 +24,9 @@ from launcher.training.monitoring.answers import SampledAnswer, choose_questions
 from launcher.training.monitoring.reading import read_together
 from launcher.training.monitoring.reduction import add_up
 from launcher.training.setup.data_source import held_out_location, shard_cache
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 TOP = 5
 # Most logits of one forward, about half a gigabyte in 16 bits. The model returns them all at once.
@@ -101,7 +104,9 @@ class Validation:
     def is_due(self, step: int) -> bool:
         return self.data is not None and (step % self.every == 0 or step == self.last_step)
 
-    def run(self, engine, interrupted: Callable[[], bool]) -> tuple[ValidationResult, list[SampledAnswer]] | None:
+    def run(
+        self, engine: DeepSpeedEngine, interrupted: Callable[[], bool]
+    ) -> tuple[ValidationResult, list[SampledAnswer]] | None:
         """Score every held-out row once and answer a few questions.
 
         All ranks must call this, and all run the same number of forward passes.
@@ -151,7 +156,7 @@ def _result(data: RowReader, totals: dict[str, torch.Tensor]) -> ValidationResul
 
 
 @contextmanager
-def evaluating(engine) -> Iterator[None]:
+def evaluating(engine: DeepSpeedEngine) -> Iterator[None]:
     """Switch the engine to evaluation without gradients, and afterwards restore training and the values of all buffers."""
     buffers = [(buffer, buffer.clone()) for buffer in engine.module.buffers()]
     engine.eval()

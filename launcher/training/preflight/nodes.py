@@ -44,7 +44,7 @@ class Nodes:
         self.index = self.ranks.index(environment.rank) if self.is_member else None
 
 
-def gather(value) -> list:
+def gather(value: object) -> list:
     """Return the values of all ranks, on every rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -6,6 +6,7 @@ The step itself is saved in either case. When the run resumes from it, the valid
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -17,13 +18,16 @@ from launcher.training.monitoring.validation import Validation
 from launcher.training.resilience.stopping import StopRequest
 from launcher.training.resilience.watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 
 class DueValidations:
     """Run the validations that are due; all ranks call every method but `is_missed` at the same step boundary."""
 
     def __init__(
         self,
-        engine,
+        engine: DeepSpeedEngine,
         validation: Validation,
         monitor: Monitor,
         checkpoints: CheckpointSaver,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,7 +59,7 @@ def resolve_deepspeed_config(
     return resolved, config, [*notes, f'"auto" in {path}: {", ".join(filled)}'] if filled else notes
 
 
-def _automatic(content, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+def _automatic(content: object, keys: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the path of keys to each `"auto"` in `content`."""
     if isinstance(content, dict):
         return [place for key, value in content.items() for place in _automatic(value, (*keys, key))]
@@ -105,7 +106,7 @@ def read_json(path: str | Path) -> dict:
     return content
 
 
-def _as_typed(value, wanted, location: str, path: str):
+def _as_typed(value: Any, wanted: Any, location: str, path: str) -> Any:
     """Convert a value of the JSON to the type of the run's key.
 
     DeepSpeed would accept 4.0 rows or a number in quotes, and fail later.
