@@ -208,7 +208,7 @@ def source_table(statistics: Statistics, full: bool = False) -> str:
     named = order if full or count <= SOURCES_IN_TABLE + 1 else order[:SOURCES_IN_TABLE]
     groups = [(statistics.source_names[source], [source]) for source in named]
     if len(named) < count:
-        groups.append((f"… {count - len(named)} smaller sources", order[len(named) :]))
+        groups.append((f"… {count - len(named)} smaller sources", order[len(named) :].tolist()))
     rows = []
     for name, sources in groups:
         its_documents, its_tokens = max(1, documents[sources].sum()), tokens[sources].sum()
