@@ -58,8 +58,14 @@ def finished_index(out: Path, config: dict) -> dict | None:
 
     Raises DataError if the folder was made with another config.
     """
-    if not (out / INDEX_NAME).exists():
-        return None
+    return index_of(out, config) if (out / INDEX_NAME).exists() else None
+
+
+def index_of(out: Path, config: dict) -> dict:
+    """Return the index of a finished folder.
+
+    Raises DataError if the folder is unfinished or was made with another config.
+    """
     index = read_index(out)
     _check_same(index["config"], config, f"{out} was prepared")
     return index
