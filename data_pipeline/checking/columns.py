@@ -189,5 +189,5 @@ def _check_spans(name: str, spans: np.ndarray, pieces: np.ndarray, piece_rows: n
     require(name, starts == previous_ends, "its pieces do not follow each other without gaps", piece_rows)
     require(name, (starts < ends) & (ends <= seq_len), "a piece ends before its start or past the row", piece_rows)
     require(name, (starts <= answer_starts) & (answer_starts <= ends), "an answer begins outside its piece", piece_rows)
-    require(name, (spans[:, 3:] >= 0).all(axis=-1), "a source, input row or offset is negative", piece_rows)
+    require(name, spans[:, 3:].min(axis=-1) >= 0, "a source, input row or offset is negative", piece_rows)
     return ends[last_pieces]

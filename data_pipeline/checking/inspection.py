@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from data_pipeline.loading.remote import is_remote
 from data_pipeline.shards.format import TOKENIZER_FOLDER, token_dtype
 from data_pipeline.shards.packing import FIRST_COPY
 from data_pipeline.tokens.tokenization import special_token_ids
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 ROWS_AT_ONCE = 1024
 QUANTILES = (5, 25, 50, 75, 95, 100)
@@ -208,7 +212,7 @@ def source_table(statistics: Statistics, full: bool = False) -> str:
     named = order if full or count <= SOURCES_IN_TABLE + 1 else order[:SOURCES_IN_TABLE]
     groups = [(statistics.source_names[source], [source]) for source in named]
     if len(named) < count:
-        groups.append((f"… {count - len(named)} smaller sources", order[len(named) :]))
+        groups.append((f"… {count - len(named)} smaller sources", order[len(named) :].tolist()))
     rows = []
     for name, sources in groups:
         its_documents, its_tokens = max(1, documents[sources].sum()), tokens[sources].sum()
@@ -275,7 +279,7 @@ def _name_of(input_row: int) -> str:
     return f"input row {row}" + (f", copy {copy}" if copy else "")
 
 
-def _row_as_text(folder: ShardFolder, tokenizer, row: int, full: bool) -> str:
+def _row_as_text(folder: ShardFolder, tokenizer: "Tokenizer", row: int, full: bool) -> str:
     tokens, spans = folder.read(row)
     names = _source_names(folder)
     lines = [f"row {row}: {_count(len(spans), 'piece')}, {spans[-1, 2]:,} of {folder.seq_len:,} tokens"]

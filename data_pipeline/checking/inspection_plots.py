@@ -12,6 +12,9 @@ from data_pipeline.shards.format import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import Formatter
+    from matplotlib.typing import HashableList
 
 PICTURE_NAME = "inspection.png"  # if only a folder is given
 SOURCES_IN_PICTURE, FEW_SOURCES = 25, 8
@@ -28,6 +31,7 @@ def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
         import matplotlib
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ModuleNotFoundError as error:
         raise DataError(
             "histograms need matplotlib, which is not installed: pip install matplotlib, or leave out --png"
@@ -37,8 +41,7 @@ def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
     # A user's own matplotlib style, or a source name that looks like a formula, must not change the picture.
     with matplotlib.rc_context(matplotlib.rcParamsDefault | {"text.parse_math": False, "font.size": 9}):
         panels, size, widths = _arrangement(len(statistics.source_names))
-        figure = Figure(figsize=size, layout="constrained")
-        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)  # inches
+        figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.1))  # inches
         FigureCanvasAgg(figure)
         axes = figure.subplot_mosaic(panels, width_ratios=widths)
         figure.suptitle(_title(statistics), fontsize=12)
@@ -49,7 +52,7 @@ def save_histograms(statistics: Statistics, path: str | os.PathLike) -> Path:
         return _write(figure, path)
 
 
-def _write(figure, path: Path) -> Path:
+def _write(figure: "Figure", path: Path) -> Path:
     from io import BytesIO
 
     picture = BytesIO()
@@ -62,7 +65,7 @@ def _write(figure, path: Path) -> Path:
     return path
 
 
-def _arrangement(sources: int) -> tuple[list[list[str]], tuple[float, float], tuple[float, float]]:
+def _arrangement(sources: int) -> tuple["list[HashableList[str]]", tuple[float, float], tuple[float, float]]:
     """Return panels, size in inches and column widths; a long list of sources gets its own column."""
     if sources <= FEW_SOURCES:
         return [["documents", "parts"], ["fill", "sources"]], (14, 8.5), (1, 1)
@@ -156,9 +159,10 @@ def _draw_sources(axes: "Axes", statistics: Statistics) -> None:
     axes.xaxis.set_major_formatter(_thousands())
 
 
-def _length_bins(lengths: np.ndarray) -> np.ndarray:
+def _length_bins(lengths: np.ndarray) -> list[float]:
     """Return bin edges in geometric steps, placed between whole numbers so that every bin can hold lengths."""
-    return np.unique(np.round(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 50))) - 0.5
+    edges = np.unique(np.round(np.geomspace(max(1, lengths.min()), lengths.max() + 1, 50))) - 0.5
+    return edges.tolist()
 
 
 def _length_axis(axes: "Axes") -> None:
@@ -172,7 +176,7 @@ def _length_axis(axes: "Axes") -> None:
     axes.yaxis.set_major_formatter(_thousands())
 
 
-def _thousands():
+def _thousands() -> "Formatter":
     from matplotlib.ticker import FuncFormatter
 
     def as_text(value: float, _: int) -> str:

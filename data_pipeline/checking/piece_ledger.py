@@ -95,6 +95,6 @@ def _by_shards(rows: np.ndarray, shards: np.ndarray, what: str) -> Iterator[tupl
     first_places = np.flatnonzero(np.diff(rows, prepend=-1))
     for row, at in zip(rows[first_places].tolist(), np.split(shards, first_places[1:]), strict=False):
         found.setdefault(tuple(sorted(set(at.tolist()))), []).append(row)
-    for at, faulty in found.items():
+    for numbers, faulty in found.items():
         more = f" (and {len(faulty) - 1} more like it)" if len(faulty) > 1 else ""
-        yield at, f"input row {faulty[0]}{more} {what}"
+        yield numbers, f"input row {faulty[0]}{more} {what}"

@@ -52,13 +52,19 @@ class _Rules:
 
 @dataclass(frozen=True)
 class _ShardReport:
-    """The result for one shard: its problems, or its contents if there are none."""
+    """The result for one shard: its problems. There are none if it was only hashed, or if it is a `_SoundShard`."""
 
     folder: Path
     entry: dict
     problems: list[str]
-    tokens: int = 0
-    pieces: ShardPieces | None = None
+
+
+@dataclass(frozen=True)
+class _SoundShard(_ShardReport):
+    """The result for a shard that was checked and has no problems: its contents."""
+
+    tokens: int
+    pieces: ShardPieces
 
 
 def verify(
@@ -88,13 +94,14 @@ def verify(
         # Checking rows takes the special tokens. If the tokenizer files are bad, the shards are only hashed.
         rules = None if problems else _rules(path, indexes[path], index)
         shards += [(folder, entry, rules) for entry in index["files"]]
-    reports = []
+    sound = []
     for report in _check_shards(shards, _process_count(workers, indexes)):
-        reports.append(report)
+        if isinstance(report, _SoundShard):
+            sound.append(report)
         problems += report.problems
         _report(progress, report.entry, report.entry["offsets"])
-    if not problems:
-        problems += _count_problems(path, indexes, reports) or _document_problems(reports)
+    if not problems:  # then all shards are sound
+        problems += _count_problems(path, indexes, sound) or _document_problems(sound)
     if problems:
         raise DataError(_message(path, problems))
     return indexes[path]
@@ -148,7 +155,7 @@ def _problems_of(folder: Path, entry: dict, keep: Callable[[np.ndarray], None]) 
         return [f"{path} cannot be read ({error.strerror or error}): copy or prepare it again"]
     if len(data) != entry["bytes"]:
         return [f"{path} has {len(data)} bytes, but the index says {entry['bytes']}: copy or prepare it again"]
-    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    if hashlib.sha256(data.data).hexdigest() != entry["sha256"]:
         return [f"{path} has changed since it was written: copy or prepare it again"]
     keep(data)
     return []
@@ -219,7 +226,7 @@ def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardRepor
         return _ShardReport(folder, entry, problems)
     tar, offsets_file = contents
     try:
-        offsets = np.load(io.BytesIO(offsets_file), allow_pickle=False)
+        offsets = np.load(io.BytesIO(offsets_file.data), allow_pickle=False)
     except ValueError as error:
         return _ShardReport(
             folder, entry, [f"{folder / entry['offsets']['name']} is not a numpy array: prepare it again ({error})"]
@@ -232,7 +239,7 @@ def _check_shard(folder: Path, entry: dict, rules: _Rules | None) -> _ShardRepor
     except DataError as error:
         return _ShardReport(folder, entry, [f"{folder}/{error}"])
     pieces = shard_pieces(shard.spans, opened, closed, rules.seq_len)
-    return _ShardReport(folder, entry, [], int(shard.row_ends.sum()), pieces)
+    return _SoundShard(folder, entry, [], int(shard.row_ends.sum()), pieces)
 
 
 def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> tuple[np.ndarray, np.ndarray]:
@@ -269,14 +276,14 @@ def _check_tokens(name: str, shard: ShardColumns, rules: _Rules) -> tuple[np.nda
 # The whole folder
 
 
-def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardReport]) -> list[str]:
+def _count_problems(path: Path, indexes: dict[Path, dict], shards: list[_SoundShard]) -> list[str]:
     problems = []
     for folder, index in indexes.items():
-        of_folder = [report for report in reports if report.folder == folder]
+        of_folder = [shard for shard in shards if shard.folder == folder]
         counted = {
-            "packed_rows": sum(report.entry["rows"] for report in of_folder),
-            "documents": sum(report.pieces.documents for report in of_folder),
-            "tokens": sum(report.tokens for report in of_folder),
+            "packed_rows": sum(shard.entry["rows"] for shard in of_folder),
+            "documents": sum(shard.pieces.documents for shard in of_folder),
+            "tokens": sum(shard.tokens for shard in of_folder),
         }
         problems += [
             f"{folder} has {number} {name}, but its index says {index['counts'][name]}: prepare it again"
@@ -302,11 +309,11 @@ def _count_problems(path: Path, indexes: dict[Path, dict], reports: list[_ShardR
     return problems
 
 
-def _document_problems(reports: list[_ShardReport]) -> list[str]:
-    folders = sorted({report.folder for report in reports})
-    ledger = PieceLedger([report.pieces for report in reports], [folders.index(report.folder) for report in reports])
+def _document_problems(shards: list[_SoundShard]) -> list[str]:
+    folders = sorted({shard.folder for shard in shards})
+    ledger = PieceLedger([shard.pieces for shard in shards], [folders.index(shard.folder) for shard in shards])
     problems = []
-    for shards, what in ledger.problems():
-        names = sorted(str(reports[shard].folder / reports[shard].entry["name"]) for shard in shards)
+    for numbers, what in ledger.problems():
+        names = sorted(str(shards[number].folder / shards[number].entry["name"]) for number in numbers)
         problems.append(f"{' and '.join(names)}: {what}: prepare the folder again")
     return problems

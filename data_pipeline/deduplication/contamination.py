@@ -116,7 +116,7 @@ def _read(file: Path) -> list[str]:
     if file.suffix == ".parquet":
         rows = _parquet_rows(file)
     elif file.suffix == ".txt":
-        rows = [{"text": text} for text in _plain_texts(file)]
+        rows = ({"text": text} for text in _plain_texts(file))
     else:
         rows = _jsonl_rows(file)
     return [text for row in rows for text in _texts_of(row)]

@@ -170,7 +170,7 @@ class _Signatures:
         ordered = rows[order]
         edges = np.searchsorted(ordered, self.starts)
         found = np.empty((len(rows), self.chunks[0].shape[1]), dtype=np.uint16)
-        for index in np.flatnonzero(np.diff(edges)):
+        for index in np.flatnonzero(np.diff(edges)).tolist():
             part = slice(edges[index], edges[index + 1])
             found[order[part]] = self.chunks[index][ordered[part] - self.starts[index]]
         return found
@@ -188,7 +188,7 @@ def _one_permutation_hashing(words: Hashes, settings: NearDuplicateSettings) -> 
     seed = mix(np.array([settings.seed], dtype=np.uint64))
     hashes = mix(np.concatenate([hashes, short_hashes]) ^ seed)
     bin_of_text = (((hashes >> np.uint64(32)) * np.uint64(bins)) >> np.uint64(32)).view(np.int64)
-    smallest = np.full((len(offsets) - 1) * bins, np.iinfo(np.uint64).max, dtype=np.uint64)
+    smallest: np.ndarray = np.full((len(offsets) - 1) * bins, np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(smallest, texts * bins + bin_of_text, hashes)
     smallest = smallest.reshape(-1, bins)
     # The upper bits of a hash choose the bin and the smallest value in it; the lower bits distinguish n-grams.

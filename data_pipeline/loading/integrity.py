@@ -3,8 +3,8 @@
 import hashlib
 import os
 import re
+from io import BufferedIOBase
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from data_pipeline.errors import DataError
 from data_pipeline.shards.format import files_of
@@ -46,14 +46,14 @@ def check_size(path: Path, entry: dict) -> None:
         raise BadFileError(f"{path} has {size} bytes, but the index says {entry['bytes']}: copy or prepare it again")
 
 
-def check_length(file: BinaryIO, name: str, entry: dict) -> None:
+def check_length(file: BufferedIOBase, name: str, entry: dict) -> None:
     """Raise BadFileError, with the given name, if the size of an open file differs from its index entry."""
     size = os.fstat(file.fileno()).st_size
     if size != entry["bytes"]:
         raise BadFileError(f"{name} has {size} bytes, but the index says {entry['bytes']}: copy or prepare it again")
 
 
-def check_file(file: BinaryIO, name: str, entry: dict) -> None:
+def check_file(file: BufferedIOBase, name: str, entry: dict) -> None:
     """Raise BadFileError, with the given name, if size or sha256 of an open file differ from its index entry."""
     check_length(file, name, entry)
     file.seek(0)

@@ -3,7 +3,6 @@
 import io
 import mmap
 from functools import lru_cache
-from typing import BinaryIO
 
 import numpy as np
 
@@ -21,7 +20,7 @@ class OpenShard:
     A lock on the tar is held as long as this object exists. Raises DataError if tar and offsets do not fit together.
     """
 
-    def __init__(self, tar: BinaryIO, offsets: BinaryIO, name: str, rows: int) -> None:
+    def __init__(self, tar: io.BufferedIOBase, offsets: io.BufferedIOBase, name: str, rows: int) -> None:
         self.name = name
         self._map = mmap.mmap(tar.fileno(), 0, access=mmap.ACCESS_READ)  # the map has its own file descriptor
         self.data = memoryview(self._map)

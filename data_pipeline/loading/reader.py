@@ -8,8 +8,8 @@ import sys
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -161,7 +161,7 @@ class ShardFolder(RowReader):
                 self._remote.discard(entry)
         self._open_file(entry).close()
 
-    def _open_file(self, entry: dict) -> BinaryIO:
+    def _open_file(self, entry: dict) -> BufferedIOBase:
         if self._remote:
             return self._remote.open(entry)
         try:

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.integrity import BadFileError, check_file, check_index
@@ -64,7 +65,7 @@ class ShardCache:
         if self.folder.stat().st_uid != os.getuid():
             raise DataError(f"the shard cache {self.folder} belongs to another user: name another folder")
 
-    def open(self, digest: str) -> BinaryIO | None:
+    def open(self, digest: str) -> BufferedIOBase | None:
         """Open the file with the given sha256 and mark it as used, or return None. It is kept while it is open."""
         path = self.files / digest
         try:
@@ -85,7 +86,7 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BinaryIO:
+    def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BufferedIOBase:
         """Reserve space, let `write` create a new file under a temporary name, and open it under its final name.
 
         Raises DataError if the file is larger than the limit of the cache.
@@ -150,7 +151,7 @@ class RemoteFolder:
         self._filesystem, self._root = _open_filesystem(self.url)
         self.metadata = self._fetch_metadata()
 
-    def open(self, entry: dict) -> BinaryIO:
+    def open(self, entry: dict) -> BufferedIOBase:
         """Open the local copy of a file, downloading it if it is not in the cache. It is kept while it is open.
 
         Raises BadFileError if the file is missing, or if two downloads differ from the index. Raises DataError if the

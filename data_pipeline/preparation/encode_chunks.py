@@ -34,7 +34,7 @@ def encode_chunk(job: Job, number: int) -> dict:
     """
     path, seconds = job.chunk_file(number), Seconds()
     encoder = _encoder(job.out / TOKENIZER_FOLDER, job.fast_encoder, stamp(job.out / TOKENIZER_FOLDER))
-    parts, text_bytes = [], 0
+    parts, sources, text_bytes = [], [], 0
     bad_rows = BadRows(job.settings.on_bad_row)
     frames = job.chunks[number].frames(job.layout, bad_rows)
     while True:
@@ -43,22 +43,24 @@ def encode_chunk(job: Job, number: int) -> dict:
         if frame is None:
             break
         texts = RowTexts.of(frame)
-        text_bytes += sum(column.str.len_bytes().sum() for column in texts.columns())
+        text_bytes += sum(int(column.str.len_bytes().sum()) for column in texts.columns())
         try:
-            parts.append(_encode_rows(texts, frame["source"], job.settings, encoder, seconds))
+            part, source = _encode_rows(texts, frame["source"], job.settings, encoder, seconds)
         except EncoderMismatchError as error:
             write_scratch(job.mismatch_file, str(error).encode())
             raise
+        parts.append(part)
+        sources.append(source)
     with seconds.of("keep"):
         if not parts:
             empty = empty_frame(job.layout)
-            parts = [_encode_rows(RowTexts.of(empty), empty["source"], job.settings, encoder, seconds)]
-        sources = pl.concat([part.pop("source") for part in parts])
+            part, source = _encode_rows(RowTexts.of(empty), empty["source"], job.settings, encoder, seconds)
+            parts, sources = [part], [source]
         rows_before = np.cumsum([0, *(len(part["fate"]) for part in parts)])
         for part, first in zip(parts, rows_before, strict=False):
             part["origin"] += np.int32(first)
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        arrays |= _numbered(sources)
+        arrays |= _numbered(pl.concat(sources))
         arrays["bad_rows"] = as_bytes(bad_rows.summary())
         if (signature := arrays.pop("signature", None)) is not None:
             # A separate file can be memory-mapped: the signatures of all chunks together may not fit into memory.
@@ -86,8 +88,8 @@ def signature_file(chunk_file: Path) -> Path:
 
 def _encode_rows(
     texts: RowTexts, source: pl.Series, settings: Settings, encoder: DocumentEncoder, seconds: Seconds
-) -> dict[str, np.ndarray]:
-    """Return the arrays of a frame of rows. The rows' copies come after them.
+) -> tuple[dict[str, np.ndarray], pl.Series]:
+    """Return the arrays of a frame of rows, and the source of each row. The rows' copies come after them.
 
     origin: int32, the place among these rows that a copy was made from, or a row's own place.
     copy: uint8, 0 for a row; for a copy, the number of its augmentation from 1.
@@ -126,16 +128,16 @@ def _encode_rows(
     )
     fate = np.concatenate([fate, np.zeros(len(copies), dtype=np.uint8)])
     fate[rows] = fate_of_texts
-    return {
+    arrays = {
         "fate": fate,
         "origin": np.concatenate([np.arange(count), copied]).astype(np.int32),
         "copy": np.concatenate([np.zeros(count, dtype=np.uint8), copies]),
-        "source": pl.concat([source, source.gather(copied)]),
         "ids": ids,
         "turn_length": turn_lengths,
         "answer_start": answer_starts,
         **_spread(columns, rows, len(fate)),
     }
+    return arrays, pl.concat([source, source.gather(copied)])
 
 
 def evaluation_set(settings: Settings) -> EvaluationSet:

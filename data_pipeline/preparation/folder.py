@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.errors import DataError
 from data_pipeline.preparation.scratch import claims_folder, work_folder, write_scratch
@@ -59,8 +60,14 @@ def finished_index(out: Path, config: dict) -> dict | None:
 
     Raises DataError if the folder was made with another config.
     """
-    if not (out / INDEX_NAME).exists():
-        return None
+    return index_of(out, config) if (out / INDEX_NAME).exists() else None
+
+
+def index_of(out: Path, config: dict) -> dict:
+    """Return the index of a finished folder.
+
+    Raises DataError if the folder is unfinished or was made with another config.
+    """
     index = read_index(out)
     _check_same(index["config"], config, f"{out} was prepared")
     return index
@@ -131,7 +138,7 @@ def _check_same(before: dict, now: dict, made: str) -> None:
         )
 
 
-def _shown(before, now) -> tuple[str, str]:
+def _shown(before: Any, now: Any) -> tuple[str, str]:
     """Return two different values as short texts. Of long lists, such as the files of a source, show what differs first."""
     if isinstance(before, list) and isinstance(now, list) and before and now:
         position = next((n for n, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
@@ -139,7 +146,11 @@ def _shown(before, now) -> tuple[str, str]:
             return f"{len(before):,} entries", f"{len(now):,} entries"
         if len(now) > 1:
             before, now = ({f"entry {position + 1:,}": each[position]} for each in (before, now))
-    return tuple(text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…" for text in (str(before), str(now)))
+    return _shortened(str(before)), _shortened(str(now))
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SHOWN_LENGTH else f"{text[:SHOWN_LENGTH]}…"
 
 
 def _own_files(out: Path) -> list[Path]:

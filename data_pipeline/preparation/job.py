@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +50,22 @@ class Job:
         return not self.mismatch_file.exists()
 
 
-class Seconds(Counter):
+class Seconds(defaultdict[str, float]):
     """Seconds spent, by activity."""
+
+    def __init__(self) -> None:
+        super().__init__(float)
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
         begun = time.perf_counter()
         yield
         self[name] += time.perf_counter() - begun
+
+    def add(self, spent: Mapping[str, float]) -> None:
+        """Add what another timer measured."""
+        for name, seconds in spent.items():
+            self[name] += seconds
+
+    def total(self) -> float:
+        return sum(self.values())

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from data_pipeline.preparation.encode_chunks import encode_chunk, evaluation_set
 from data_pipeline.preparation.folder import (
     begin_or_continue,
     finished_index,
+    index_of,
     locked,
     missing_file,
     remove_work,
@@ -44,6 +47,9 @@ from data_pipeline.sources.chunk import BYTES_PER_CHUNK, ROWS_PER_CHUNK
 from data_pipeline.sources.source import Source, open_source
 from data_pipeline.tokens.encoding import DocumentEncoder, EncoderMismatchError, fast_encoder_problem
 from data_pipeline.tokens.tokenizer import CorpusTokenizer, load_tokenizer, train_tokenizer
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 DEFAULT_SETTINGS = Settings()
 
@@ -102,11 +108,11 @@ def prepare(
                 return _Preparation(opened, job, config, team, progress, seconds).run(tokenizer)
     except FinishedElsewhere:
         remove_work(out)
-        return finished_index(out, config)
+        return index_of(out, config)
     except OSError as error:
         # Another member finished the folder and removed the work files.
         if member.count > 1 and (out / INDEX_NAME).exists() and isinstance(error, FileNotFoundError):
-            return finished_index(out, config)
+            return index_of(out, config)
         raise DataError(
             f"{out} cannot be written: free disk space or check the permissions, then run again ({error.strerror or error}"
             + (f": {error.filename})" if error.filename else ")")
@@ -138,12 +144,12 @@ class _Preparation:
 
             def written(number: int, result: dict | None) -> None:
                 bar.update(selection.groups[number].rows)
-                self.seconds.update((result or {}).get("seconds", {}))
+                self.seconds.add((result or {}).get("seconds", {}))
 
             self.team.do(write_group, (self.job,), group_files(self.out, selection), written)
         self.team.do_once(self._write_indexes, (selection,), self.out / INDEX_NAME)
         remove_work(self.out)
-        return finished_index(self.out, self.config)
+        return index_of(self.out, self.config)
 
     @property
     def _tokenizer_entry_file(self) -> Path:
@@ -163,7 +169,7 @@ class _Preparation:
     def _train_tokenizer(self) -> CorpusTokenizer:
         return train_tokenizer(self._clean_texts(), self.job.settings.vocab_size)
 
-    def _clean_texts(self):
+    def _clean_texts(self) -> Iterator[str]:
         with self._bar("fitting the tokenizer", self.source.num_rows) as bar:
             for frame in self.source.frames(BadRows(self.job.settings.on_bad_row)):
                 texts = RowTexts.of(frame)
@@ -184,7 +190,7 @@ class _Preparation:
                         nonlocal megabytes
                         rows = (result or {}).get("rows", self.job.chunks[number].rows or 0)
                         megabytes += (result or {}).get("bytes", 0) / 1e6
-                        self.seconds.update((result or {}).get("seconds", {}))
+                        self.seconds.add((result or {}).get("seconds", {}))
                         bar.update(rows)
                         elapsed = bar.format_dict["elapsed"]
                         bar.set_postfix_str(f"{megabytes / elapsed:.1f} MB/s" if elapsed else "")
@@ -199,8 +205,8 @@ class _Preparation:
     def _write_indexes(self, selection: Selection) -> None:
         """Write the index of each split; the index of the whole folder comes last."""
         self.source.check_unchanged()
-        files = zip(selection.groups, group_files(self.out, selection), strict=True)
-        written = [(group.split, json.loads(file.read_text())) for group, file in files]
+        groups = zip(selection.groups, group_files(self.out, selection), strict=True)
+        written = [(group.split, json.loads(file.read_text())) for group, file in groups]
         encoder = DocumentEncoder(self.out / TOKENIZER_FOLDER, fast=False)
         tokenizer_entry = json.loads(self._tokenizer_entry_file.read_text())
         fates = _fates(selection)
@@ -237,7 +243,7 @@ class _Preparation:
                 },
             )
 
-    def _bar(self, phase: str, rows: int | None):
+    def _bar(self, phase: str, rows: int | None) -> tqdm[Any]:
         from tqdm import tqdm
 
         # In a log file an occasional line is enough.
@@ -256,6 +262,7 @@ def _fates(selection: Selection) -> dict[str, int]:
 
 def _config(source: Source, tokenizer: CorpusTokenizer | None, settings: Settings) -> dict:
     """Gather everything that determines the bytes of the shards, and nothing that differs between machines."""
+    tokenizer_config: dict[str, int | str]
     if tokenizer is None:
         tokenizer_config = {"train_vocab_size": settings.vocab_size}
     else:

@@ -56,14 +56,15 @@ class RowTexts:
             chosen = np.zeros(len(self), dtype=bool)
             chosen[kept] = True
             places = np.flatnonzero(np.repeat(chosen, self.turns))
-        prompts, answers = (None if column is None else column[places] for column in (self.prompts, self.answers))
-        return RowTexts(prompts, answers, None if self.turns is None else self.turns[kept])
+        prompts = None if self.prompts is None else self.prompts[places]
+        return RowTexts(prompts, self.answers[places], None if self.turns is None else self.turns[kept])
 
     def augmented(self, names: Sequence[str]) -> tuple[RowTexts, np.ndarray, np.ndarray]:
         """Append the copies that augmentations make of rows of one turn.
 
         Returns the texts, and for each copy its row, int64, and the number of its augmentation from 1, uint8 `[copies]`.
         """
+        assert self.prompts is not None  # `prepare` refuses to augment plain texts
         copies = copies_of(self.prompts, self.answers, names)
         prompts, answers = (
             pl.concat([column.rename("text"), copied.rename("text")])
@@ -119,4 +120,4 @@ class RowTexts:
 
     @property
     def _first_turns(self) -> np.ndarray:
-        return np.cumsum(self.turns) - self.turns
+        return np.cumsum(self.turns_per_row) - self.turns_per_row

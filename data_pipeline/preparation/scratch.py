@@ -55,7 +55,8 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """
     if objects := [name for name, array in arrays.items() if array.dtype.hasobject]:
         raise TypeError(f"{', '.join(objects)} hold Python objects, which a scratch file cannot store")
-    write_scratch(path, lambda file: np.savez(file, **arrays))
+    # mypy takes the arrays for `allow_pickle`, which NumPy 2.0 does not have.
+    write_scratch(path, lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
 
 
 def load_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:

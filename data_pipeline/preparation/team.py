@@ -155,21 +155,21 @@ class Team:
                 for number in numbers:
                     yield number, function(*arguments, number)
             else:
-                yield from self._run_in_pool(function, arguments, numbers)
+                yield from self._run_in_pool(self._pool, function, arguments, numbers)
         except FileNotFoundError:
             if self.finished.exists():
                 raise FinishedElsewhere from None
             raise
 
     def _run_in_pool(
-        self, function: Callable, arguments: tuple, numbers: Iterator[int]
+        self, pool: ProcessPoolExecutor, function: Callable, arguments: tuple, numbers: Iterator[int]
     ) -> Iterator[tuple[int, object]]:
         running: dict[Future, int] = {}
         try:
             while True:
                 # Two units per process: one running, and one queued so that no process waits.
                 while len(running) < 2 * self.workers and (number := next(numbers, None)) is not None:
-                    running[self._pool.submit(function, *arguments, number)] = number
+                    running[pool.submit(function, *arguments, number)] = number
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -35,7 +35,7 @@ TAR_RECORD_BYTES = tarfile.RECORDSIZE
 BLOCK_BYTES = 2**20
 
 
-def token_dtype(vocab_size: int) -> type:
+def token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
     """Return the smaller token type if it holds all ids, otherwise the larger one."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
@@ -81,7 +81,8 @@ def write_shard(folder: Path, name: str, rows: PackedRows) -> dict:
     tokens_start = _Start(f"{name}-%06d.tokens.npy", tokens[:1].reshape(-1))
     spans_starts = {count: _Start(f"{name}-%06d.spans.npy", spans[:count]) for count in kinds}
     offsets = np.empty((len(tokens), 2), dtype=np.uint64)
-    parts, position = [], 0
+    parts: list[bytes | memoryview] = []
+    position = 0
     for number, (count, end) in enumerate(zip(rows.pieces.tolist(), span_ends.tolist(), strict=True)):
         for column, (start, array) in enumerate(
             ((tokens_start, tokens[number]), (spans_starts[count], spans[end - count : end]))

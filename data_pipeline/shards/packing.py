@@ -56,7 +56,7 @@ class PackedRows:
     pieces: np.ndarray
 
 
-def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type) -> PackedRows:
+def pack(documents: Documents, seq_len: int, pad_token_id: int, dtype: type[np.integer]) -> PackedRows:
     """Pack a group of documents into rows of seq_len tokens; the group's size bounds the memory.
 
     A document longer than a row fills whole rows, and its remainder is packed like a short document. Documents are placed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -98,7 +99,7 @@ def fast_encoder_problem(folder: str | Path) -> str | None:
 
 
 @lru_cache(maxsize=1)  # a job first checks whether gigatoken supports the tokenizer, then encodes with it
-def _gigatoken(tokenizer_json: str):
+def _gigatoken(tokenizer_json: str) -> Any:
     import gigatoken
 
     # Drop the added tokens, so that none is recognised in a text; DocumentEncoder inserts the special ids itself.
@@ -106,7 +107,7 @@ def _gigatoken(tokenizer_json: str):
     return gigatoken.Tokenizer.from_json(json.dumps(described))
 
 
-def _encode_fast(encoder, texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+def _encode_fast(encoder: Any, texts: pl.Series) -> tuple[np.ndarray, np.ndarray]:
     """Encode a column without creating Python strings: ids, uint32 `[tokens]`, and offsets `[rows + 1]`."""
     import awkward as ak
 

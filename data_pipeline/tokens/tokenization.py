@@ -41,7 +41,9 @@ def decode_answer(tokenizer: "PreTrainedTokenizerFast", ids: list[int]) -> str:
     ids = list(ids)
     if tokenizer.eos_token_id in ids:
         ids = ids[: ids.index(tokenizer.eos_token_id)]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)  # transformers returns a list only for a batch of sequences
+    return text
 
 
 def special_token_ids(folder: Path) -> dict[str, int]:

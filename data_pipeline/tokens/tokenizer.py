@@ -65,7 +65,9 @@ class CorpusTokenizer:
 
     @property
     def pad_token_id(self) -> int:
-        return self.backend.token_to_id(self.special_tokens["pad_token"])
+        token_id = self.backend.token_to_id(self.special_tokens["pad_token"])
+        assert token_id is not None  # `_prepare` adds every special token to the vocabulary
+        return token_id
 
     @cached_property
     def fingerprint(self) -> str:
