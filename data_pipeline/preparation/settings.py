@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
+from data_pipeline.deduplication.shingles import WORDS_VERSION
 from data_pipeline.errors import DataError
 
 LONG_DOCUMENTS = ("split", "drop")
@@ -62,5 +63,6 @@ class Settings:
         return values | {
             "sources": sorted(self.sources),
             "exclude_sources": sorted(self.exclude_sources),
+            "near_duplicate_words": None if self.near_duplicates is None else WORDS_VERSION,
             "cleaning": {**asdict(self.cleaning), "rules": rule_names(self.cleaning)},
         }
