@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from data_pipeline.cleaning.clean import VERSION as CLEANING_VERSION
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
 from data_pipeline.deduplication.shingles import WORDS_VERSION
 from data_pipeline.errors import DataError
@@ -64,5 +65,10 @@ class Settings:
             "sources": sorted(self.sources),
             "exclude_sources": sorted(self.exclude_sources),
             "near_duplicate_words": None if self.near_duplicates is None else WORDS_VERSION,
-            "cleaning": {**asdict(self.cleaning), "rules": rule_names(self.cleaning)},
+            "cleaning": {
+                "unicode_form": self.cleaning.unicode_form,
+                "newlines": self.cleaning.newlines,
+                "rules": rule_names(self.cleaning),
+                "version": CLEANING_VERSION,
+            },
         }

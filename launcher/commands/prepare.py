@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from launcher.commands.clean import add_cleaning_options, cleaning_options
 from launcher.team_member import detect_member
 
 LED = "allenai/led-base-16384"
@@ -15,6 +16,7 @@ EPILOG = """\
 examples:
   lfm prepare sample --out data/sample
   lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct --exclude-sources socratic
+  lfm prepare rows.jsonl --out data/rows --rules no_remove_urls        (first: lfm clean rows.jsonl --show)
   lfm prepare TIGER-Lab/WebInstructSub --out data/webinstruct --near-duplicates --decontaminate gsm8k/test.jsonl
 
 Several processes or jobs can share the work on one folder; the result is byte-identical to that of one process:
@@ -54,15 +56,10 @@ def add_prepare(commands) -> None:
         "value is given); exact duplicates are always dropped")  # fmt: skip
     add("--decontaminate", nargs="+", default=(), metavar="FILE",
         help="drop rows that share a 13-word sequence with these evaluation texts (jsonl, parquet, txt)")  # fmt: skip
-    text = parser.add_argument_group("cleaning")
-    text.add_argument("--newlines", default="keep", choices=("keep", "space"),
-        help="keep line breaks, or replace them with spaces (default: %(default)s)")  # fmt: skip
-    text.add_argument("--unicode-form", default="NFC", choices=("NFC", "NFKC"),
-        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)")  # fmt: skip
+    add_cleaning_options(parser)
 
 
 def prepare(options: argparse.Namespace) -> None:
-    from data_pipeline.cleaning.clean import CleaningOptions
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
 
@@ -78,7 +75,7 @@ def prepare(options: argparse.Namespace) -> None:
         validation_share=_given(options.validation_share, 0.0 if is_sample else 0.005),
         near_duplicates=options.near_duplicates,
         decontaminate=tuple(options.decontaminate),
-        cleaning=CleaningOptions(unicode_form=options.unicode_form, newlines=options.newlines),
+        cleaning=cleaning_options(options),
     )
     member, by_mpirun = detect_member()
     workers = options.workers or (1 if by_mpirun else None)
