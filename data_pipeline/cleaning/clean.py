@@ -31,22 +31,26 @@ class Rule:
 
     pattern: a polars regular expression that matches every text that the rule would change.
     apply: changes the texts, which have placeholders instead of their protected regions unless `everywhere` is set.
+    alone: whether a text that it changes gets the rules behind it only in the next pass, in which its regions are looked
+        for again.
     first: what the rule does to the whole texts before their regions are protected.
-    inside: what it does to protected regions: the pattern of the regions, and a function.
+    inside: what it does to protected regions: the beginnings of the regions, and a function.
     """
 
     pattern: str
     apply: Callable[[pl.Series], pl.Series]
     everywhere: bool = False
+    alone: bool = False
     first: Callable[[pl.Series], pl.Series] | None = None
-    inside: tuple[str, Callable[[pl.Series], pl.Series]] | None = None
+    inside: tuple[tuple[str, ...], Callable[[str], str]] | None = None
 
     def __call__(self, text: pl.Expr) -> pl.Expr:
         return text.map_batches(self.clean, return_dtype=pl.String, is_elementwise=True)
 
     def clean(self, texts: pl.Series) -> pl.Series:
         """Apply the rule once to a series."""
-        return _apply_together([self], texts)
+        rows = texts.str.contains(self.pattern).arg_true()
+        return map_rows(texts, rows, partial(_apply_outside_of_regions, [self]))
 
     def apply_where_needed(self, texts: pl.Series) -> pl.Series:
         return map_rows(texts, texts.str.contains(self.pattern).arg_true(), self.apply)
@@ -63,7 +67,10 @@ RULES: dict[str, Rule] = {
     ),
     "normalize_unicode": Rule(characters.NOT_SURELY_NFC, characters.compose, everywhere=True),
     "unescape_html": Rule(
-        entities.ENTITY, entities.unescape_html, inside=(entities.FORMULA, entities.unescape_in_formulas)
+        entities.ENTITY,
+        entities.unescape_html,
+        alone=True,  # a reference can hide the beginning of a region: `&lt;pre&gt;`
+        inside=(entities.FORMULA, entities.unescape_in_formula),
     ),
     "remove_tags": Rule(tags.MAY_HOLD_TAG, tags.remove_tags, inside=(tags.CODE_ELEMENT, tags.code_to_markdown)),
     "remove_urls": Rule(urls.MAY_HOLD_URL, urls.remove_urls),
@@ -190,22 +197,23 @@ def clean_series(texts: pl.Series, options: CleaningOptions = DEFAULT_OPTIONS) -
 
 @dataclass(frozen=True)
 class _Steps:
-    """The rules in the groups that are applied together, and the pattern of all texts that need any of them."""
+    """The rules in the groups that are applied together, and the pattern of all texts that need any of them.
+
+    polars keeps 32 compiled patterns. One pass uses fewer, or every search would compile its pattern again.
+    """
 
     pattern: str
     of_characters: list[Rule]
-    groups: list[list[Rule]]
+    others: list[Rule]
 
 
 @cache
 def _steps(options: CleaningOptions) -> _Steps:
     chosen = rules(options)
     of_characters = [rule for name, rule in chosen.items() if name in OF_CHARACTERS]
-    # References can hide the beginning of a region (`&lt;pre&gt;`), so regions are looked for again once they are resolved.
-    unescape = [rule for name, rule in chosen.items() if name == "unescape_html"]
-    others = [rule for name, rule in chosen.items() if name not in (*OF_CHARACTERS, "unescape_html")]
+    others = [rule for name, rule in chosen.items() if name not in OF_CHARACTERS]
     pattern = "|".join(rule.pattern for rule in chosen.values())
-    return _Steps(pattern, of_characters, [group for group in (unescape, others) if group])
+    return _Steps(pattern, of_characters, others)
 
 
 def _apply_once(texts: pl.Series, steps: _Steps) -> pl.Series:
@@ -214,37 +222,37 @@ def _apply_once(texts: pl.Series, steps: _Steps) -> pl.Series:
     if steps.of_characters:
         rows = texts.str.contains(characters.UNUSUAL_CHARACTERS).arg_true()
         texts = map_rows(texts, rows, partial(_apply_in_order, steps.of_characters))
-    for group in steps.groups:
-        texts = _apply_together(group, texts)
-    return texts
+    return _apply_outside_of_regions(steps.others, texts) if steps.others else texts
 
 
 def _apply_in_order(rules: list[Rule], texts: pl.Series) -> pl.Series:
     """Apply rules to the texts that need any of them."""
     rows = texts.str.contains("|".join(rule.pattern for rule in rules)).arg_true()
-    return map_rows(texts, rows, lambda some: reduce(_applied, rules, some))
-
-
-def _apply_together(rules: list[Rule], texts: pl.Series) -> pl.Series:
-    """Apply rules, in order, to the texts that need any of them; their regions are protected once."""
-    rows = texts.str.contains("|".join(rule.pattern for rule in rules)).arg_true()
-    return map_rows(texts, rows, partial(_apply_outside_of_regions, rules))
+    return map_rows(texts, rows, lambda some: reduce(lambda series, rule: rule.apply(series), rules, some))
 
 
 def _apply_outside_of_regions(rules: list[Rule], texts: pl.Series) -> pl.Series:
+    """Apply rules to the texts outside of their regions.
+
+    A text that a rule with `alone` changes gets none of the rules behind it.
+    """
     outside = [rule for rule in rules if not rule.everywhere]
+    done = pl.repeat(False, len(texts), dtype=pl.Boolean, eager=True)
     for rule in outside:
         if rule.first:
             texts = rule.first(texts)
     if outside:
         texts, regions = protect(texts)
         for rule in outside:
-            texts = rule.apply_where_needed(texts)
+            before = texts
+            texts = map_rows(texts, (~done).arg_true(), rule.apply_where_needed)
+            rows = pl.Series(dtype=pl.UInt32)
             if rule.inside:
-                regions = regions.map(*rule.inside)
+                regions, rows = regions.map(*rule.inside)
+            if rule.alone:
+                done = (texts != before).scatter(rows, True)
         texts = regions.restore(texts)
-    return reduce(_applied, [rule for rule in rules if rule.everywhere], texts)
-
-
-def _applied(texts: pl.Series, rule: Rule) -> pl.Series:
-    return rule.apply_where_needed(texts)
+    for rule in rules:
+        if rule.everywhere:
+            texts = map_rows(texts, (~done).arg_true(), rule.apply_where_needed)
+    return texts

@@ -21,7 +21,7 @@ _NAMED_REFERENCE = re.compile(rf"(?<![^\s\"'“‘(\[]){ENTITY}(?![^\s\"'”’)
 # In LaTeX, `&` separates columns. So only the references that escaping itself makes are resolved there.
 _ESCAPED = re.compile(r"&(?:amp;)*(lt|gt|quot|apos|nbsp|amp|#39|#34|#60|#62|#38|#x27);")
 _VERBATIM = (r"\begin{verbatim", r"\begin{lstlisting", r"\begin{minted")
-FORMULA = r"(?s)\A[$\\].*&"
+FORMULA = ("$", "\\")
 
 
 def unescape_html(texts: pl.Series) -> pl.Series:
@@ -29,12 +29,11 @@ def unescape_html(texts: pl.Series) -> pl.Series:
     return pl.Series([_unescape(text) for text in texts], dtype=pl.String)
 
 
-def unescape_in_formulas(formulas: pl.Series) -> pl.Series:
+def unescape_in_formula(formula: str) -> str:
     """Replace the references that escaping makes: in `a &amp; b`, the `&` is part of the LaTeX."""
-    return pl.Series(
-        [text if text.startswith(_VERBATIM) else _ESCAPED.sub(_escaped_character, text) for text in formulas],
-        dtype=pl.String,
-    )
+    if "&" not in formula or formula.startswith(_VERBATIM):
+        return formula
+    return _ESCAPED.sub(_escaped_character, formula)
 
 
 def _unescape(text: str) -> str:

@@ -16,31 +16,77 @@ import polars as pl
 from data_pipeline.cleaning.program_lines import CODE, PERHAPS_CODE, ascii_only
 from data_pipeline.cleaning.tables import find_tables, may_have_table
 
-# Every text in which `find_layout` finds something has one of these. Up to about 16 literal strings are searched for at once
-# with vector instructions, so several short lists are five times as fast as one long list.
-_SIGNS = (
-    (";\n", "{\n", "\t", "</", "->", "::", "=> ", "<-", ":= ", '":', "|\n", "()", "\ufdd1"),
-    (
-        ");",
+# Every text in which `find_layout` finds something has one of these, or matches one of the two patterns below.
+_SIGNS = [
+    *(
+        ";\n",
+        "{\n",
+        "\t",
+        "</",
+        "->",
+        "::",
+        "=> ",
+        "<-",
+        ":= ",
+        '":',
+        "|\n",
+        "()",
+        "\ufdd1",
+        ");\n",
         ") {",
         "def ",
         "import ",
+    ),
+    *(
         "#include",
         "#define",
         "SELECT ",
         "CREATE ",
+        "INSERT ",
+        "UPDATE ",
+        "DELETE ",
         ">>> ",
         "\n$ ",
         "curl",
         "wget",
         "sudo ",
+        "git ",
     ),
-    ("git ", "docker ", "grep ", "/* ", " install ", "HTTP/", "Traceback", "ERROR", "WARN", "DEBUG", "INFO", "print("),
-    ("fetch(", "):\n ", "\n\n    ", ' = "', " = '", " = [", " = {", "-|-", "-+-", ":\n  ", "#!/", "\nend", "(def"),
-    ("kubectl ", "\n@@ ", "export ", "\\begin{verb", "\\begin{lst"),
-)
-_SEARCHES = (*("|".join(map(re.escape, signs)) for signs in _SIGNS), ":[0-9][0-9]:[0-9][0-9]")
-_AT_THE_ENDS = ascii_only(r"\A(?:    |\$ |(?:npm|pip3?|ls|cd) |[\w.]+\([^\n]*\)\z|[\w<>*&: ]+= ?&?\w+;\z)|[;{]\z")
+    *(
+        "docker ",
+        "grep ",
+        "/* ",
+        " install ",
+        "HTTP/",
+        "Traceback",
+        "ERROR",
+        "WARN",
+        "DEBUG",
+        "INFO",
+        "print(",
+        "fetch(",
+    ),
+    *(
+        "):\n ",
+        "\n\n    ",
+        ' = "',
+        " = '",
+        " = [",
+        " = {",
+        "-|-",
+        "-+-",
+        ":\n  ",
+        "#!/",
+        "\nend",
+        "(def",
+        "kubectl ",
+        "\n@@ ",
+    ),
+    *("export ", "\\begin{verb", "\\begin{lst", ");  "),
+]
+_CAN_BE_DAMAGED = r"[&<\t]|://|\n\n\n|[^ \n.?!:;,]  |[;:,]   |[;:,]  [^A-Z]|\n [^ \n]+\("
+_TIME = ":[0-9][0-9]:[0-9][0-9]"
+_AT_THE_ENDS = ascii_only(r"\A(?:    |\$ |(?:npm|pip3?|ls|cd) |[\w.]+\([^\n]*\)[;:]?\z|[\w<>*&: ]+= ?&?\w+;\z)|[;{]\z")
 
 
 _INDENTED = re.compile(r"(?: {2,}|\t)\s*\S")
@@ -61,6 +107,9 @@ _GREEK = frozenset(
     "omega infin radic".split()
 )
 
+# The lines of a formula can look like a table, but a formula is a region of its own kind.
+_FORMULA = re.compile(r"(?s)\$\$.*?\$\$|\\begin\{(?!verb|lstl|mint).*?\\end\{\w+\*?\}")
+
 _ELEMENT = re.compile(r"<([A-Za-z][\w:.-]*)(?:\s[^<>]*)?(?<!/)>")
 # Elements of HTML that hold prose, and names that are special tokens: they make a text neither XML nor a program.
 PROSE_ELEMENTS = frozenset(
@@ -73,9 +122,16 @@ PROSE_ELEMENTS = frozenset(
 
 def may_have_layout(texts: pl.Series) -> pl.Series:
     """Search for signs of layout: a bool for each text, true for every text in which `find_layout` finds something."""
+    # Only these can damage a program or a table: references, tags, URLs, tabs, blank lines, and spaces within lines.
+    rows = texts.str.contains(_CAN_BE_DAMAGED).arg_true()
+    found = texts.gather(rows).to_frame("text").select(_has_signs()).to_series()
+    return pl.zeros(len(texts), pl.Boolean, eager=True).scatter(rows.filter(found), True)
+
+
+def _has_signs() -> pl.Expr:
     text = pl.col("text")
-    searches = [text.str.contains(search) for search in (_AT_THE_ENDS, *_SEARCHES)]
-    return texts.to_frame("text").select(pl.any_horizontal(*searches, may_have_table(text))).to_series()
+    found = text.str.contains_any(_SIGNS) | text.str.contains(_TIME) | text.str.contains(_AT_THE_ENDS)
+    return found | may_have_table(text)
 
 
 def find_layout(texts: pl.Series) -> list[list[tuple[int, int]]]:
@@ -102,7 +158,11 @@ def _find_in(text: str, lines: list[str], sure: set[int], has_table: bool) -> li
         numbers |= _lines_of_code_blocks(lines)
     if has_table:
         numbers |= find_tables(lines)
-    return _merged([*_runs(lines, numbers), *_elements(text)])
+    runs = list(_runs(lines, numbers))
+    if runs and ("$$" in text or "\\begin{" in text):
+        formulas = [formula.span() for formula in _FORMULA.finditer(text)]
+        runs = [run for run in runs if not any(start <= run[0] < end for start, end in formulas)]
+    return _merged([*runs, *_elements(text)])
 
 
 def _beside(lines: list[str], sure: set[int], number: int, step: int) -> set[int]:
@@ -160,11 +220,12 @@ def _keys_in_a_row(lines: list[str]) -> set[int]:
 def _lines_of_code_blocks(lines: list[str]) -> set[int]:
     """Find Markdown's indented code blocks: behind a blank line, outside of lists, and no prose."""
     found, block, above = set(), [], ""
+    several = sum(bool(line.strip()) for line in lines) > 1  # the indentation of a single line shows nothing
     for number, line in enumerate([*lines, "end"]):
         if _CODE_BLOCK.match(line) and line.strip() and (block or number == 0 or not lines[number - 1].strip()):
             block.append(number)
         elif line.strip():
-            if block and len(lines) > 1 and not _LIST_ITEM.match(above) and _is_code_block([lines[n] for n in block]):
+            if block and several and not _LIST_ITEM.match(above) and _is_code_block([lines[n] for n in block]):
                 found.update(range(block[0], block[-1] + 1))
             block, above = [], line
     return found

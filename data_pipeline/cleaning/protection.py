@@ -36,7 +36,7 @@ _REGION = (
     r"|\\begin\{(?:(?:[^\n]|\n[^\n])*\n?|.*?)\\end\{[A-Za-z]+\*?\}"
     rf"|{PLACEHOLDER})"
 )
-_MAY_HAVE_REGION = rf"[`$\\{PLACEHOLDER}]|~~~|</(?:pre|code|PRE|CODE)"
+_MAY_HAVE_REGION = ["`", "$", "\\", "~~~", "</pre", "</code", "</PRE", "</CODE", PLACEHOLDER]
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,30 @@ class Regions:
     """
 
     rows: pl.Series
-    regions: pl.Series
+    regions: list[str]
     counts: list[int]
     layout: list[list[str]]
 
-    def map(self, pattern: str, function: Callable[[pl.Series], pl.Series]) -> Regions:
-        """Apply a function to the regions that match a pattern; layout stays as it is."""
-        matching = self.regions.str.contains(pattern).arg_true()
-        return Regions(self.rows, map_rows(self.regions, matching, function), self.counts, self.layout)
+    def map(self, beginnings: tuple[str, ...], function: Callable[[str], str]) -> tuple[Regions, pl.Series]:
+        """Apply a function to the regions that begin with certain strings; layout stays as it is.
+
+        Returns the regions, and the numbers of the rows that were changed.
+        """
+        regions = [function(region) if region.startswith(beginnings) else region for region in self.regions]
+        changed, place = [], 0
+        if regions != self.regions:
+            for row, count in zip(self.rows, self.counts, strict=True):
+                if regions[place : place + count] != self.regions[place : place + count]:
+                    changed.append(row)
+                place += count
+        return Regions(self.rows, regions, self.counts, self.layout), pl.Series(changed, dtype=pl.UInt32)
 
     def restore(self, texts: pl.Series) -> pl.Series:
         """Put the regions back in the place of their placeholders."""
         return map_rows(texts, self.rows, self._filled)
 
     def _filled(self, texts: pl.Series) -> pl.Series:
-        regions, filled = iter(self.regions.to_list()), []
+        regions, filled = iter(self.regions), []
         for text, count, layout in zip(texts.to_list(), self.counts, self.layout, strict=True):
             text = _fill(text, PLACEHOLDER, [next(regions) for _ in range(count)])
             filled.append(_fill(text, LAYOUT_PLACEHOLDER, layout) if layout else text)
@@ -81,7 +90,7 @@ def protect(texts: pl.Series) -> tuple[pl.Series, Regions]:
             changed[row], layout = _without(text, spans)
             found[row] = [], layout
     texts = _replaced(texts, changed)
-    rows = texts.str.contains(_MAY_HAVE_REGION).arg_true()
+    rows = texts.str.contains_any(_MAY_HAVE_REGION).arg_true()
     some = texts.gather(rows)
     changed = {}
     for row, text, regions in zip(rows.to_list(), some.to_list(), some.str.extract_all(_REGION).to_list(), strict=True):
@@ -92,7 +101,7 @@ def protect(texts: pl.Series) -> tuple[pl.Series, Regions]:
     ordered = sorted(found)
     return texts, Regions(
         pl.Series(ordered, dtype=pl.UInt32),
-        pl.Series([region for row in ordered for region in found[row][0]], dtype=pl.String),
+        [region for row in ordered for region in found[row][0]],
         [len(found[row][0]) for row in ordered],
         [found[row][1] for row in ordered],
     )

@@ -30,6 +30,7 @@ _FORMULA = re.compile(r"[+\-−–±]?\d{1,4}[+\-−–]?|[+\-−–]")
 _VOID_TAGS = frozenset("br hr wbr".split())
 _TAGS_WITH_OPTIONAL_END = frozenset("dd dt li p td th tr".split())
 _ENDS_OF_SENTENCE = "\n.?!"
+_SPACES = " \t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000"
 # Behind a mean value, as in `<p> = 0`. A paragraph does not begin like this.
 _BEHIND_A_VALUE = re.compile(r"\s*[-=<>≈≃≅≡≠≤≥∼~≪≫∝+−*/·×^_,;:)\]|²³⁄&.!?%](?![A-Za-z/])|[ \t]+[a-z]")
 
@@ -44,7 +45,7 @@ _NAMES = "|".join(sorted(_LEFT_BY_TAG, key=len, reverse=True))
 # A name must be all lower case or all upper case, because `List<Object>` is code.
 _TAG = re.compile(rf"<(?P<end>/)?(?P<name>{_NAMES}|{_NAMES.upper()})(?P<attributes>(?:{_ATTRIBUTE})*)\s*/?>")
 
-CODE_ELEMENT = r"\A<(?i:pre|code)\b"
+CODE_ELEMENT = ("<",)
 _CODE_ELEMENT = re.compile(r"(?is)<(pre|code)\b[^<>]*>(.*)</\1>")
 _LANGUAGE = re.compile(r"""(?i)\bclass\s*=\s*["']?[^"'<>]*\b(?:language|lang)-([\w+#-]+)""")
 _INNER_TAG = re.compile(r"(?i)</?(?:code|span)\b[^<>]*>")
@@ -60,12 +61,8 @@ def remove_tags(texts: pl.Series) -> pl.Series:
     return pl.Series([_remove_tags(text) for text in texts], dtype=pl.String)
 
 
-def code_to_markdown(elements: pl.Series) -> pl.Series:
+def code_to_markdown(element: str) -> str:
     """Turn `<code>` into code between backticks, and `<pre>` into a fenced block."""
-    return pl.Series([_to_markdown(element) for element in elements], dtype=pl.String)
-
-
-def _to_markdown(element: str) -> str:
     found = _CODE_ELEMENT.fullmatch(element)
     if not found:
         return element
@@ -111,7 +108,7 @@ def _remove_tags(text: str) -> str:
 def _stands_alone(text: str, tag: re.Match, name: str) -> bool:
     if name in _VOID_TAGS:
         return True
-    before = text[: tag.start()].rstrip(" \t")
+    before = text[: tag.start()].rstrip(_SPACES)
     if name not in _TAGS_WITH_OPTIONAL_END or (before and before[-1] not in _ENDS_OF_SENTENCE):
         return False
     return name != "p" or not _BEHIND_A_VALUE.match(text, tag.end())

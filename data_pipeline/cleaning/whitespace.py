@@ -31,7 +31,9 @@ def normalize_whitespace(texts: pl.Series) -> pl.Series:
     """
     texts = _only_ascii_spaces(texts)
     texts = map_rows(texts, texts.str.contains("\t", literal=True).arg_true(), _without_inner_tabs)
-    lines = pl.col("text").str.replace_all(" +\n", "\n").str.replace_all("\n\n\n+", "\n\n")
+    # The ends first: what is indented there must not decide about the rest.
+    lines = pl.col("text").str.strip_chars_end(" \t\n").str.replace_all(" +\n", "\n").str.strip_chars_start("\n")
+    lines = lines.str.replace_all("\n\n\n+", "\n\n")
     texts = texts.to_frame("text").select(lines).to_series()
     indented = texts.str.contains("\n  ", literal=True) | texts.str.contains("\n\t", literal=True)
     texts = map_rows(texts, indented.arg_true(), _normalize_indented)
@@ -62,8 +64,7 @@ def _with_spaces_for_tabs(line: str) -> str:
 
 
 def _normalize_indented(texts: pl.Series) -> pl.Series:
-    text = pl.col("text").str.replace_all(_SPACES_WITHIN_A_LINE, "$1$2").str.replace(r"\A(?:[ \t]*\n)+", "")
-    return texts.to_frame("text").select(text.str.strip_chars_end(" \t\n")).to_series()
+    return texts.str.replace_all(_SPACES_WITHIN_A_LINE, "$1$2")
 
 
 def _normalize_flat(texts: pl.Series) -> pl.Series:
