@@ -36,6 +36,7 @@ _REGION = (
     r"|\\begin\{(?:(?:[^\n]|\n[^\n])*\n?|.*?)\\end\{[A-Za-z]+\*?\}"
     rf"|{PLACEHOLDER})"
 )
+_BEGIN = re.compile(r"\\begin\{([A-Za-z]+\*?)\}")
 _MAY_HAVE_REGION = ["`", "$", "\\", "~~~", "</pre", "</code", "</PRE", "</CODE", PLACEHOLDER]
 
 
@@ -95,6 +96,7 @@ def protect(texts: pl.Series) -> tuple[pl.Series, Regions]:
     changed = {}
     for row, text, regions in zip(rows.to_list(), some.to_list(), some.str.extract_all(_REGION).to_list(), strict=True):
         if regions:
+            regions = _with_single_environments(regions)
             changed[row] = _without_regions(text, regions)
             found[row] = regions, found[row][1] if row in found else []
     texts = _replaced(texts, changed)
@@ -112,6 +114,21 @@ def _replaced(texts: pl.Series, changed: dict[int, str]) -> pl.Series:
         return texts
     rows = pl.Series(list(changed), dtype=pl.UInt32)
     return texts.clone().scatter(rows, pl.Series(list(changed.values()), dtype=pl.String))
+
+
+def _with_single_environments(regions: list[str]) -> list[str]:
+    """Cut a region that has several environments behind each other, so that the prose between them is cleaned."""
+    single = []
+    for region in regions:
+        name = _BEGIN.match(region)
+        end = region.find(f"\\end{{{name[1]}}}") if name else -1
+        end += len(f"\\end{{{name[1]}}}") if end >= 0 else 0
+        if 0 < end < len(region):
+            rest = pl.Series([region[end:]]).str.extract_all(_REGION).item().to_list()
+            single += [region[:end], *_with_single_environments(rest)]
+        else:
+            single.append(region)
+    return single
 
 
 def _without_regions(text: str, regions: list[str]) -> str:
