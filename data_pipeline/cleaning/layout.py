@@ -84,7 +84,9 @@ _SIGNS = [
     ),
     *("export ", "\\begin{verb", "\\begin{lst", ");  "),
 ]
-_CAN_BE_DAMAGED = r"[&<\t]|://|\n\n\n|[^ \n.?!:;,]  |[;:,]   |[;:,]  [^A-Z]|\n [^ \n]+\("
+_CAN_BE_DAMAGED = (
+    r"&[#A-Za-z][0-9A-Za-z]*;|<[/?!A-Za-z]|\t|://|\n\n\n|[^ \n.?!:;,]  |[;:,]   |[;:,]  [^A-Z]|\n [^ \n]+\("
+)
 _TIME = ":[0-9][0-9]:[0-9][0-9]"
 _AT_THE_ENDS = ascii_only(r"\A(?:    |\$ |(?:npm|pip3?|ls|cd) |[\w.]+\([^\n]*\)[;:]?\z|[\w<>*&: ]+= ?&?\w+;\z)|[;{]\z")
 
