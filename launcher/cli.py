@@ -9,6 +9,7 @@ import argparse
 import os
 import sys
 
+from launcher.commands.clean import add_clean
 from launcher.commands.evaluate import add_evaluate
 from launcher.commands.export import add_export
 from launcher.commands.fetch import add_fetch
@@ -23,6 +24,7 @@ from launcher.errors import one_sentence_errors
 
 COMMANDS = (
     add_fetch,
+    add_clean,
     add_prepare,
     add_verify,
     add_inspect,

@@ -1,12 +1,10 @@
-"""Cleaning of characters: wrong decoding, control characters, normal forms and white space.
+"""Cleaning of characters: wrong decoding, control characters and normal forms.
 
 Each function takes and returns a series of strings. The pattern that belongs to it matches every text that it would
 change.
 """
 
 import re
-from collections.abc import Callable
-from typing import Literal
 
 import polars as pl
 
@@ -15,6 +13,14 @@ C1_CONTROLS = "\x80-\x84\x86-\x9f"  # without U+0085, which is a line break
 CONTROL_CHARACTERS = (
     rf"[\x00-\x08\x0e-\x1f\x7f{C1_CONTROLS}"  # C0 and C1
     r"\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"  # soft hyphen, zero-width, bidi marks, BOM
+)
+
+# Correct text has joiners and non-joiners behind Arabic and Indic letters, which they shape, and joiners between emoji.
+_SHAPED_LETTERS = r"\p{Arabic}\p{Syriac}\p{Mongolian}\u0900-\u0dff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\ua840-\ua9ff"
+_EMOJI = r"\u00a9\u00ae\u2190-\u21ff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
+_KEPT_OR_CONTROL = (
+    rf"([{_SHAPED_LETTERS}][\u200c\u200d]|[{_EMOJI}]\ufe0f?(?:\u200d[{_EMOJI}]\ufe0f?)+|[\u1820-\u18aa]\u180e)"
+    rf"|{CONTROL_CHARACTERS}"
 )
 
 # UTF-8 that was read as Windows-1252 or Latin-1: one character for the lead byte and one for each continuation byte.
@@ -30,6 +36,15 @@ MOJIBAKE = (
     f"|[{C1_CONTROLS}]"  # never written on purpose: Windows-1252 punctuation that was read as Latin-1
 )
 
+# Pairs that look like mojibake, but are an accented letter and a sign in correct text. ftfy decides by the bytes alone.
+# - A unit or a variable with an exponent: 160.2 Å³.
+# - The last letter of a word in capitals, and the punctuation behind it: “MANHÃ”. With Â the sign can be real: WINDOWSÂ®.
+_LETTER = r"[^\W\d_]"
+_CORRECT_PAIRS = (
+    rf"(?:(?<!{_LETTER}[ÄÅÇÉÊËÖÜ])(?<=[ÄÅÇÉÊËÖÜ])(?=[¹²³°±·˜×](?!{_LETTER}))"
+    rf"|(?<=[A-ZÀ-ÖØ-Þ][ÀÁÃ-ÖØ-Þ])(?=[¹²³®™©ªº”“’‘»›…–—•](?!{_LETTER})))"
+)
+
 # Every character that NFC may change: marks are composed and reordered, Hangul vowels and finals are composed, and some
 # characters are mere duplicates of others.
 NOT_SURELY_NFC = (
@@ -40,26 +55,8 @@ NOT_SURELY_NFC = (
 NOT_ASCII = r"[^\x00-\x7f]"
 UNUSUAL_CHARACTERS = r"[^\n -~]"  # contains all characters of mojibake, controls and forms other than NFC
 
-_LINE_BREAKS = r"\r\n?|[\x0b\x0c\x85\u2028\u2029]"
-_SPACES_BEYOND_ASCII = r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
-_ENDS = r"\A[ \n]|[ \n]\z"
-UNTIDY_WHITESPACE = rf"[\t\r\x0b\x0c\x85\u2028\u2029]|{_SPACES_BEYOND_ASCII}|  | \n|\n |\n\n\n|{_ENDS}"
-UNTIDY_WHITESPACE_OR_NEWLINE = rf"\n|{UNTIDY_WHITESPACE}"
-
 _MOJIBAKE = re.compile(MOJIBAKE)
-
-
-def map_rows(texts: pl.Series, rows: pl.Series, function: Callable[[pl.Series], pl.Series]) -> pl.Series:
-    """Apply a function to the rows with these numbers; the other rows cost nothing."""
-    if rows.is_empty():
-        return texts
-    return texts.clone().scatter(rows, function(texts.gather(rows)))  # cloned, because scatter modifies its series
-
-
-def replace_matches(texts: pl.Series, pattern: str, replacement: str) -> pl.Series:
-    """Replace all matches of a pattern; texts without a match are searched but not copied."""
-    rows = texts.str.contains(pattern).arg_true()
-    return map_rows(texts, rows, lambda matching: matching.str.replace_all(pattern, replacement))
+_BETWEEN_A_CORRECT_PAIR = re.compile(_CORRECT_PAIRS)
 
 
 def fix_mojibake(texts: pl.Series) -> pl.Series:
@@ -71,8 +68,11 @@ def fix_mojibake(texts: pl.Series) -> pl.Series:
 
 
 def remove_control_characters(texts: pl.Series) -> pl.Series:
-    """Remove C0 and C1 controls, zero-width characters, soft hyphens, byte order marks and direction marks."""
-    return texts.str.replace_all(CONTROL_CHARACTERS, "")
+    """Remove C0 and C1 controls, zero-width characters, soft hyphens, byte order marks and direction marks.
+
+    Joiners and non-joiners stay behind the letters that they shape, and joiners stay between emoji.
+    """
+    return texts.str.replace_all(_KEPT_OR_CONTROL, "$1")
 
 
 def compose(texts: pl.Series) -> pl.Series:
@@ -85,28 +85,16 @@ def compose_compatibly(texts: pl.Series) -> pl.Series:
     return texts.str.normalize("NFKC")
 
 
-def normalize_whitespace(texts: pl.Series, newlines: Literal["keep", "space"] = "keep") -> pl.Series:
-    """Collapse runs of spaces, strip every line, and keep at most one blank line in a row or no newline."""
-    texts = replace_matches(texts, _LINE_BREAKS, "\n")
-    texts = replace_matches(texts, "\t", " ")
-    # Searching for many characters is slow, so only the few texts with non-ASCII characters are searched.
-    beyond_ascii = (texts.str.len_bytes() != texts.str.len_chars()).arg_true()
-    texts = map_rows(texts, beyond_ascii, lambda some: some.str.replace_all(_SPACES_BEYOND_ASCII, " "))
-    if newlines == "space":
-        texts = replace_matches(texts, "\n", " ")
-    texts = replace_matches(texts, "  +", " ")
-    if newlines == "keep":
-        texts = replace_matches(texts, " \n ?|\n ", "\n")
-        texts = replace_matches(texts, "\n\n\n+", "\n\n")
-    return texts.str.strip_chars(" \n")
-
-
 def _fix_mojibake(text: str) -> str:
+    # Line by line, so that mojibake in one line does not affect the maths in another.
+    return "\n".join(_fix_line(line) if _MOJIBAKE.search(line) else line for line in text.split("\n"))
+
+
+def _fix_line(line: str) -> str:
     from ftfy import fix_encoding  # imported here, because few corpora need it
 
-    # Line by line, so that mojibake in one line does not affect the maths in another. A character that is already lost
-    # stays as it is instead of becoming U+FFFD.
-    return "\n".join(
-        fix_encoding(line, replace_lossy_sequences=False) if _MOJIBAKE.search(line) else line
-        for line in text.split("\n")
+    # A character that is already lost stays as it is instead of becoming U+FFFD.
+    return "".join(
+        fix_encoding(part, replace_lossy_sequences=False) if _MOJIBAKE.search(part) else part
+        for part in _BETWEEN_A_CORRECT_PAIR.split(line)
     )

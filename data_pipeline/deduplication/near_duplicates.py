@@ -1,9 +1,9 @@
 """Near duplicates: computes a MinHash signature for every row, and finds the rows that repeat an earlier one.
 
 A row is represented by the set of its word n-grams, over question and answer together. Two rows are near duplicates if
-the Jaccard similarity of their sets, estimated from the signatures, reaches a threshold. Only words count. So rows that ask
-different questions about the same long passage are near duplicates, and so are rows that differ only in punctuation or
-operators.
+the Jaccard similarity of their sets, estimated from the signatures, reaches a threshold. Only words and the operators
+of formulas count. So rows that ask different questions about the same long passage are near duplicates, and so are rows
+that differ only in punctuation. `2 + 3` and `2 - 3` differ in one word.
 
 `signatures` processes each chunk independently. `duplicates` reads all signatures, so its result depends on the order of
 the rows but not on how they are divided into chunks.

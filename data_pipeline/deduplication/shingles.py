@@ -1,7 +1,9 @@
 """Words and word n-grams of texts as 64-bit hashes, which the near-duplicate and contamination searches compare.
 
 A word is a run of letters, digits and combining marks, in lower case after NFKC; everything else separates words. In
-scripts without spaces (Chinese, Japanese, Thai, …), every character is a word.
+scripts without spaces (Chinese, Japanese, Thai, …), every character is a word. An operator in a formula changes the hash of
+the word behind it, or before it at the end of a text: `2 + 3` and `2 - 3` are two words each, and only the first word is
+the same.
 
 The hashes are the same on every machine, because they use only integer arithmetic. The Unicode tables come with polars and
 Python; `constraints.txt` pins their versions.
@@ -13,8 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import polars as pl
 
-NOT_IN_A_WORD = r"[^\p{L}\p{M}\p{N}\x00-\x7f]"  # non-ASCII only; WORD_BYTES decides about ASCII
+from data_pipeline.deduplication.operators import ASCII_OPERATORS, OPERATOR_SYMBOL, find_operators
+
+NOT_IN_A_WORD = r"[^\p{L}\p{M}\p{N}\p{Sm}\x00-\x7f]"  # non-ASCII only; WORD_BYTES decides about ASCII
 WITHOUT_SPACES = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+# Increased if the same text gets other words: a folder made with other near duplicates must not pass for this one.
+WORDS_VERSION = 2
 LONGEST_WORD = 64  # bytes; anything longer (base64, a URL without dots) counts as several words
 # Limits of a block of rows. They keep the arrays in the processor's cache, and bound the memory if rows are whole books.
 BLOCK_ROWS, BLOCK_BYTES = 4096, 8 * 2**20
@@ -61,7 +67,9 @@ def words_of(texts: pl.Series) -> Hashes:
     if in_word[0]:
         edges = np.concatenate([[0], edges])
     starts, lengths = _cut_long_words(edges[::2], edges[1::2] - edges[::2])  # in pairs: a text never ends inside a word
-    return Hashes(_hash_words(padded, starts, lengths), np.searchsorted(starts, offsets))
+    words = Hashes(_hash_words(padded, starts, lengths), np.searchsorted(starts, offsets))
+    _mix_operators_into(words, starts, raw, offsets)
+    return words
 
 
 def blocks_of_words(question: pl.Series, answer: pl.Series) -> Iterator[tuple[slice, Hashes]]:
@@ -135,7 +143,9 @@ def _normalize(texts: pl.Series) -> pl.Series:
     if others.is_empty():
         return texts
     mapped = texts.gather(others).str.normalize("NFKC").str.to_lowercase()
+    mapped = mapped.str.replace_many(ASCII_OPERATORS)
     mapped = mapped.str.replace_all(NOT_IN_A_WORD, " ").str.replace_all(WITHOUT_SPACES, " $0 ")
+    mapped = mapped.str.replace_all(OPERATOR_SYMBOL, " $0 ")
     return texts.scatter(others, mapped)
 
 
@@ -159,3 +169,16 @@ def _hash_words(padded: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
         values[longer] = mix(values[longer] * MULTIPLIER + following)
         longer = longer[lengths[longer] > place + 8]
     return values
+
+
+def _mix_operators_into(words: Hashes, starts: np.ndarray, raw: np.ndarray, text_offsets: np.ndarray) -> None:
+    """Change the hashes of the words behind operators, or of the last word of a text before them, in place."""
+    operators = find_operators(raw)
+    texts = np.searchsorted(text_offsets, operators, side="right") - 1
+    operators_words = np.minimum(np.searchsorted(starts, operators), words.offsets[texts + 1] - 1)
+    in_text = operators_words >= words.offsets[texts]  # unless the text has no word
+    operators, operators_words = operators[in_text], operators_words[in_text]
+    sums = np.zeros(len(words.values), dtype=np.uint64)
+    np.add.at(sums, operators_words, mix(raw[operators].astype(np.uint64)))
+    changed = np.unique(operators_words)
+    words.values[changed] = mix(words.values[changed] ^ sums[changed])

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from data_pipeline.augmentation.augmentations import AUGMENTATIONS
+from data_pipeline.cleaning.clean import VERSION as CLEANING_VERSION
 from data_pipeline.cleaning.clean import CleaningOptions, rule_names
+from data_pipeline.deduplication.shingles import WORDS_VERSION
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import ON_BAD_ROW
 from data_pipeline.sources.files import FileChoice
@@ -79,5 +81,11 @@ class Settings:
             "sources": sorted(self.sources),
             "augment": list(self.augment),
             "exclude_sources": sorted(self.exclude_sources),
-            "cleaning": {**asdict(self.cleaning), "rules": rule_names(self.cleaning)},
+            "near_duplicate_words": None if self.near_duplicates is None else WORDS_VERSION,
+            "cleaning": {
+                "unicode_form": self.cleaning.unicode_form,
+                "newlines": self.cleaning.newlines,
+                "rules": rule_names(self.cleaning),
+                "version": CLEANING_VERSION,
+            },
         }

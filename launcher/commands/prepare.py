@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from launcher.commands.clean import add_cleaning_options, cleaning_options
 from launcher.commands.parsing import Subcommands
 from launcher.team_member import detect_member
 
@@ -18,6 +19,7 @@ EPILOG = """\
 examples:
   lfm prepare sample --out data/sample
   lfm prepare data/hub/dataset --tokenizer data/hub/tokenizer --out data/webinstruct --exclude-sources socratic
+  lfm prepare rows.jsonl --out data/rows --rules no_remove_urls        (first: lfm clean rows.jsonl --show)
   lfm prepare TIGER-Lab/WebInstructSub --out data/webinstruct --near-duplicates --decontaminate gsm8k/test.jsonl
   lfm prepare chats.jsonl --columns messages=dialogue --out data/chats
   lfm prepare books/ --layout text --out data/books
@@ -150,23 +152,10 @@ def add_prepare(commands: Subcommands) -> None:
         help="add a copy of each training row in other words, for each of these that applies to it: request, number-words, "
         "swapped-operands, reversed-fact, without-courtesy (see data_pipeline/README.md)",
     )
-    text = parser.add_argument_group("cleaning")
-    text.add_argument(
-        "--newlines",
-        default="keep",
-        choices=("keep", "space"),
-        help="keep line breaks, or replace them with spaces (default: %(default)s)",
-    )
-    text.add_argument(
-        "--unicode-form",
-        default="NFC",
-        choices=("NFC", "NFKC"),
-        help="Unicode normalization; NFKC also turns x² into x2 (default: %(default)s)",
-    )
+    add_cleaning_options(parser)
 
 
 def prepare(options: argparse.Namespace) -> None:
-    from data_pipeline.cleaning.clean import CleaningOptions
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
     from data_pipeline.sources.files import FileChoice
@@ -190,7 +179,7 @@ def prepare(options: argparse.Namespace) -> None:
         layout=LayoutChoice(
             options.layout, options.columns, options.prompt_template, options.answer_template, options.task
         ),
-        cleaning=CleaningOptions(unicode_form=options.unicode_form, newlines=options.newlines),
+        cleaning=cleaning_options(options),
     )
     member, by_mpirun = detect_member()
     workers = options.workers or (1 if by_mpirun else None)

@@ -3,6 +3,7 @@ import json
 import random
 import re
 import unicodedata
+from itertools import pairwise
 
 import numpy as np
 import polars as pl
@@ -204,15 +205,68 @@ def test_settings_without_sense_are_refused(tmp_path):
         evaluation_set(tmp_path, PASSAGE, ngram_words=0)
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 2 + 3?", "What is 2 - 3?"),
+        ("Compute x+y.", "Compute x-y."),
+        ("Is π + σ real?", "Is π - σ real?"),
+        ("Solve x ≤ 4", "Solve x ≥ 4"),
+        ("Solve x <= 4", "Solve x >= 4"),
+        ("What is -3 squared?", "What is 3 squared?"),
+        ("What is 6/2?", "What is 6*2?"),
+        ("What is x^2?", "What is x 2?"),
+        (r"Add \alpha + \beta", r"Add \alpha - \beta"),
+        ("f(x)-g(x)", "f(x)+g(x)"),
+        ("sin x - cos y", "sin x + cos y"),
+        ("What is C++?", "What is C?"),
+        ("Is 12 prime?", "Is 1 2 prime?"),
+        ("Is 12 prime?", "Is 13 prime?"),
+    ],
+)
+def test_questions_that_differ_in_an_operator_or_a_digit_are_not_the_same(tmp_path, one, other):
+    assert found(evaluation_set(tmp_path, one), one, one.upper(), other) == [True, True, False]
+    assert found(evaluation_set(tmp_path, other), one, other) == [False, True]
+    numbers = " one two three four five six seven eight nine ten"
+    assert found(evaluation_set(tmp_path, one + numbers), f"So: {one}{numbers}", f"So: {other}{numbers}") == [
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("a well-known x-ray, and/or COVID-19", "a well known x ray and or covid 19"),
+        ("* **3 apples**\n- 4 pears\n> so he said", "3 apples 4 pears so he said"),
+        ("2 − 3 × 4 ÷ 5", "2-3*4/5"),
+        ("½ of it — all - or nothing -", "1/2 of it all or nothing"),
+        ("it is 4.", "It is 4!"),
+    ],
+)
+def test_punctuation_is_no_operator(tmp_path, one, other):
+    assert found(evaluation_set(tmp_path, one), one, other) == [True, True]
+
+
+def test_operators_change_no_word_of_another_text():
+    texts = ["x = 3 +", "3 is", "2 <", "+ 1 +", "", "= 1", "π ^", "+"]
+    values, offsets = words_of(series(texts))
+    alone = [words_of(series([text])).values.tolist() for text in texts]
+    assert [values[start:end].tolist() for start, end in pairwise(offsets)] == alone
+
+
 def words_in(text: str) -> list[bytes]:
-    """What words are, said in Python."""
+    """What words are, said in Python, without operators that are ASCII characters."""
     letters = [c if unicodedata.category(c)[0] in "LMN" else " " for c in unicodedata.normalize("NFKC", text).lower()]
+    letters = [
+        " ≤ " if c == "≤" else letter for c, letter in zip(unicodedata.normalize("NFKC", text), letters, strict=True)
+    ]
     words = [word.encode() for word in "".join(letters).split()]
     return [word[start : start + LONGEST_WORD] for word in words for start in range(0, len(word), LONGEST_WORD)]
 
 
 LONG_WORDS = [*("a" * length + end for length in (7, 8, 9, 30, 62, 63, 64, 150) for end in "abé"), "listen silent"]
-LETTERS = st.text(st.sampled_from("abAB19é Éßñя²ﬁ _-.,\n\t\0'’—×≤́"), max_size=30)
+LETTERS = st.text(st.sampled_from("abAB19é Éßñя²ﬁ _.,;\n\t\0'’—≤́"), max_size=30)
 
 
 @settings(deadline=None)

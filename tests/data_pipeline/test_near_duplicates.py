@@ -85,6 +85,12 @@ def drop_probability(similarity: float, settings=DEFAULT) -> float:
     return (agreeing(settings.permutations) - unmet)[ceil(settings.threshold * settings.permutations) :].sum()
 
 
+def test_short_rows_that_differ_in_an_operator_or_a_digit_stay():
+    questions = ["What is 2 + 3?", "What is 2 - 3?", "What is 2 + 3!", "What is 2 + 4?", "Is x < 1?", "Is x > 1?"]
+    assert dropped(questions) == [2]
+    assert dropped([f"{question} Answer with a number." for question in questions]) == [2]
+
+
 def test_planted_duplicates_are_found_and_nothing_else():
     generator = random.Random(0)
     originals = unique_texts(generator, 1500)
@@ -167,7 +173,7 @@ def test_signatures_are_the_same_on_every_machine():
     found = signatures(
         series(["What is 2 + 2?", "Où est la gare centrale ?", ""]), series(["4.", "Là-bas, à droite.", ""])
     )
-    assert hashlib.sha256(found.astype("<u2").tobytes()).hexdigest()[:16] == "8f3acd723f6d028b"
+    assert hashlib.sha256(found.astype("<u2").tobytes()).hexdigest()[:16] == "3bf3a4f5427edb02"
 
 
 def test_another_seed_gives_other_hashes():
@@ -241,7 +247,7 @@ def test_repeats_among_many_others_of_a_bucket_are_found_in_another_band():
         ["Ein CAFÉ, „groß“ — so!", "ein cafe\u0301 “groß” so"],
         ["ｗｉｄｅ letters ①", "wide letters 1"],
         ["Ελλάδα και ΑΘΗΝΑ", "ΕΛΛΆΔΑ ΚΑΙ αθηνα"],
-        ["x² ≤ y", "x2 ≥ Y"],
+        ["x² ≤ y — so?", "x2 ≤ Y. So!"],
     ],
 )
 def test_case_form_and_punctuation_make_no_difference(texts):
