@@ -26,6 +26,7 @@ def open_data(
     if isinstance(data, str | os.PathLike):
         return ShardFolder(data, on_bad_shard, cache)
     folders = [ShardFolder(entry["path"], on_bad_shard, cache) for entry in data]
+    _check_weights(folders, [entry["weight"] for entry in data])
     # A mixture of one folder is that folder, so its checkpoints can be resumed with `data` as a path, and vice versa.
     return folders[0] if len(folders) == 1 else Mixture(folders, [entry["weight"] for entry in data])
 
@@ -55,7 +56,6 @@ class Mixture(RowReader):
                     "folder out"
                 )
         self.seq_len, self.vocab_size, self.pad_token_id = first.seq_len, first.vocab_size, first.pad_token_id
-        self.tokenizer_path: Path = first.tokenizer_path
         self.tokenizer_fingerprint = first.tokenizer_fingerprint
         self.sources = list(dict.fromkeys(name for folder in folders for name in folder.sources))
         self.num_rows = sum(folder.num_rows for folder in folders)
@@ -67,6 +67,10 @@ class Mixture(RowReader):
         self._source_table = np.zeros((len(folders), max(len(folder.sources) for folder in folders)), dtype=np.int64)
         for line, folder in zip(self._source_table, folders, strict=True):
             line[: len(folder.sources)] = [self.sources.index(name) for name in folder.sources]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folders[0].tokenizer_path
 
     @property
     def bad_shards(self) -> dict[int, str]:

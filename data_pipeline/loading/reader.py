@@ -54,7 +54,6 @@ class ShardFolder(RowReader):
         self.vocab_size = self.index["vocab_size"]
         self.pad_token_id = self.index["tokenizer"]["pad_token_id"]
         self.sources = self.index["sources"]
-        self.tokenizer_path = self.path / TOKENIZER_FOLDER
         self.tokenizer_fingerprint = self.index["tokenizer"]["fingerprint"]
         self.rows_per_file: list[int] = [shard["rows"] for shard in self.index["files"]]
         self.num_rows = sum(self.rows_per_file)
@@ -62,6 +61,10 @@ class ShardFolder(RowReader):
         self._first_rows = np.concatenate([[0], np.cumsum(self.rows_per_file)])
         self._start_empty()
         self._check_sizes()
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return (self._remote.metadata if self._remote else self.path) / TOKENIZER_FOLDER
 
     def _start_empty(self) -> None:
         self._checked: set[int] = set()

@@ -8,15 +8,17 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from data_pipeline.errors import DataError
 from data_pipeline.loading.integrity import BadFileError, check_file, check_index
@@ -26,7 +28,10 @@ if TYPE_CHECKING:  # local folders should not pay for this import
     from fsspec import AbstractFileSystem
 
 RETRY_SECONDS = (1, 4, 16)  # between attempts to read a file
-PARTIAL_SUFFIX = ".partial"
+REMOVALS = 5  # of the cache during one action, before that is an error
+# The files of a cache; others are neither counted nor deleted. One that is being written has its final size in its name.
+OWN_NAME = re.compile(r"[0-9a-f]{64}(?:\.(?P<size>\d+)(?:\.[\d-]+)?\.partial)?")
+Result = TypeVar("Result")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -86,17 +91,33 @@ class ShardCache:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def surviving_removal(self, action: Callable[[], Result]) -> Result:
+        """Do something with the cache. If its folder is removed meanwhile, create it and do it again.
+
+        Raises DataError if that happens again and again.
+        """
+        for _ in range(REMOVALS):
+            self.create()
+            try:
+                return action()
+            except FileNotFoundError as error:
+                fault = error
+        raise DataError(
+            f"the shard cache {self.folder} is removed while it is used: name a folder that nothing cleans up ({fault})"
+        ) from fault
+
     def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BufferedIOBase:
         """Reserve space, let `write` create a new file under a temporary name, and open it under its final name.
 
-        Raises DataError if the file is larger than the limit of the cache.
+        Raises DataError if the file is larger than the limit of the cache, and FileNotFoundError if the cache was removed.
         """
         if size > self.limit_bytes:
             raise DataError(
                 f"a file of {size} bytes does not fit into the shard cache {self.folder}, whose limit is "
                 f"{self.limit_bytes}: raise the limit"
             )
-        partial = self.files / f"{digest}.{size}{PARTIAL_SUFFIX}"
+        # If the cache was removed, another process may hold the same lock: the names of partial files must differ.
+        partial = self.files / f"{digest}.{size}.{os.getpid()}-{threading.get_ident()}.partial"
         with self.locked("room"):
             self._delete_oldest(size)
             file = partial.open("w+b")
@@ -106,6 +127,8 @@ class ShardCache:
             with self.locked("room"):  # no process can delete the file while its lock changes
                 partial.rename(self.files / digest)
                 fcntl.flock(file, fcntl.LOCK_SH)
+            if not os.path.samestat(os.fstat(file.fileno()), (self.files / digest).stat()):
+                raise FileNotFoundError(errno.ENOENT, "removed and created anew while it was written", str(partial))
         except BaseException:
             partial.unlink(missing_ok=True)
             file.close()
@@ -115,12 +138,13 @@ class ShardCache:
     def _delete_oldest(self, room: int) -> None:
         files = []
         for path in self.files.iterdir():
+            if not (own := OWN_NAME.fullmatch(path.name)):
+                continue
             try:
                 status = path.stat()
             except FileNotFoundError:
                 continue  # another process has just finished and renamed it
-            # The name of a file that is being written has its final size.
-            size = int(path.suffixes[0][1:]) if path.suffix == PARTIAL_SUFFIX else status.st_size
+            size = int(own["size"] or status.st_size)
             files.append((status.st_mtime_ns, size, path))
         total = sum(size for _, size, _ in files)
         for _, size, path in sorted(files):
@@ -149,7 +173,13 @@ class RemoteFolder:
         self.cache = cache
         cache.create()
         self._filesystem, self._root = _open_filesystem(self.url)
-        self.metadata = self._fetch_metadata()
+        self._metadata = cache.surviving_removal(self._fetch_metadata)
+
+    @property
+    def metadata(self) -> Path:
+        if not self._metadata.is_dir():  # the cache was removed
+            self._metadata = self.cache.surviving_removal(self._fetch_metadata)
+        return self._metadata
 
     def open(self, entry: dict) -> BufferedIOBase:
         """Open the local copy of a file, downloading it if it is not in the cache. It is kept while it is open.
@@ -157,9 +187,10 @@ class RemoteFolder:
         Raises BadFileError if the file is missing, or if two downloads differ from the index. Raises DataError if the
         store cannot be reached.
         """
+        return self.cache.open(entry["sha256"]) or self.cache.surviving_removal(lambda: self._fetch(entry))
+
+    def _fetch(self, entry: dict) -> BinaryIO:
         digest = entry["sha256"]
-        if file := self.cache.open(digest):
-            return file
         with self.cache.locked(digest[:2]):  # processes that wait here find the file in the cache afterwards
             if file := self.cache.open(digest):
                 return file
@@ -171,11 +202,15 @@ class RemoteFolder:
 
     def discard(self, entry: dict) -> None:
         """Delete the local copy of a file, because it is damaged."""
+        self.cache.create()  # somebody may have removed it
         with self.cache.locked(entry["sha256"][:2]):
             (self.cache.files / entry["sha256"]).unlink(missing_ok=True)
 
     def _fetch_metadata(self) -> Path:
-        with self.cache.locked("metadata"), tempfile.TemporaryDirectory(dir=self.cache.folder) as temporary:
+        with (
+            self.cache.locked("metadata"),
+            tempfile.TemporaryDirectory(dir=self.cache.folder, ignore_cleanup_errors=True) as temporary,
+        ):
             new = Path(temporary) / "folder"
             new.mkdir()
             try:
@@ -212,6 +247,8 @@ class RemoteFolder:
             try:
                 return self._filesystem.get_file(f"{self._root}/{name}", str(target))
             except FileNotFoundError:
+                if not target.parent.is_dir():
+                    raise  # the cache was removed
                 raise BadFileError(f"{self.url}/{name} is missing, but the index lists it: copy it there") from None
             except _network_errors() as error:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

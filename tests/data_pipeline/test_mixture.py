@@ -85,6 +85,8 @@ def test_folders_that_do_not_go_together_are_told(folders, tmp_path):
 def test_a_weight_that_is_none_is_refused(folders, weight):
     with pytest.raises(DataError, match="the weight of .*second is"):
         open_data(weighted(folders, 1, weight))
+    with pytest.raises(DataError, match="the weight of .*second is"):
+        open_data(weighted(folders[1:], weight))
 
 
 def test_a_weight_too_small_to_count_and_an_empty_list_are_refused(folders):

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import multiprocessing
+import shutil
 import threading
 import time
 from importlib.util import find_spec
@@ -250,3 +251,62 @@ def test_shards_of_a_mixture_may_be_remote(folder, cache, tmp_path):
     entries = [{"path": str(folder), "weight": 1}, {"path": str(other), "weight": 1}]
     remote = [{"path": url_of(folder), "weight": 1}, {"path": str(other), "weight": 1}]
     assert digest(open_data(remote, cache=cache)) == digest(open_data(entries))
+
+
+def test_files_of_others_in_the_cache_are_left_alone(folder, tmp_path):
+    entries = ShardFolder(folder).index["files"]
+    cache = ShardCache(tmp_path / "cache", 2 * entries[0]["bytes"] + 100)
+    cache.create()
+    (cache.files / "download.partial").write_bytes(b"x" * 10**6)
+    (cache.files / "a.b.partial").mkdir()
+    remote = ShardFolder(url_of(folder), cache=cache)._remote
+    for entry in entries[:4]:
+        remote.open(entry).close()
+    own = {entry["sha256"] for entry in entries[2:4]}
+    assert {path.name for path in cache.files.iterdir()} == own | {"download.partial", "a.b.partial"}
+
+
+def test_a_cache_that_is_removed_during_a_run_is_made_again(folder, cache, monkeypatch):
+    reference = digest(ShardFolder(folder))
+    monkeypatch.setattr("data_pipeline.loading.reader.MAX_OPEN_SHARDS", 1)
+    data = ShardFolder(url_of(folder), cache=cache)
+    stream = BatchStream(data, seed=1, global_batch_rows=8, micro_batch_rows=2, rank=0, world_size=1)
+    read = []
+    for step in range(40):
+        if step % 10 == 3:
+            shutil.rmtree(cache.folder, ignore_errors=True)
+        read.append([batch["labels"].sum().item() for batch in stream.next_step()])
+    assert read == reference
+    shutil.rmtree(cache.folder, ignore_errors=True)
+    assert (data.tokenizer_path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("when", ["before the download", "after it"])
+def test_a_cache_that_is_removed_during_a_download_is_no_missing_shard(folder, cache, monkeypatch, when):
+    from fsspec.implementations.local import LocalFileSystem
+
+    get_file, removals = LocalFileSystem.get_file, []
+
+    def removing(self, path, target, *args, **options):
+        if removed := "shard-00002.tar" in path and len(removals) < allowed:
+            removals.append(path)
+        if removed and when == "before the download":
+            shutil.rmtree(cache.folder)
+        result = get_file(self, path, target, *args, **options)
+        if removed and when == "after it":
+            shutil.rmtree(cache.folder)
+        return result
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", removing)
+    remote = ShardFolder(url_of(folder), cache=cache)._remote
+    allowed = 2
+    entry = ShardFolder(folder).index["files"][2]
+    with remote.open(entry) as file:
+        assert file.read() == (folder / "shard-00002.tar").read_bytes()
+    remote.discard(entry)
+    allowed = 10**6
+    with pytest.raises(
+        DataError, match="the shard cache .* is removed while it is used: name a folder that nothing cleans"
+    ):
+        remote.open(entry)
+    remote.discard(entry)
