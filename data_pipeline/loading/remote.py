@@ -189,7 +189,7 @@ class RemoteFolder:
         """
         return self.cache.open(entry["sha256"]) or self.cache.surviving_removal(lambda: self._fetch(entry))
 
-    def _fetch(self, entry: dict) -> BinaryIO:
+    def _fetch(self, entry: dict) -> BufferedIOBase:
         digest = entry["sha256"]
         with self.cache.locked(digest[:2]):  # processes that wait here find the file in the cache afterwards
             if file := self.cache.open(digest):

@@ -23,7 +23,7 @@ class RowReader(ABC):
     location: the name in messages.
     seq_len, vocab_size, pad_token_id: the same for all rows.
     sources: the names that spans refer to.
-    tokenizer_path, tokenizer_fingerprint: the tokenizer that made the rows.
+    tokenizer_fingerprint: the tokenizer that made the rows.
     fingerprint: changes with any token or span, with the tokenizer and with the mixture.
     num_rows: the number of rows of all folders.
     """
@@ -33,11 +33,15 @@ class RowReader(ABC):
     vocab_size: int
     pad_token_id: int
     sources: list[str]
-    tokenizer_path: Path
     tokenizer_fingerprint: str
     fingerprint: str
     num_rows: int
     _first_rows: np.ndarray  # the first row of each shard, and num_rows at the end
+
+    @property
+    @abstractmethod
+    def tokenizer_path(self) -> Path:
+        """The folder of the tokenizer that made the rows."""
 
     @abstractmethod
     def order(self, seed: int) -> RowOrder | MixtureOrder:

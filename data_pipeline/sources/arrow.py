@@ -123,18 +123,31 @@ def _batch(file: Path, number: int, position: int, fields: tuple[str, ...], writ
     """Read the used columns of a batch. It is copied: a mapped file that shrinks would kill the process."""
     import pyarrow as pa
 
-    with _readable(file), closing(_opened(file)) as content:
-        if _is_file(file):
-            reader = pa.ipc.open_file(content, options=_used_fields(pa.ipc.open_file(content).schema, fields))
+    with _readable(file):
+        content, reader, schema = _reader(file, fields, written_ns)
+        if reader is not None:
             return reader.get_batch(number)
-        schema = pa.ipc.open_stream(content).schema
         if _has_dictionary(schema):  # its values are somewhere before the batch
             content.seek(0)
-            reader = pa.ipc.open_stream(content, options=_used_fields(schema, fields))
-            return next(batch for at, batch in enumerate(reader) if at == number)
+            stream = pa.ipc.open_stream(content, options=_used_fields(schema, fields))
+            return next(batch for at, batch in enumerate(stream) if at == number)
         content.seek(position)
         batch = pa.ipc.read_record_batch(pa.ipc.read_message(content), schema)
         return batch.select(_used(schema, fields))
+
+
+@lru_cache(maxsize=1)
+def _reader(
+    file: Path, fields: tuple[str, ...], written_ns: int
+) -> tuple[pa.NativeFile, pa.RecordBatchFileReader | None, pa.Schema]:
+    """Open a file for its batches: the content, its reader if it is not a stream, and its columns."""
+    import pyarrow as pa
+
+    content = _opened(file)
+    if _is_file(file):
+        schema = pa.ipc.open_file(content).schema
+        return content, pa.ipc.open_file(content, options=_used_fields(schema, fields)), schema
+    return content, None, pa.ipc.open_stream(content).schema
 
 
 def _has_dictionary(schema: pa.Schema) -> bool:

@@ -42,6 +42,10 @@ class _Slice(io.RawIOBase):
         self._position += count
         return count
 
+    def readall(self) -> bytes:
+        """Read the rest in large pieces; the inherited method reads 8 KiB at a time."""
+        return b"".join(iter(lambda: self.read(BYTES_PER_CHUNK), b""))
+
     def close(self) -> None:
         self._file.close()
         super().close()

@@ -18,7 +18,7 @@ QUOTE, LINE_FEED, CARRIAGE_RETURN = b'"\n\r'
 LONGEST_RECORD = 2**27  # bytes; more is a quote that nobody closes
 
 
-def whole_records(content: BinaryIO, file: Path, delimiter: bytes, size: int) -> Iterator[bytes]:
+def whole_records(content: BinaryIO, file: Path, delimiter: bytes, size: int) -> Iterator[memoryview]:
     """Yield blocks of about `size` bytes that consist of whole records. The content begins with a record.
 
     Raises DataError, which names the file, if a quoted value has no end.
@@ -28,7 +28,7 @@ def whole_records(content: BinaryIO, file: Path, delimiter: bytes, size: int) ->
         text = rest + block
         end = last_record_end(text, delimiter)
         if end:
-            yield text[:end]
+            yield memoryview(text)[:end]
         rest = text[end:]
         if len(rest) > LONGEST_RECORD:
             break
@@ -37,7 +37,7 @@ def whole_records(content: BinaryIO, file: Path, delimiter: bytes, size: int) ->
             f"{as_text(file)} has a quoted value without an end, which begins with {_excerpt(rest)}: close or remove the quote"
         )
     if rest:
-        yield rest
+        yield memoryview(rest)
 
 
 def last_record_end(text: bytes, delimiter: bytes) -> int:

@@ -6,8 +6,15 @@ import argparse
 import os
 import sys
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from launcher.commands.parsing import command
+from launcher.commands.parsing import Subcommands, command
+from launcher.commands.source_options import add_source_options, file_choice, layout_choice
+
+if TYPE_CHECKING:
+    from data_pipeline.cleaning.clean import CleaningOptions
+    from data_pipeline.cleaning.effects import Effect
+    from data_pipeline.preparation.row_texts import RowTexts
 
 RED, GREEN, BOLD, PLAIN = "\033[31m", "\033[32m", "\033[1m", "\033[0m"
 CHUNKS = 16  # that the sample is taken from
@@ -26,7 +33,7 @@ def add_cleaning_options(parser: argparse.ArgumentParser) -> None:
         "normalize_whitespace (all are applied if the option is not given)")  # fmt: skip
 
 
-def cleaning_options(options: argparse.Namespace):
+def cleaning_options(options: argparse.Namespace) -> CleaningOptions:
     """Return the CleaningOptions that the options of the command line ask for."""
     from data_pipeline.cleaning.clean import CleaningOptions, without_rules
 
@@ -34,13 +41,13 @@ def cleaning_options(options: argparse.Namespace):
     return CleaningOptions(unicode_form=options.unicode_form, newlines=options.newlines, without=without)
 
 
-def add_clean(commands) -> None:
+def add_clean(commands: Subcommands) -> None:
     """Add `lfm clean SOURCE` to the commands."""
     parser = command(
         commands, "clean", _clean, "Count what each cleaning rule would change in a sample of rows, and show the changes.",
         "lfm clean data/hub/dataset --show --rows 5000 --rules no_remove_urls",
     )  # fmt: skip
-    parser.add_argument("source", nargs="+", metavar="SOURCE", help="as for lfm prepare")
+    add_source_options(parser)
     parser.add_argument("--rows", type=int, default=1000, help="rows in the sample")
     parser.add_argument("--seed", type=int, default=0, help="seed that chooses the rows")
     parser.add_argument("--show", action="store_true", help="show the changes, in colour on a terminal")
@@ -49,6 +56,8 @@ def add_clean(commands) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
+    import polars as pl
+
     from data_pipeline.cleaning.effects import effects
     from launcher.errors import ConfigurationError
 
@@ -56,10 +65,10 @@ def _clean(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ConfigurationError(f"--{name} is {getattr(options, name)}; it must be at least 1")
     cleaning = cleaning_options(options)
-    rows = _sample(options.source, options.rows, options.seed)
-    texts = rows["question"].append(rows["answer"])
+    rows = _sample(options)
+    texts = pl.concat([column.rename("text") for column in rows.columns()])
     colours = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(f"{len(rows):,} rows, {len(texts):,} texts (questions and answers); texts that each rule changes:\n")
+    print(f"{len(rows):,} rows, {len(texts):,} texts; texts that each rule changes:\n")
     shown = []
     for effect in effects(texts, cleaning):
         print(f"{effect.rule:27}{len(effect.rows):8,}{len(effect.rows) / max(len(texts), 1):8.1%}")
@@ -70,7 +79,7 @@ def _clean(options: argparse.Namespace) -> None:
             _print_examples(effect, options.examples, options.seed, colours)
 
 
-def _print_examples(effect, count: int, seed: int, colours: bool) -> None:
+def _print_examples(effect: Effect, count: int, seed: int, colours: bool) -> None:
     import random
 
     from data_pipeline.cleaning.effects import changes, visible
@@ -94,22 +103,26 @@ def _coloured(text: str, colour: str, colours: bool) -> str:
     return f"{colour}{text}{PLAIN}" if colours else text
 
 
-def _sample(source: list[str], count: int, seed: int):
-    """Return random rows from chunks all over the source, as a frame."""
+def _sample(options: argparse.Namespace) -> RowTexts:
+    """Return random rows from chunks all over the source; rows that cannot be read are passed over."""
     import random
 
+    import numpy as np
     import polars as pl
 
     from data_pipeline.errors import DataError
+    from data_pipeline.preparation.row_texts import RowTexts
+    from data_pipeline.sources.bad_rows import BadRows
     from data_pipeline.sources.source import open_source
 
-    opened = open_source(source)
-    generator = random.Random(seed)
+    opened = open_source(options.source, layout_choice(options), file_choice(options))
+    generator = random.Random(options.seed)
     chunks = sorted(generator.sample(range(len(opened.chunks)), min(CHUNKS, len(opened.chunks))))
-    frames = [pl.DataFrame(schema={"question": pl.String, "answer": pl.String})]
+    frames: list[pl.DataFrame] = []
     for number in chunks:
-        frames += [frame.select("question", "answer") for frame in islice(opened.chunks[number].frames(), 4)]
-    rows = pl.concat(frames)
-    if rows.is_empty():
+        frames += islice(opened.chunks[number].frames(opened.layout, BadRows("skip")), 4)
+    texts = RowTexts.of(pl.concat(frames)) if frames else None
+    good = np.flatnonzero(~texts.are_bad()).tolist() if texts else []
+    if texts is None or not good:
         raise DataError(f"the source {opened.name} has no rows: check its files")
-    return rows[sorted(generator.sample(range(len(rows)), min(count, len(rows))))]
+    return texts.rows(np.array(sorted(generator.sample(good, min(options.rows, len(good))))))

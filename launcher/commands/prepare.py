@@ -12,6 +12,7 @@ from typing import Any
 
 from launcher.commands.clean import add_cleaning_options, cleaning_options
 from launcher.commands.parsing import Subcommands
+from launcher.commands.source_options import add_source_options, file_choice, layout_choice
 from launcher.team_member import detect_member
 
 LED = "allenai/led-base-16384"
@@ -39,13 +40,8 @@ def add_prepare(commands: Subcommands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=prepare)
-    add = parser.add_argument
-    add(
-        "source",
-        nargs="+",
-        metavar="SOURCE",
-        help="'sample', a hub dataset, or files, folders and patterns: parquet, arrow, jsonl, json, csv, tar",
-    )
+    add_source_options(parser)
+    add = parser.add_argument_group("shards").add_argument
     add("--out", required=True, help="folder for the shards, the tokenizer and index.json")
     add(
         "--tokenizer",
@@ -61,58 +57,14 @@ def add_prepare(commands: Subcommands) -> None:
         metavar="SHARE",
         help="share of the questions to hold out in OUT/validation (default: 0 for the sample, otherwise 0.005)",
     )
-    files = parser.add_argument_group("files")
-    add = files.add_argument
-    add("--split", default="train", help="the split of a hub dataset or of a folder to read (default: %(default)s)")
-    add(
-        "--exclude-files",
-        nargs="+",
-        default=(),
-        metavar="PATTERN",
-        help="files of a folder to leave out, by name or by path, such as '*.txt' 'raw/*'",
-    )
+    which = parser.add_argument_group("row selection")
+    add = which.add_argument
     add(
         "--on-bad-row",
         default="refuse",
         choices=("refuse", "skip"),
         help="end at a row that cannot be read, or skip it and count it by reason (default: %(default)s)",
     )
-    layout = parser.add_argument_group(
-        "columns", "Without these options, the layout follows from the names of the columns."
-    )
-    add = layout.add_argument
-    add(
-        "--layout",
-        default="auto",
-        metavar="NAME",
-        help="question-answer, instruction (instruction, input, output), prompt-response (or completion), chat (messages or "
-        "conversations), or text (default: %(default)s)",
-    )
-    add(
-        "--columns",
-        type=_pairs,
-        default=(),
-        metavar="NAME=COLUMN,…",
-        help="the columns that stand for those of the layout, such as question=title,answer=body,source=site",
-    )
-    add(
-        "--prompt-template",
-        metavar="TEXT",
-        help="make the prompt of any columns, such as 'Translate into German: {translation.en}'",
-    )
-    add(
-        "--answer-template",
-        metavar="TEXT",
-        help="make the answer of any columns; without a prompt template, it is a plain text",
-    )
-    add(
-        "--task",
-        metavar="NAME",
-        help="put a task around the columns: summarization (document, summary) or translation:FROM-TO, such as "
-        "translation:en-de (translation.en, translation.de)",
-    )
-    which = parser.add_argument_group("row selection")
-    add = which.add_argument
     add("--sources", nargs="+", default=(), metavar="NAME", help="keep only the rows of these sources")
     add("--exclude-sources", nargs="+", default=(), metavar="NAME", help="drop the rows of these sources")
     add(
@@ -158,8 +110,6 @@ def add_prepare(commands: Subcommands) -> None:
 def prepare(options: argparse.Namespace) -> None:
     from data_pipeline.preparation.prepare import prepare
     from data_pipeline.preparation.settings import Settings
-    from data_pipeline.sources.files import FileChoice
-    from data_pipeline.sources.layout_choice import LayoutChoice
 
     is_sample = options.source == ["sample"]
     settings = Settings(
@@ -174,11 +124,9 @@ def prepare(options: argparse.Namespace) -> None:
         near_duplicates=options.near_duplicates,
         decontaminate=tuple(options.decontaminate),
         augment=tuple(options.augment),
-        files=FileChoice(options.split, tuple(options.exclude_files)),
+        files=file_choice(options),
         on_bad_row=options.on_bad_row,
-        layout=LayoutChoice(
-            options.layout, options.columns, options.prompt_template, options.answer_template, options.task
-        ),
+        layout=layout_choice(options),
         cleaning=cleaning_options(options),
     )
     member, by_mpirun = detect_member()
@@ -227,17 +175,6 @@ def print_counts(folder: str, index: dict) -> None:
         + (f" ({reasons})" if reasons else "")
         + f"; {counts['tokens']:,} tokens in {counts['packed_rows']:,} packed rows of {index['seq_len']} ({filled:.1%} filled)"
     )
-
-
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    """Parse `NAME=COLUMN,…`."""
-    pairs = []
-    for pair in text.split(","):
-        name, _, column = pair.partition("=")
-        if not name or not column:
-            raise argparse.ArgumentTypeError(f"{text!r} is not of the form question=COLUMN,answer=COLUMN")
-        pairs.append((name, column))
-    return tuple(pairs)
 
 
 def _given(value: Any, default: Any) -> Any:

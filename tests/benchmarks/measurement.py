@@ -120,6 +120,13 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - begun
 
 
+def cpu_seconds_of(function: Callable[[], object]) -> float:
+    """Call a function and return the processor time that this process spent on it."""
+    begun = time.process_time()
+    function()
+    return time.process_time() - begun
+
+
 def rates(amount: float, seconds: Sequence[float]) -> list[float]:
     """Return amounts per second."""
     return [amount / each for each in seconds]

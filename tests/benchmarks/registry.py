@@ -26,6 +26,7 @@ class Benchmark:
 
 BENCHMARKS = {
     "prepare": Benchmark("tests.benchmarks.prepare"),
+    "read": Benchmark("tests.benchmarks.read"),
     "load": Benchmark("tests.benchmarks.load"),
     "start-up": Benchmark("tests.benchmarks.startup"),
     "model-step": Benchmark("tests.benchmarks.model_step", environment=AS_IN_TRAINING),

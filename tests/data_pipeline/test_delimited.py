@@ -120,3 +120,11 @@ def test_a_missing_column_and_text_that_is_not_utf8_are_named(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"question,answer\nx,y\nx,\xff\n")
     with pytest.raises(DataError, match=f"{tmp_path}/a.csv, row 2: it has text that is not UTF-8"):
         read(tmp_path)
+
+
+def test_a_record_may_be_longer_than_what_is_parsed_at_a_time(tmp_path):
+    long = [("q", "x\n" * 1_500_000, "s"), ("q2", "a", "s")]
+    assert read(write(tmp_path / "a.csv", long)) == long
+    (tmp_path / "a.csv").write_bytes((tmp_path / "a.csv").read_bytes() + b"bad\r\n")
+    with pytest.raises(DataError, match="row 3: it has 1 instead of 3 values"):
+        read(tmp_path)
