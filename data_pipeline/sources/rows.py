@@ -15,7 +15,7 @@ import polars as pl
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRowError, BadRows
 from data_pipeline.sources.layouts import ChatLayout, Layout, TemplateLayout
-from data_pipeline.sources.values import column_of, text_of
+from data_pipeline.sources.values import HALF_A_PAIR, column_of, text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -51,9 +51,10 @@ def frames(rows: Iterator[Row], layout: Layout, default_source: str, bad_rows: B
     batch: list[dict] = []
     bad: list[tuple[BadRowError, Callable[[], str]]] = []
     size = 0
+    texts_of = _texts_of(layout, default_source)
     for row, where in rows:
         try:
-            texts = _texts(row, layout, default_source)
+            texts = texts_of(row)
         except BadRowError as error:
             if bad_rows.on_bad_row == "refuse":
                 bad_rows.add(error, where)
@@ -73,6 +74,24 @@ def empty_frame(layout: Layout) -> pl.DataFrame:
     return _frame([], layout, [], BadRows())
 
 
+def _texts_of(layout: Layout, default_source: str) -> Callable[[dict | BadRowError], dict]:
+    """Return the function that reads the texts of a row, or raises BadRowError."""
+    if isinstance(layout, ChatLayout) or layout.optional or any("." in field for field in layout.fields):
+        return lambda row: _texts(row, layout, default_source)
+    fields, source, odd = layout.fields, layout.source, HALF_A_PAIR.search
+
+    def texts_of(row: dict | BadRowError) -> dict:
+        """Read the usual row, in which every field is a text; leave any other one to the function for all rows."""
+        if isinstance(row, dict):
+            texts = {field: row.get(field) for field in fields}
+            texts["source"] = row.get(source, default_source)
+            if all(type(text) is str and (text.isascii() or not odd(text)) for text in texts.values()):
+                return texts
+        return _texts(row, layout, default_source)
+
+    return texts_of
+
+
 def _texts(row: dict | BadRowError, layout: Layout, default_source: str) -> dict:
     if isinstance(row, BadRowError):
         raise row
@@ -85,7 +104,9 @@ def _texts(row: dict | BadRowError, layout: Layout, default_source: str) -> dict
 
 
 def _characters(value: str | list | None) -> int:
-    return len(value or "") if not isinstance(value, list) else sum(len(text or "") for text in value)
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_characters, value or ()))
 
 
 def _frame(rows: list[dict], layout: Layout, bad: list, bad_rows: BadRows) -> pl.DataFrame:
