@@ -13,9 +13,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.loading.reader import ShardFolder
 from data_pipeline.preparation.prepare import prepare
 from data_pipeline.sources.bad_rows import OTHER_REASONS, BadRowError, BadRows, merged
-from data_pipeline.sources.hub import hub_chunks
+from data_pipeline.sources.hub import HubChunk, hub_chunks
 from data_pipeline.sources.layout_choice import LayoutChoice
-from data_pipeline.sources.layouts import TemplateLayout
 from data_pipeline.sources.source import open_source
 
 GOOD = b'{"question": "q%d", "answer": "a%d"}'
@@ -101,18 +100,17 @@ def test_after_a_network_fault_no_bad_row_is_counted_twice(tmp_path, monkeypatch
     _, (chunk,), layout = hub_chunks(str(tmp_path), LayoutChoice())
     monkeypatch.setattr("data_pipeline.sources.rows.ROWS_PER_FRAME", 4)
     monkeypatch.setattr("data_pipeline.sources.hub.WAITS", (0, 0, 0))
-    read_row, faults = TemplateLayout.row, [1, 8, 16]
+    read_rows, faults = HubChunk._rows, [1, 8, 16]
 
-    def fragile(layout, row):
-        number = int(row["question"][1:])
-        if number in faults:
-            faults.remove(number)
-            raise ConnectionResetError("the peer has gone")
-        if number % 3 == 0:
-            raise BadRowError("a fault", "it has a fault")
-        return read_row(layout, row)
+    def fragile(*arguments):
+        for row, where in read_rows(*arguments):
+            number = int(row["question"][1:])
+            if number in faults:
+                faults.remove(number)
+                raise ConnectionResetError("the peer has gone")
+            yield row if number % 3 else BadRowError("a fault", "it has a fault"), where
 
-    monkeypatch.setattr(TemplateLayout, "row", fragile)
+    monkeypatch.setattr(HubChunk, "_rows", fragile)
     bad = BadRows("skip")
     prompts = [row[0] for frame in chunk.frames(layout, bad) for row in frame.rows()]
     assert prompts == [f"q{n}" if n % 3 else None for n in range(20)]

@@ -8,9 +8,8 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources.bad_rows import BadRows
-from data_pipeline.sources.hub import hub_chunks
+from data_pipeline.sources.hub import HubChunk, hub_chunks
 from data_pipeline.sources.layout_choice import LayoutChoice
-from data_pipeline.sources.layouts import TemplateLayout
 from data_pipeline.sources.source import open_source
 
 ROWS = [{"question": f"q{n}", "answer": f"a{n}", "source": "forum", "index": n} for n in range(10)]
@@ -111,16 +110,17 @@ def test_a_network_fault_is_told_and_repeats_from_the_row_that_it_struck(dataset
     monkeypatch.setattr("data_pipeline.sources.hub.WAITS", (0, 0))
     faults = [1, 3]  # the connection breaks at these rows' first reading
 
-    read_row = TemplateLayout.row
+    read_rows = HubChunk._rows
 
-    def fragile(layout, row):
-        number = int(row["question"][1:])
-        if number in faults:
-            faults.remove(number)
-            raise ConnectionResetError("the peer has gone")
-        return read_row(layout, row)
+    def fragile(*arguments):
+        for row, where in read_rows(*arguments):
+            number = int(row["question"][1:])
+            if number in faults:
+                faults.remove(number)
+                raise ConnectionResetError("the peer has gone")
+            yield row, where
 
-    monkeypatch.setattr(TemplateLayout, "row", fragile)
+    monkeypatch.setattr(HubChunk, "_rows", fragile)
     assert [row for frame in chunks[0].frames(layout, BadRows()) for row in frame.rows()] == TEXTS[:4]
     said = capsys.readouterr().err
     assert "file 1 of 3 of the hub dataset" in said
