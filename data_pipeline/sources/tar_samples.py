@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 
@@ -29,6 +29,7 @@ BLOCK = 512
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 Sample = tuple[str, list[tuple[str, bytes]]]
+Member = tuple[str, int, int]
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,51 @@ class TarChunk:
             with self.file.open("rb") as content:
                 content.seek(self.start)
                 data = content.read(self.end - self.start)
-            with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                members = [
-                    (found, member) for member in tar if member.isfile() and (found := NAME.fullmatch(member.name))
-                ]
+            members = _plain_members(data)
+            if members is None:
+                members = _members(data)
         except (OSError, tarfile.TarError) as error:
             raise _unreadable(self.file, error) from error
-        for key, group in groupby(members, key=lambda pair: pair[0][1]):
-            yield (
-                as_text(key),
-                [
-                    (found[2].lower(), data[member.offset_data : member.offset_data + member.size])
-                    for found, member in group
-                ],
-            )
+        named = ((found, start, size) for name, start, size in members if (found := NAME.fullmatch(name)))
+        for key, group in groupby(named, key=lambda member: member[0][1]):
+            yield as_text(key), [(found[2].lower(), data[start : start + size]) for found, start, size in group]
+
+
+def _members(data: bytes) -> list[Member]:
+    """Return the name of each file in a part of a tar, where its data begins, and their size."""
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar if member.isfile()]
+
+
+def _plain_members(data: bytes) -> list[Member] | None:
+    """Do the same several times as fast if the headers say all; return None if names or sizes are elsewhere."""
+    members, position = [], 0
+    while position < len(data):
+        header = data[position : position + BLOCK]
+        kind, digits = header[156:157], header[124:136].rstrip(b" \0")
+        if not digits.isdigit():
+            return None
+        start, size = position + BLOCK, int(digits, 8)
+        if kind in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            name, prefix = (header[part].partition(b"\0")[0] for part in (slice(0, 100), slice(345, 500)))
+            if header[257:263] == b"ustar\0" and prefix:
+                name = prefix + b"/" + name
+            members.append((name.decode("utf-8", "surrogateescape"), start, size))
+        elif kind == tarfile.XHDTYPE:
+            # Most of these only hold a time.
+            if any(key in data[start : start + size] for key in (b" path=", b" size=", b" hdrcharset=", b" GNU.")):
+                return None
+        elif kind != tarfile.DIRTYPE:
+            return None
+        position = start + -(-size // BLOCK) * BLOCK
+    return members
 
 
 def tar_columns(file: Path) -> list[str] | None:
     """Return the columns of a tar's first good row, or None if it has no row."""
-    return columns_of_rows(row for part in _chunks(file) for row in part.parsed())
+    return columns_of_rows(
+        row for part in _chunks(file, chunk.BYTES_PER_CHUNK, file.stat().st_mtime_ns) for row in part.parsed()
+    )
 
 
 def tar_chunks(file: Path, layout: Layout) -> list[TarChunk]:
@@ -79,10 +106,11 @@ def tar_chunks(file: Path, layout: Layout) -> list[TarChunk]:
 
     Raises DataError if the file is no tar, or is truncated.
     """
-    return _chunks(file)
+    return list(_chunks(file, chunk.BYTES_PER_CHUNK, file.stat().st_mtime_ns))
 
 
-def _chunks(file: Path) -> list[TarChunk]:
+@lru_cache(maxsize=1)  # a file is first asked for its columns
+def _chunks(file: Path, chunk_bytes: int, written_ns: int) -> tuple[TarChunk, ...]:
     chunks, size = [], file.stat().st_size
     with file.open("rb", buffering=0) as content:
         start = begin = position = 0
@@ -104,14 +132,14 @@ def _chunks(file: Path) -> list[TarChunk]:
             if member.type not in EXTENSIONS:
                 found = NAME.fullmatch(member.name)
                 key = found and found[1]
-                if key != last_key and begin - start >= chunk.BYTES_PER_CHUNK:
+                if key != last_key and begin - start >= chunk_bytes:
                     chunks.append(TarChunk(file, start, begin))
                     start = begin
                 last_key, begin = key, end
             position = end
     if not is_ended or position > size:
         raise _unreadable(file, "it ends in the middle")
-    return chunks
+    return tuple(chunks)
 
 
 def _unreadable(file: Path, error: object) -> DataError:
