@@ -1,6 +1,7 @@
 """CONTRIBUTING.md names files that exist, and names that are in them."""
 
 import re
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 
 PROJECT = Path(__file__).parent.parent
 ROWS = re.findall(
-    r"^\| (?!to change)(an? .*?) \| (.*) \|$", (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE
+    r"^\| (?!to change)(an? .*?|what .*?) \| (.*) \|$",
+    (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
 )
 
 
@@ -36,3 +39,41 @@ def test_a_change_is_told_by_files_and_names_that_exist(change, places):
 
 def _is_file(text: str) -> bool:
     return re.fullmatch(r"[\w.]+\.(py|json)", text) is not None
+
+
+@pytest.mark.parametrize(("change", "places"), ROWS, ids=[change for change, _ in ROWS])
+def test_a_change_has_its_code_tests_and_documentation(change, places):
+    code, tests, documentation = places.split(" | ")
+    assert "/" in code and "`tests/" in tests and documentation
+
+
+# The help of a command and a README repeat the names of a registry, because commands have to start fast.
+LISTS = {
+    "RULES": ("data_pipeline.cleaning.clean", "launcher/commands/clean.py", "data_pipeline/README.md"),
+    "LAYOUTS": ("data_pipeline.sources.layout_choice", "launcher/commands/source_options.py", "data_pipeline/README.md"),
+    "AUGMENTATIONS": (
+        "data_pipeline.augmentation.augmentations", "launcher/commands/prepare.py", "data_pipeline/README.md",
+    ),
+    "FORMATS": ("data_pipeline.sources.formats", None, "data_pipeline/README.md"),
+    "OPTIONS": ("launcher.cluster.site", "launcher/commands/submit.py", "slurm/README.md"),
+    "VARIABLES": ("launcher.cluster.site", "launcher/commands/submit.py", "slurm/README.md"),
+    "PER_TOKEN": ("model.loss", None, "model/loss.py"),
+    "PER_SUPERVISED_TOKEN": ("model.loss", None, "model/loss.py"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("registry", LISTS)
+def test_lists_in_help_and_pages_name_every_entry_of_their_registry(registry):
+    module, *places = LISTS[registry]
+    names = [name for name in getattr(import_module(module), registry) if name.count(".") < 2]
+    assert names
+    for place in filter(None, places):
+        text = (PROJECT / place).read_text(encoding="utf-8")
+        assert [name for name in names if name not in text] == [], place
+
+
+def test_the_page_of_the_model_lists_every_preset():
+    page = (PROJECT / "model" / "README.md").read_text(encoding="utf-8")
+    assert [
+        preset.stem for preset in (PROJECT / "model" / "configs").glob("*.yaml") if f"`{preset.stem}`" not in page
+    ] == []

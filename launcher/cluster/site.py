@@ -17,6 +17,7 @@ VARIABLES = {
     "venv": "LFM_VENV",
     "conda": "LFM_CONDA",
     "image": "LFM_IMAGE",
+    "mpi": "LFM_MPI",
 }
 PYTHONS = ("venv", "conda", "image")  # they exclude each other
 

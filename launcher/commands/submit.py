@@ -55,7 +55,7 @@ def add_submit(commands: Subcommands) -> None:
         nargs="+",
         metavar="NAME=VALUE",
         help="save settings for all later jobs: partition, account, qos, reservation, modules, interface, venv, conda, "
-        "image; an empty VALUE removes one",
+        "image, mpi; an empty VALUE removes one",
     )
     resources = parser.add_argument_group("resources (in a chain, for the training job)")
     resources.add_argument("--nodes", type=int, help="number of nodes (default: the script's)")
