@@ -98,7 +98,11 @@ def begin_or_continue(out: Path, config: dict, alone: bool) -> None:
     work = work_folder(out)
     begun = work / CONFIG_NAME
     if begun.exists():
-        _check_same(json.loads(begun.read_text()), config, f"{out} is unfinished and was begun")
+        before = json.loads(begun.read_text())
+        if before == config | {"on_bad_row": "refuse"}:
+            write_scratch(begun, json.dumps(config).encode())  # what is finished has no bad row
+        else:
+            _check_same(before, config, f"{out} is unfinished and was begun")
     files = _own_files(out)
     if begun.exists():
         if alone:

@@ -61,6 +61,17 @@ def test_bad_rows_are_counted_and_keep_their_numbers(mixed, settings, tmp_path, 
     assert "a.jsonl, line 6: it is not a JSON object, but of type list; " in said
 
 
+def test_a_job_that_a_bad_row_ended_can_be_continued_without_it(mixed, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipeline.sources.chunk.BYTES_PER_CHUNK", 3000)
+    lines = mixed[1]
+    (mixed[0] / "a.jsonl").write_bytes(b"\n".join([GOOD % (n, n) for n in range(400)] + lines))
+    with pytest.raises(DataError, match="line 401: it is not valid JSON"):
+        prepare(str(mixed[0]), tmp_path / "out", settings, workers=1, progress=False)
+    skipping = replace(settings, on_bad_row="skip")
+    indexes = [prepare(str(mixed[0]), tmp_path / name, skipping, workers=1, progress=False) for name in ("out", "new")]
+    assert indexes[0] == indexes[1]
+
+
 def test_by_default_the_first_bad_row_ends_the_job(mixed, settings, tmp_path):
     with pytest.raises(
         DataError, match="a.jsonl, line 1: it is not valid JSON .*; or skip bad rows with --on-bad-row skip"
