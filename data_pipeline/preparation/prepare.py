@@ -212,7 +212,7 @@ class _Preparation:
         fates = _fates(selection)
         bad_rows = merged(from_bytes(load_arrays(path, "bad_rows")["bad_rows"]) for path in self.job.chunk_files())
         for reason, count, examples in bad_rows:
-            self._say(f"{count:,} bad rows ({reason}) were skipped: {'; '.join(examples)}")
+            self._say(f"bad rows skipped, {reason}: {count:,}, such as {'; '.join(examples)}")
         for split in SPLITS:
             entries = [entry for entry_split, entry in written if entry_split == split]
             files = [file for entry in entries for file in entry["files"]]

@@ -57,7 +57,7 @@ def test_bad_rows_are_counted_and_keep_their_numbers(mixed, settings, tmp_path, 
     assert set(numbers.tolist()) == set(range(len(rows))) - set(bad)
     verify(tmp_path / "1")
     said = capsys.readouterr().err
-    assert f"{counts['bad_rows']['not a JSON object']} bad rows (not a JSON object) were skipped: " in said
+    assert f"bad rows skipped, not a JSON object: {counts['bad_rows']['not a JSON object']}, such as " in said
     assert "a.jsonl, line 6: it is not a JSON object, but of type list; " in said
 
 
