@@ -107,7 +107,7 @@ class CleaningOptions:
     newlines: Newlines = "keep"
     without: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (("unicode_form", get_args(UnicodeForm)), ("newlines", get_args(Newlines))):
             if (value := getattr(self, name)) not in choices:
                 raise DataError(f"the cleaning option {name} is {value!r}: set it to {' or '.join(choices)}")
