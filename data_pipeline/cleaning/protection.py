@@ -37,7 +37,8 @@ _REGION = (
     rf"|{PLACEHOLDER})"
 )
 _BEGIN = re.compile(r"\\begin\{([A-Za-z]+\*?)\}")
-_MAY_HAVE_REGION = ["`", "$", "\\", "~~~", "</pre", "</code", "</PRE", "</CODE", PLACEHOLDER]
+_OTHER_BEGINNING = re.compile(rf"[`$<~{PLACEHOLDER}]|\\[\\$`(\[]")
+_MAY_HAVE_REGION = rf"[`$\\{PLACEHOLDER}]|~~~|</(?:pre|code|PRE|CODE)"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def protect(texts: pl.Series) -> tuple[pl.Series, Regions]:
             changed[row], layout = _without(text, spans)
             found[row] = [], layout
     texts = _replaced(texts, changed)
-    rows = texts.str.contains_any(_MAY_HAVE_REGION).arg_true()
+    rows = texts.str.contains(_MAY_HAVE_REGION).arg_true()
     some = texts.gather(rows)
     changed = {}
     of_rows = _with_single_environments(some.str.extract_all(_REGION).to_list())
@@ -120,18 +121,40 @@ def _with_single_environments(of_rows: list[list[str]]) -> list[list[str]]:
     """Cut regions that have several environments behind each other, so that the prose between them is cleaned."""
     # One search for the rests of all rows: each search would build its automaton again.
     rests: list[tuple[list[str], int, str]] = []
+    cut_rows = []
     for regions in of_rows:
-        for place, region in enumerate(regions):
-            end = _end_of_environment(region)
-            if 0 < end < len(region):
-                rests.append((regions, place, region[end:]))
-                regions[place] = region[:end]
+        cut: list[str] = []
+        for region in regions:
+            environments, rest = _cut_environments(region)
+            cut += environments
+            if rest:
+                rests.append((cut, len(cut), rest))
+        cut_rows.append(cut)
     if rests:
         found = pl.Series([rest for _, _, rest in rests], dtype=pl.String).str.extract_all(_REGION).to_list()
         # From the last to the first, so that the places of those that are left stay right.
-        for (regions, place, _), more in reversed(list(zip(rests, _with_single_environments(found), strict=True))):
-            regions[place + 1 : place + 1] = more
-    return of_rows
+        for (cut, place, _), more in reversed(list(zip(rests, _with_single_environments(found), strict=True))):
+            cut[place:place] = more
+    return cut_rows
+
+
+def _cut_environments(region: str) -> tuple[list[str], str]:
+    """Cut a region behind each environment, up to the rest that may hold a region of another kind.
+
+    Such a region has no blank line and ends with the end of an environment. So what begins with the next environment is what a
+    search would find.
+    """
+    pieces = []
+    while 0 < (end := _end_of_environment(region)) < len(region):
+        pieces.append(region[:end])
+        rest = region[end:]
+        following = rest.find("\\begin{")
+        if _OTHER_BEGINNING.search(rest if following < 0 else rest[:following]):
+            return pieces, rest
+        if following < 0:
+            return pieces, ""
+        region = rest[following:]
+    return [*pieces, region], ""
 
 
 def _end_of_environment(region: str) -> int:
