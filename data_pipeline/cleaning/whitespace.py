@@ -32,9 +32,9 @@ def normalize_whitespace(texts: pl.Series) -> pl.Series:
     texts = _only_ascii_spaces(texts)
     texts = map_rows(texts, texts.str.contains("\t", literal=True).arg_true(), _without_inner_tabs)
     # The ends first: what is indented there must not decide about the rest.
-    texts = texts.str.strip_chars_end(" \t\n")
-    texts = _replace_where(texts, " \n", " +\n", "\n").str.strip_chars_start("\n")
-    texts = _replace_where(texts, "\n\n\n", "\n\n\n+", "\n\n")
+    lines = pl.col("text").str.strip_chars_end(" \t\n").str.replace_all(" +\n", "\n").str.strip_chars_start("\n")
+    lines = lines.str.replace_all("\n\n\n+", "\n\n")
+    texts = texts.to_frame("text").select(lines).to_series()
     indented = texts.str.contains("\n  ", literal=True) | texts.str.contains("\n\t", literal=True)
     texts = map_rows(texts, indented.arg_true(), _normalize_indented)
     return map_rows(texts, (~indented).arg_true(), _normalize_flat)
@@ -68,11 +68,5 @@ def _normalize_indented(texts: pl.Series) -> pl.Series:
 
 
 def _normalize_flat(texts: pl.Series) -> pl.Series:
-    texts = _replace_where(_replace_where(texts, "  ", "  +", " "), "\n ", "\n ", "\n")
-    return texts.str.strip_chars(" \t\n")
-
-
-def _replace_where(texts: pl.Series, literal: str, pattern: str, replacement: str) -> pl.Series:
-    """Replace all matches of a pattern in the texts that hold a literal, which is found much faster."""
-    rows = texts.str.contains(literal, literal=True).arg_true()
-    return map_rows(texts, rows, lambda some: some.str.replace_all(pattern, replacement))
+    text = pl.col("text").str.replace_all("  +", " ").str.replace_all("\n ", "\n").str.strip_chars(" \t\n")
+    return texts.to_frame("text").select(text).to_series()
