@@ -87,7 +87,9 @@ def compose_compatibly(texts: pl.Series) -> pl.Series:
 
 def _fix_mojibake(text: str) -> str:
     # Line by line, so that mojibake in one line does not affect the maths in another.
-    return "\n".join(_fix_line(line) if _MOJIBAKE.search(line) else line for line in text.split("\n"))
+    return "\n".join(
+        line if line.isascii() or not _MOJIBAKE.search(line) else _fix_line(line) for line in text.split("\n")
+    )
 
 
 def _fix_line(line: str) -> str:

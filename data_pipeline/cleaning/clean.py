@@ -52,8 +52,9 @@ class Rule:
         rows = texts.str.contains(self.pattern).arg_true()
         return map_rows(texts, rows, partial(_apply_outside_of_regions, [self]))
 
-    def apply_where_needed(self, texts: pl.Series) -> pl.Series:
-        return map_rows(texts, texts.str.contains(self.pattern).arg_true(), self.apply)
+    def apply_where_needed(self, texts: pl.Series, chosen: pl.Series) -> pl.Series:
+        """Change the texts that match the pattern; chosen: a bool for each text, whether it may change."""
+        return map_rows(texts, (texts.str.contains(self.pattern) & chosen).arg_true(), self.apply)
 
 
 # The order matters:
@@ -107,7 +108,7 @@ class CleaningOptions:
     newlines: Newlines = "keep"
     without: tuple[str, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in (("unicode_form", get_args(UnicodeForm)), ("newlines", get_args(Newlines))):
             if (value := getattr(self, name)) not in choices:
                 raise DataError(f"the cleaning option {name} is {value!r}: set it to {' or '.join(choices)}")
@@ -245,7 +246,7 @@ def _apply_outside_of_regions(rules: list[Rule], texts: pl.Series) -> pl.Series:
         texts, regions = protect(texts)
         for rule in outside:
             before = texts
-            texts = map_rows(texts, (~done).arg_true(), rule.apply_where_needed)
+            texts = rule.apply_where_needed(texts, ~done)
             rows = pl.Series(dtype=pl.UInt32)
             if rule.inside:
                 regions, rows = regions.map(*rule.inside)
@@ -254,5 +255,5 @@ def _apply_outside_of_regions(rules: list[Rule], texts: pl.Series) -> pl.Series:
         texts = regions.restore(texts)
     for rule in rules:
         if rule.everywhere:
-            texts = map_rows(texts, (~done).arg_true(), rule.apply_where_needed)
+            texts = rule.apply_where_needed(texts, ~done)
     return texts

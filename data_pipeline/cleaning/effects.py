@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from data_pipeline.cleaning.clean import INSTEAD, RULES, CleaningOptions, clean_series
+from data_pipeline.cleaning.clean import RULES, CleaningOptions, Newlines, UnicodeForm, clean_series
 
 _TOKEN = re.compile(r"\w+|\s|.", re.DOTALL)
 _VISIBLE = str.maketrans({" ": "·", "\n": "⏎\n", "\t": "⇥", "\u00a0": "⍽"})
@@ -48,12 +48,11 @@ def effects(texts: pl.Series, options: CleaningOptions) -> Iterator[Effect]:
     for name in RULES:
         if name in options.without:
             continue
-        defaults = {
-            option: "NFC" if option == "unicode_form" else "keep"
-            for (option, _), (rule, *_) in INSTEAD.items()
-            if rule == name
-        }
-        without = clean_series(texts, replace(options, without=(*options.without, name), **defaults))
+        # A rule that is off may not have an option.
+        unicode_form: UnicodeForm = "NFC" if name == "normalize_unicode" else options.unicode_form
+        newlines: Newlines = "keep" if name == "normalize_whitespace" else options.newlines
+        others = replace(options, unicode_form=unicode_form, newlines=newlines, without=(*options.without, name))
+        without = clean_series(texts, others)
         rows = (without != cleaned).arg_true()
         yield Effect(name, rows.to_list(), without.gather(rows).to_list(), cleaned.gather(rows).to_list())
 

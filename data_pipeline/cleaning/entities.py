@@ -11,12 +11,11 @@ ENTITY = r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});"
 _ENTITY = re.compile(ENTITY)
 _REPEATED_AMPERSAND = re.compile(r"&(?:amp;)+")
 # A text that explains references names them: there, a reference that stands alone or in quotes stays.
-_ABOUT_REFERENCES = re.compile(
-    r"\bx?html5? (?:entit|code|character|escap|special)|\b(?:character|entity) references?\b"
-    r"|\b(?:html|xml|named|numeric) entit|\bentit(?:y|ies) (?:[\"'“‘(]?&|for|like|such)|non-?breaking space"
-    r"|\bescap(?:e|ed|ing) (?:html|xml|sequence|as|it|them|the|character)|\b(?:in|of|for) (?:x?html|xml)\b"
+_ABOUT_REFERENCES = (  # a pattern of polars, for texts in lower case
+    r"(?-u:\b)x?html5? (?:entit|code|character|escap|special)|(?-u:\b)(?:character|entity) references?(?-u:\b)"
+    r"|(?-u:\b)(?:html|xml|named|numeric) entit|(?-u:\b)entit(?:y|ies) (?:[\"'“‘(]?&|for|like|such)|non-?breaking space"
+    r"|(?-u:\b)escap(?:e|ed|ing) (?:html|xml|sequence|as|it|them|the|character)|(?-u:\b)(?:in|of|for) (?:x?html|xml)(?-u:\b)"
 )
-_WORDS_ABOUT_REFERENCES = ("html", "xml", "reference", "entit", "breaking space", "escap")
 _NAMED_REFERENCE = re.compile(rf"(?<![^\s\"'“‘(\[]){ENTITY}(?![^\s\"'”’)\],.;:?!])")
 # In LaTeX, `&` separates columns. So only the references that escaping itself makes are resolved there.
 _ESCAPED = re.compile(r"&(?:amp;)*(lt|gt|quot|apos|nbsp|amp|#39|#34|#60|#62|#38|#x27);")
@@ -26,7 +25,12 @@ FORMULA = ("$", "\\")
 
 def unescape_html(texts: pl.Series) -> pl.Series:
     """Replace HTML character references with their characters, including references escaped several times."""
-    return pl.Series([_unescape(text) for text in texts], dtype=pl.String)
+    about_references = texts.str.to_lowercase().str.contains(_ABOUT_REFERENCES)
+    unescaped = [
+        _unescape_all_but(_NAMED_REFERENCE, text) if is_about_references else _unescape(text)
+        for text, is_about_references in zip(texts.to_list(), about_references.to_list(), strict=True)
+    ]
+    return pl.Series(unescaped, dtype=pl.String)
 
 
 def unescape_in_formula(formula: str) -> str:
@@ -37,9 +41,6 @@ def unescape_in_formula(formula: str) -> str:
 
 
 def _unescape(text: str) -> str:
-    lower = text.lower()
-    if any(word in lower for word in _WORDS_ABOUT_REFERENCES) and _ABOUT_REFERENCES.search(lower):
-        return _unescape_all_but(_NAMED_REFERENCE, text)
     while True:
         unescaped = _ENTITY.sub(_character_of, _REPEATED_AMPERSAND.sub("&amp;", text))
         if unescaped == text:

@@ -88,7 +88,7 @@ _CAN_BE_DAMAGED = (
     r"&[#A-Za-z][0-9A-Za-z]*;|<[/?!A-Za-z]|\t|://|\n\n\n|[^ \n.?!:;,]  |[;:,]   |[;:,]  [^A-Z]|\n [^ \n]+\("
 )
 _TIME = ":[0-9][0-9]:[0-9][0-9]"
-_AT_THE_ENDS = ascii_only(r"\A(?:    |\$ |(?:npm|pip3?|ls|cd) |[\w.]+\([^\n]*\)[;:]?\z|[\w<>*&: ]+= ?&?\w+;\z)|[;{]\z")
+_AT_THE_BEGINNING = ascii_only(r"\A(?:    |\$ |(?:npm|pip3?|ls|cd) |[\w.]+\([^\n]*\)[;:]?\z|[\w<>*&: ]+= ?&?\w+;\z)")
 
 
 _INDENTED = re.compile(r"(?: {2,}|\t)\s*\S")
@@ -132,8 +132,9 @@ def may_have_layout(texts: pl.Series) -> pl.Series:
 
 def _has_signs() -> pl.Expr:
     text = pl.col("text")
-    found = text.str.contains_any(_SIGNS) | text.str.contains(_TIME) | text.str.contains(_AT_THE_ENDS)
-    return found | may_have_table(text)
+    # The patterns are apart, because a search for an anchored pattern stops at once, and one for an end begins there.
+    at_the_ends = text.str.contains(_AT_THE_BEGINNING) | text.str.ends_with(";") | text.str.ends_with("{")
+    return text.str.contains_any(_SIGNS) | text.str.contains(_TIME) | at_the_ends | may_have_table(text)
 
 
 def find_layout(texts: pl.Series) -> list[list[tuple[int, int]]]:
@@ -142,8 +143,8 @@ def find_layout(texts: pl.Series) -> list[list[tuple[int, int]]]:
         return []
     column = pl.col("text")
     frame = texts.to_frame("text").select(column, may_have_table(column).alias("table"))
-    codes = texts.to_frame("text").select(column.str.split("\n").explode().str.contains(CODE)).to_series()
-    codes, found = iter(codes.to_list()), []
+    looks_like_code = texts.to_frame("text").select(column.str.split("\n").explode().str.contains(CODE)).to_series()
+    codes, found = iter(looks_like_code.to_list()), []
     for text, has_table in frame.iter_rows():
         of_text = text.split("\n")
         sure = {number for number, line in enumerate(of_text) if next(codes) and _is_sure(line)}
@@ -169,7 +170,8 @@ def _find_in(text: str, lines: list[str], sure: set[int], has_table: bool) -> li
 
 def _beside(lines: list[str], sure: set[int], number: int, step: int) -> set[int]:
     """Walk from a line of code to the lines that may belong to it, across blank lines, up to the next line of code."""
-    found, blank = set(), set()
+    found: set[int] = set()
+    blank: set[int] = set()
     number += step
     while 0 <= number < len(lines) and number not in sure:
         line = lines[number]
@@ -196,7 +198,7 @@ def _is_sure(line: str) -> bool:
 def _is_reference_in_c(line: str) -> bool:
     """Whether a line takes the address of a variable, which looks like a character reference: `int *p = &num;`."""
     found = _C_REFERENCE.match(line)
-    return bool(found) and ("*" in line or found[1].lower() not in _GREEK)
+    return found is not None and ("*" in line or found[1].lower() not in _GREEK)
 
 
 def _is_prose(line: str) -> bool:
@@ -208,7 +210,8 @@ def _is_prose(line: str) -> bool:
 
 
 def _keys_in_a_row(lines: list[str]) -> set[int]:
-    found, run = set(), []
+    found: set[int] = set()
+    run: list[int] = []
     for number, line in enumerate([*lines, ""]):
         if _KEY.match(line) or (run and _INDENTED.match(line)):
             run.append(number)
@@ -221,7 +224,9 @@ def _keys_in_a_row(lines: list[str]) -> set[int]:
 
 def _lines_of_code_blocks(lines: list[str]) -> set[int]:
     """Find Markdown's indented code blocks: behind a blank line, outside of lists, and no prose."""
-    found, block, above = set(), [], ""
+    found: set[int] = set()
+    block: list[int] = []
+    above = ""
     several = sum(bool(line.strip()) for line in lines) > 1  # the indentation of a single line shows nothing
     for number, line in enumerate([*lines, "end"]):
         if _CODE_BLOCK.match(line) and line.strip() and (block or number == 0 or not lines[number - 1].strip()):

@@ -37,7 +37,8 @@ _REGION = (
     rf"|{PLACEHOLDER})"
 )
 _BEGIN = re.compile(r"\\begin\{([A-Za-z]+\*?)\}")
-_MAY_HAVE_REGION = ["`", "$", "\\", "~~~", "</pre", "</code", "</PRE", "</CODE", PLACEHOLDER]
+_OTHER_BEGINNING = re.compile(rf"[`$<~{PLACEHOLDER}]|\\[\\$`(\[]")
+_MAY_HAVE_REGION = rf"[`$\\{PLACEHOLDER}]|~~~|</(?:pre|code|PRE|CODE)"
 
 
 @dataclass(frozen=True)
@@ -91,12 +92,12 @@ def protect(texts: pl.Series) -> tuple[pl.Series, Regions]:
             changed[row], layout = _without(text, spans)
             found[row] = [], layout
     texts = _replaced(texts, changed)
-    rows = texts.str.contains_any(_MAY_HAVE_REGION).arg_true()
+    rows = texts.str.contains(_MAY_HAVE_REGION).arg_true()
     some = texts.gather(rows)
     changed = {}
-    for row, text, regions in zip(rows.to_list(), some.to_list(), some.str.extract_all(_REGION).to_list(), strict=True):
+    of_rows = _with_single_environments(some.str.extract_all(_REGION).to_list())
+    for row, text, regions in zip(rows.to_list(), some.to_list(), of_rows, strict=True):
         if regions:
-            regions = _with_single_environments(regions)
             changed[row] = _without_regions(text, regions)
             found[row] = regions, found[row][1] if row in found else []
     texts = _replaced(texts, changed)
@@ -116,19 +117,54 @@ def _replaced(texts: pl.Series, changed: dict[int, str]) -> pl.Series:
     return texts.clone().scatter(rows, pl.Series(list(changed.values()), dtype=pl.String))
 
 
-def _with_single_environments(regions: list[str]) -> list[str]:
-    """Cut a region that has several environments behind each other, so that the prose between them is cleaned."""
-    single = []
-    for region in regions:
-        name = _BEGIN.match(region)
-        end = region.find(f"\\end{{{name[1]}}}") if name else -1
-        end += len(f"\\end{{{name[1]}}}") if end >= 0 else 0
-        if 0 < end < len(region):
-            rest = pl.Series([region[end:]]).str.extract_all(_REGION).item().to_list()
-            single += [region[:end], *_with_single_environments(rest)]
-        else:
-            single.append(region)
-    return single
+def _with_single_environments(of_rows: list[list[str]]) -> list[list[str]]:
+    """Cut regions that have several environments behind each other, so that the prose between them is cleaned."""
+    # One search for the rests of all rows: each search would build its automaton again.
+    rests: list[tuple[list[str], int, str]] = []
+    cut_rows = []
+    for regions in of_rows:
+        cut: list[str] = []
+        for region in regions:
+            environments, rest = _cut_environments(region)
+            cut += environments
+            if rest:
+                rests.append((cut, len(cut), rest))
+        cut_rows.append(cut)
+    if rests:
+        found = pl.Series([rest for _, _, rest in rests], dtype=pl.String).str.extract_all(_REGION).to_list()
+        # From the last to the first, so that the places of those that are left stay right.
+        for (cut, place, _), more in reversed(list(zip(rests, _with_single_environments(found), strict=True))):
+            cut[place:place] = more
+    return cut_rows
+
+
+def _cut_environments(region: str) -> tuple[list[str], str]:
+    """Cut a region behind each environment, up to the rest that may hold a region of another kind.
+
+    Such a region has no blank line and ends with the end of an environment. So what begins with the next environment is what a
+    search would find.
+    """
+    pieces = []
+    while 0 < (end := _end_of_environment(region)) < len(region):
+        pieces.append(region[:end])
+        rest = region[end:]
+        following = rest.find("\\begin{")
+        if _OTHER_BEGINNING.search(rest if following < 0 else rest[:following]):
+            return pieces, rest
+        if following < 0:
+            return pieces, ""
+        region = rest[following:]
+    return [*pieces, region], ""
+
+
+def _end_of_environment(region: str) -> int:
+    """Return where the first environment of a region ends; 0 if the region begins with none, or if it has no end."""
+    name = _BEGIN.match(region)
+    if not name:
+        return 0
+    end_tag = f"\\end{{{name[1]}}}"
+    end = region.find(end_tag)
+    return end + len(end_tag) if end >= 0 else 0
 
 
 def _without_regions(text: str, regions: list[str]) -> str:

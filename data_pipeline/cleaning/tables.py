@@ -47,6 +47,8 @@ def _while_bars(lines: list[str], number: int, step: int) -> set[int]:
 
 
 def _separated_by_tabs(lines: list[str]) -> set[int]:
+    if not any("\t" in line for line in lines):
+        return set()
     tabs = [line.strip(" \t").count("\t") for line in lines]
     pairs = [number for number, (one, next_one) in enumerate(pairwise(tabs)) if one and one == next_one]
     return {number + place for number in pairs for place in (0, 1)}

@@ -49,7 +49,7 @@ def to_one_line(texts: pl.Series) -> pl.Series:
 def _only_ascii_spaces(texts: pl.Series) -> pl.Series:
     # Searching for many characters is slow, so only the few texts with non-ASCII characters are searched.
     beyond_ascii = (texts.str.len_bytes() != texts.str.len_chars()).arg_true()
-    return map_rows(texts, beyond_ascii, lambda some: some.str.replace_all(_SPACES_BEYOND_ASCII, " "))
+    return map_rows(texts, beyond_ascii, lambda some: replace_matches(some, _SPACES_BEYOND_ASCII, " "))
 
 
 def _without_inner_tabs(texts: pl.Series) -> pl.Series:

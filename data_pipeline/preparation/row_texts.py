@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from data_pipeline.augmentation.augmentations import copies_of
-from data_pipeline.cleaning.clean import CleaningOptions, clean
+from data_pipeline.cleaning.clean import CleaningOptions, clean_series
 
 SEPARATOR = "\0"  # between the texts of a conversation; cleaning removes it from texts
 
@@ -43,9 +43,12 @@ class RowTexts:
 
     def cleaned(self, options: CleaningOptions) -> RowTexts:
         """Clean every text."""
-        columns = {"answer": self.answers} if self.prompts is None else {"prompt": self.prompts, "answer": self.answers}
-        frame = pl.DataFrame(columns).select(clean(pl.all(), options))  # one call, so that polars can use two cores
-        return RowTexts(None if self.prompts is None else frame["prompt"], frame["answer"], self.turns)
+        if self.prompts is None:
+            return RowTexts(None, clean_series(self.answers, options), self.turns)
+        # One series, because polars builds the automata of its patterns anew for each search.
+        texts = clean_series(pl.concat([self.prompts.rename("text"), self.answers.rename("text")]), options)
+        turns = len(self.prompts)
+        return RowTexts(texts[:turns].rename("prompt"), texts[turns:].rename("answer"), self.turns)
 
     def rows(self, kept: np.ndarray) -> RowTexts:
         """Return the texts of the rows with these numbers, in ascending order."""
