@@ -141,7 +141,7 @@ def refuse_shell_of_srun(variables: Mapping[str, str]) -> None:
 
 
 def _set_slurm_rendezvous(variables: MutableMapping[str, str]) -> None:
-    """Set MASTER_ADDR to the step's first host, where rank 0 runs, and MASTER_PORT by job, unless they are set."""
+    """Set MASTER_ADDR to the step's first host, where rank 0 runs, and MASTER_PORT to one derived from the job, if unset."""
     nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_JOB_NODELIST")
     if nodes and not variables.get("MASTER_ADDR"):
         variables["MASTER_ADDR"] = expand_node_list(nodes)[0]

@@ -20,7 +20,7 @@ def expand_node_list(compressed: str) -> list[str]:
     names = NAME.findall(compressed)
     if not names or ",".join(names) != compressed:
         raise ConfigurationError(
-            f"{compressed!r} is not a SLURM node list; compare `scontrol show hostnames`, or set MASTER_ADDR"
+            f"{compressed!r} is not a SLURM node list; check it with `scontrol show hostnames`, or set MASTER_ADDR"
         )
     hosts = []
     for name in names:

@@ -75,10 +75,10 @@ class RunningMeans:
 
 
 def check_labels(labels: torch.Tensor, used_vocab_size: int) -> None:
-    """Raise `ValueError` for labels that are neither -100 nor a token's id.
+    """Raise `ValueError` for labels that are neither -100 nor a token id.
 
-    On a GPU, looking up such a label aborts the process. The check costs nothing if it comes before the model's first
-    kernel, because finding the documents synchronises with the GPU there anyway.
+    On a GPU, looking up such a label aborts the process. The check waits for the GPU. Before the model's first kernel this
+    costs nothing, because the model waits there anyway to find the documents.
     """
     if ((labels != -100) & ((labels < 0) | (labels >= used_vocab_size))).any():
         raise ValueError(

@@ -53,7 +53,8 @@ class LiquidModelOutput(ModelOutput):
 class LiquidCausalLMOutput(ModelOutput):
     """The output of `LiquidForCausalLM`.
 
-    `loss`: the mean over this batch of the weighted sum of all terms in training, otherwise of the cross entropy alone.
+    `loss`: a mean over this batch. In training it is that of the weighted sum of all terms, otherwise that of the cross
+    entropy alone.
     `loss_sums`: an fp32 sum over tokens for each term of `model.loss`. `statistics`: from
     `model.metrics.routing_statistics`. A trainer that accumulates several batches uses these two instead of `loss`.
     `logits` `[B, T, V]`: left out in training with labels, because nothing reads them there. `hidden_states` and

@@ -15,7 +15,7 @@ CONTROL_CHARACTERS = (
     r"\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]"  # soft hyphen, zero-width, bidi marks, BOM
 )
 
-# Correct text has joiners and non-joiners behind Arabic and Indic letters, which they shape, and joiners between emoji.
+# Correct text has joiners and non-joiners after Arabic and Indic letters, which they shape, and joiners between emoji.
 _SHAPED_LETTERS = r"\p{Arabic}\p{Syriac}\p{Mongolian}\u0900-\u0dff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\ua840-\ua9ff"
 _EMOJI = r"\u00a9\u00ae\u2190-\u21ff\u2300-\u23ff\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff"
 _KEPT_OR_CONTROL = (
@@ -38,7 +38,7 @@ MOJIBAKE = (
 
 # Pairs that look like mojibake, but are an accented letter and a sign in correct text. ftfy decides by the bytes alone.
 # - A unit or a variable with an exponent: 160.2 Å³.
-# - The last letter of a word in capitals, and the punctuation behind it: “MANHÃ”. With Â the sign can be real: WINDOWSÂ®.
+# - The last letter of a word in capitals, and the punctuation after it: “MANHÃ”. With Â the sign can be real: WINDOWSÂ®.
 _LETTER = r"[^\W\d_]"
 _CORRECT_PAIRS = (
     rf"(?:(?<!{_LETTER}[ÄÅÇÉÊËÖÜ])(?<=[ÄÅÇÉÊËÖÜ])(?=[¹²³°±·˜×](?!{_LETTER}))"
@@ -70,7 +70,7 @@ def fix_mojibake(texts: pl.Series) -> pl.Series:
 def remove_control_characters(texts: pl.Series) -> pl.Series:
     """Remove C0 and C1 controls, zero-width characters, soft hyphens, byte order marks and direction marks.
 
-    Joiners and non-joiners stay behind the letters that they shape, and joiners stay between emoji.
+    Joiners and non-joiners stay after the letters that they shape, and joiners stay between emoji.
     """
     return texts.str.replace_all(_KEPT_OR_CONTROL, "$1")
 

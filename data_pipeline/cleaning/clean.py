@@ -31,7 +31,7 @@ class Rule:
 
     pattern: a polars regular expression that matches every text that the rule would change.
     apply: changes the texts, which have placeholders instead of their protected regions unless `everywhere` is set.
-    alone: whether a text that it changes gets the rules behind it only in the next pass, in which its regions are looked
+    alone: whether a text that it changes gets the later rules only in the next pass, in which its regions are looked
         for again.
     first: what the rule does to the whole texts before their regions are protected.
     inside: what it does to protected regions: the beginnings of the regions, and a function.
@@ -235,7 +235,7 @@ def _apply_in_order(rules: list[Rule], texts: pl.Series) -> pl.Series:
 def _apply_outside_of_regions(rules: list[Rule], texts: pl.Series) -> pl.Series:
     """Apply rules to the texts outside of their regions.
 
-    A text that a rule with `alone` changes gets none of the rules behind it.
+    A text that a rule with `alone` changes gets none of the later rules.
     """
     outside = [rule for rule in rules if not rule.everywhere]
     done = pl.repeat(False, len(texts), dtype=pl.Boolean, eager=True)

@@ -223,7 +223,7 @@ def _keys_in_a_row(lines: list[str]) -> set[int]:
 
 
 def _lines_of_code_blocks(lines: list[str]) -> set[int]:
-    """Find Markdown's indented code blocks: behind a blank line, outside of lists, and no prose."""
+    """Find Markdown's indented code blocks: after a blank line, outside of lists, and no prose."""
     found: set[int] = set()
     block: list[int] = []
     above = ""

@@ -118,7 +118,7 @@ def _replaced(texts: pl.Series, changed: dict[int, str]) -> pl.Series:
 
 
 def _with_single_environments(of_rows: list[list[str]]) -> list[list[str]]:
-    """Cut regions that have several environments behind each other, so that the prose between them is cleaned."""
+    """Cut regions that have several environments one after another, so that the prose between them is cleaned."""
     # One search for the rests of all rows: each search would build its automaton again.
     rests: list[tuple[list[str], int, str]] = []
     cut_rows = []
@@ -139,7 +139,7 @@ def _with_single_environments(of_rows: list[list[str]]) -> list[list[str]]:
 
 
 def _cut_environments(region: str) -> tuple[list[str], str]:
-    """Cut a region behind each environment, up to the rest that may hold a region of another kind.
+    """Cut a region after each environment, up to the rest that may hold a region of another kind.
 
     Such a region has no blank line and ends with the end of an environment. So what begins with the next environment is what a
     search would find.

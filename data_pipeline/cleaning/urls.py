@@ -39,7 +39,7 @@ _ARGUMENT_OR_URL = rf"({_ARGUMENT})|{_WITH_BRACKETS}"
 def remove_urls(texts: pl.Series) -> pl.Series:
     """Remove URLs, and brackets that contained only a URL; a Markdown link `[text](url)` keeps its text.
 
-    A URL that is an argument stays: in quotes, behind `=` or `{`, and behind commands such as `git clone`.
+    A URL that is used as an argument is kept: in quotes, after `=` or `{`, or after a command such as `git clone`.
     """
     while (rows := texts.str.contains(_MARKDOWN_LINK).arg_true()).len():  # links can be nested
         texts = map_rows(texts, rows, lambda some: some.str.replace_all(_MARKDOWN_LINK, "$1"))

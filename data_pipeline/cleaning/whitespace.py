@@ -11,7 +11,7 @@ from data_pipeline.cleaning.rows import map_rows, replace_matches
 _LINE_BREAK = r"\r\n?|[\x0b\x0c\x85\u2028\u2029]"
 _SPACES_BEYOND_ASCII = r"[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]"
 _ENDS = r"\A[ \n]|[ \n]\z"
-# A single space at the start of a line counts, but not a deeper indentation, which stays.
+# One space at the start of a line counts as untidy. Deeper indentation does not, and is kept.
 UNTIDY_WHITESPACE = rf"[\t\r\x0b\x0c\x85\u2028\u2029]|{_SPACES_BEYOND_ASCII}|[^\n ]  | \n|\n [^ ]|\n\n\n|{_ENDS}"
 UNTIDY_WHITESPACE_OR_NEWLINE = rf"\n|  |{UNTIDY_WHITESPACE}"
 

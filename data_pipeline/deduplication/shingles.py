@@ -2,7 +2,7 @@
 
 A word is a run of letters, digits and combining marks, in lower case after NFKC; everything else separates words. In
 scripts without spaces (Chinese, Japanese, Thai, …), every character is a word. An operator in a formula changes the hash of
-the word behind it, or before it at the end of a text: `2 + 3` and `2 - 3` are two words each, and only the first word is
+the word after it, or before it at the end of a text: `2 + 3` and `2 - 3` are two words each, and only the first word is
 the same.
 
 The hashes are the same on every machine, because they use only integer arithmetic. The Unicode tables come with polars and
@@ -172,7 +172,7 @@ def _hash_words(padded: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> 
 
 
 def _mix_operators_into(words: Hashes, starts: np.ndarray, raw: np.ndarray, text_offsets: np.ndarray) -> None:
-    """Change the hashes of the words behind operators, or of the last word of a text before them, in place."""
+    """Change the hashes of the words after operators, or of the last word of a text before them, in place."""
     operators = find_operators(raw)
     texts = np.searchsorted(text_offsets, operators, side="right") - 1
     operators_words = np.minimum(np.searchsorted(starts, operators), words.offsets[texts + 1] - 1)

@@ -75,9 +75,9 @@ def collate(rows: PackedRows, pad_token_id: int, loss_on: str, out: np.ndarray |
     """Return input_ids, labels and position_ids, int64 `[3, n, seq_len]`, written into `out` if it is given.
 
     Labels are aligned with their own tokens; the model shifts them. Labels are -100 at the first token of every piece, at
-    padding and, if the loss is on answers, at prompts. Positions restart at 0 at every piece and at the padding, but count on
-    through the turns of one document.
-    Raises DataError if the spans break the format.
+    padding and, if the loss is on answers, at prompts. Positions restart at 0 at every piece and at the padding, but
+    continue through all turns of one document.
+    Raises DataError if the spans do not follow the format.
     """
     pieces = Pieces(rows)
     if out is None:

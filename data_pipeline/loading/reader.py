@@ -188,7 +188,8 @@ class ShardFolder(RowReader):
         if self.on_bad_shard == "refuse":
             raise error
         self.bad_shards[shard] = str(error)
-        print(f"on_bad_shard is skip, so {self.rows_per_file[shard]} rows have no labels: {error}", file=sys.stderr)
+        rows = self.rows_per_file[shard]
+        print(f"skipping a bad shard (on_bad_shard is skip): its {rows} rows get no labels: {error}", file=sys.stderr)
 
     def _check_sizes(self) -> None:
         for entry in self.index["tokenizer"]["files"]:

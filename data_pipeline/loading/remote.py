@@ -103,7 +103,7 @@ class ShardCache:
             except FileNotFoundError as error:
                 fault = error
         raise DataError(
-            f"the shard cache {self.folder} is removed while it is used: name a folder that nothing cleans up ({fault})"
+            f"the shard cache {self.folder} was removed while it was in use: choose a folder that nothing cleans up ({fault})"
         ) from fault
 
     def add(self, digest: str, size: int, write: Callable[[Path], None]) -> BufferedIOBase:

@@ -139,7 +139,7 @@ def load_selection(out: Path) -> Selection:
 def _groups(
     split: str, fate: np.ndarray, lengths: np.ndarray, first_rows: np.ndarray
 ) -> list[tuple[int, int, int, int]]:
-    """Divide the chunks into groups of a split: index in SPLITS, first chunk, one past the last chunk, rows."""
+    """Divide the chunks into groups: the index of the split, first chunk, one past the last chunk, rows of each."""
     groups, first, rows, tokens = [], 0, 0, 0
     for chunk, (start, end) in enumerate(pairwise(first_rows)):
         mine = fate[start:end] == FATE[split]

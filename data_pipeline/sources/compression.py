@@ -19,7 +19,7 @@ from data_pipeline.sources.chunk import BYTES_PER_CHUNK
 
 BUFFER_BYTES = 2**20
 COMPRESSED_BYTES_PER_CHUNK = BYTES_PER_CHUNK // 4  # text shrinks to about a quarter
-# A zstd frame that is longer will not be the end of a part: files of one frame need not be searched to their end.
+# A part never ends at a longer zstd frame, so a file that is a single long frame is not searched to its end.
 LONGEST_FRAME = 2**28
 ZSTD_MAGIC, SKIPPABLE_MAGIC = 0xFD2FB528, 0x184D2A50
 BGZIP_HEADER = b"\x1f\x8b\x08\x04"  # gzip with an extra field

@@ -32,7 +32,7 @@ EXCERPT = 60  # characters of a bad row in a message
 
 @dataclass(frozen=True)
 class DelimitedChunk:
-    """The records from byte `start` to before byte `end` of a file; all of a compressed file.
+    """The records of the bytes from `start` up to `end` (excluded) of a file; of a compressed file, all.
 
     header: the number of bytes of the header, decompressed.
     """

@@ -91,7 +91,7 @@ def _array_values(content: BinaryIO) -> Iterator[object]:
     else:
         text.expect("]")
     if text.peek():
-        raise ValueError("there is more behind the array")
+        raise ValueError("there is more after the array")
 
 
 class _Text:
@@ -131,7 +131,7 @@ class _Text:
                     raise
 
     def _more(self) -> bool:
-        """Read as much again as is in memory, so that a long value is not decoded too often."""
+        """Double the text in memory. With smaller steps, a long value would be decoded again and again."""
         rest = self._text[self._position :]
         block = self._content.read(max(BLOCK_BYTES, len(rest)))
         self._text, self._position = rest + self._decoder.decode(block, final=not block), 0

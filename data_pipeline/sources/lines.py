@@ -23,7 +23,7 @@ def line_ranges(file: Path, bytes_per_chunk: int = BYTES_PER_CHUNK) -> list[tupl
 def lines_of(file: Path, start: int, end: int) -> Iterator[bytes]:
     """Yield the lines that begin after a line feed within the range, and the first line of the file if start is 0.
 
-    So a range need not know what precedes it. The last of its lines may go on behind it, or begin at its end.
+    So a range need not know what precedes it. The last of its lines may continue after it, or begin at its end.
     """
     with closing(open_bytes(file, start, end)) as content:
         if start and not content.readline().endswith(b"\n"):

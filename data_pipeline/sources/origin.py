@@ -11,7 +11,7 @@ NOTE = "dataset-origin.json"
 
 
 def write_origin(folder: str | Path, dataset: str, revision: str) -> None:
-    """Write the note into the folder that contains the files, at any depth."""
+    """Write the note into a folder. It holds for all files in it and in its subfolders."""
     (Path(folder) / NOTE).write_text(json.dumps({"dataset": dataset, "revision": revision}) + "\n", encoding="utf-8")
 
 

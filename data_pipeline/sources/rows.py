@@ -75,7 +75,7 @@ def empty_frame(layout: Layout) -> pl.DataFrame:
 
 
 def _texts_of(layout: Layout, default_source: str) -> Callable[[dict | BadRowError], dict]:
-    """Return the function that reads the texts of a row, or raises BadRowError."""
+    """Return a function that reads the texts of a row. It raises BadRowError if it cannot."""
     if isinstance(layout, ChatLayout) or layout.optional or any("." in field for field in layout.fields):
         return lambda row: _texts(row, layout, default_source)
     fields, source, odd = layout.fields, layout.source, HALF_A_PAIR.search

@@ -200,7 +200,7 @@ def _families(generator: random.Random) -> list[Family]:
 
 
 def _hold_out_combinations(families: list[Family], generator: random.Random) -> dict[str, Entry]:
-    """Return for each held-out combination the one question about it. Its other facts are left out of the corpus."""
+    """Return the one question about each held-out combination. Its other facts are left out of the corpus."""
     facts_by_combination: dict[str, list[Fact]] = {}
     for family in families:
         for fact in family.facts:
@@ -214,7 +214,7 @@ def _hold_out_combinations(families: list[Family], generator: random.Random) -> 
         while len(held_out) < wanted:
             fact = candidates.pop()
             leaving = Counter(word for gone in facts_by_combination[fact.combination] for word in gone.answer.split())
-            # Without a training row that contains every word of the answer, a right answer would be luck.
+            # Each word of the answer must remain in at least one training row. Otherwise a right answer would be luck.
             if fact.combination in held_out or any(remaining_words[word] <= leaving[word] for word in leaving):
                 continue
             remaining_words -= leaving

@@ -1,4 +1,4 @@
-"""Chunks of WebDataset tars of text: members that differ only behind the first dot of their names are one row.
+"""Chunks of WebDataset tars of text: members whose names differ only after the first dot are one row.
 
 `KEY.json` holds columns, `KEY.NAME.txt` the column NAME, and `KEY.txt` the column `text`. Other members are no columns.
 """

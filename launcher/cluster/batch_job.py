@@ -120,7 +120,7 @@ def end(log: JobLog, code: int, signal: str, hosts: list[str]) -> str:
     elif state == "stopped" or _ended_before_training(state, code, signal):
         verdict = "retry"
     elif code == LOST or status.get("suspects"):
-        # A signal during start-up kills ranks without a handler yet; that is not the fault of their machines.
+        # A signal during start-up kills the ranks that have no handler yet. Their machines are not at fault.
         suspects = [] if signal else _among(hosts, status.get("suspects", ()))
         _say(f"communication or a device failed (suspected: {', '.join(suspects) or 'no host'})")
         verdict = " ".join(["retry", *suspects])
@@ -153,7 +153,7 @@ def _among(hosts: list[str], named: Iterable[str]) -> list[str]:
 
 
 def _is_same_host(one: str, other: str) -> bool:
-    """Whether two names can mean the same machine: only one of SLURM and the machine may include the domain."""
+    """Whether two names can mean the same machine. One may include the domain, and the other not."""
     is_short = "." not in one or "." not in other
     return one == other or (is_short and one.partition(".")[0] == other.partition(".")[0])
 

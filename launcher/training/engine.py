@@ -69,7 +69,8 @@ def build_engine(model: LiquidForCausalLM, resolved: dict) -> deepspeed.DeepSpee
             None, deepspeed_config={**resolved, "activation_checkpointing": checkpointing}
         )
         model._set_gradient_checkpointing(True, deepspeed.checkpointing.checkpoint)
-    # DeepSpeed collects garbage after each layer whose experts it has distributed; return the freed memory then. Do not
+    # DeepSpeed runs the garbage collector after it distributes the experts of a layer. Give the freed memory back to the
+    # system at that point. Do not
     # pass a list of parameters to `initialize`: it would keep all of them alive.
     gc.callbacks.append(return_freed_memory)
     with muon_not_compiled():

@@ -147,7 +147,7 @@ def _check_resumable(
     if manifest["data_fingerprint"] != fingerprint:
         raise ConfigurationError(
             f"{checkpoint} was trained on data with fingerprint {manifest['data_fingerprint'][:16]}, "
-            f"but `data` has {fingerprint[:16]}; point data at the former, or set another output"
+            f"but `data` has {fingerprint[:16]}; point `data` at the data of the checkpoint, or set another `output`"
         )
     described = run.read_description()["config"]
     for name, harm in (("global_batch_rows", "change its loss curve"), ("seed", "repeat some rows and skip others")):

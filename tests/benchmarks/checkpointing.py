@@ -3,7 +3,7 @@
     python -m tests.benchmarks checkpoint
 
 A save ends when the checkpoint is published: written, hashed, synced and renamed. A restore begins with the search for the
-newest whole checkpoint, which hashes all of its files, and ends when it is loaded. Files are in the page cache.
+newest complete checkpoint, which hashes all of its files, and ends when it is loaded. Files are in the page cache.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def test_rows_of_a_skipped_shard_keep_their_positions_and_have_no_labels(folder,
     assert bad_rows >= 20
     assert list(shards.bad_shards) == [1]
     said = capfd.readouterr().err
-    assert said.count("on_bad_shard is skip, so 20 rows have no labels") == 1 and "shard-00001" in said
+    assert said.count("(on_bad_shard is skip): its 20 rows get no labels") == 1 and "shard-00001" in said
 
 
 @pytest.mark.parametrize("opened", [True, False])

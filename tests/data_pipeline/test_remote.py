@@ -306,7 +306,7 @@ def test_a_cache_that_is_removed_during_a_download_is_no_missing_shard(folder, c
     remote.discard(entry)
     allowed = 10**6
     with pytest.raises(
-        DataError, match="the shard cache .* is removed while it is used: name a folder that nothing cleans"
+        DataError, match="the shard cache .* was removed while it was in use: choose a folder that nothing cleans"
     ):
         remote.open(entry)
     remote.discard(entry)

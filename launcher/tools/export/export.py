@@ -43,7 +43,7 @@ def export(
     """Write the checkpoint `tag` of a run (by default its newest) as a Hugging Face folder, and return the folder.
 
     Holds at most one parameter in memory and, while gathering a layer's experts, one rank's share of them.
-    Raises `ConfigurationError` if the run has no whole checkpoint, if `out` contains other files, or if the
+    Raises `ConfigurationError` if the run has no complete checkpoint, if `out` contains other files, or if the
     weights do not fit `dtype`; raises `DiskError` if `out` cannot be written.
     """
     out = Path(out).resolve()  # the partial folder must be beside `out` and never in it, even for `out/.`
@@ -119,7 +119,7 @@ def _open(run: str | Path, tag: str) -> tuple[Path, TrainState, LiquidForCausalL
         print(note, file=sys.stderr)
     if checkpoint is None:
         raise ConfigurationError(
-            f"{run} has no whole checkpoint yet; train it first, or give a run folder that has one"
+            f"{run} has no complete checkpoint yet; train it first, or give a run folder that has one"
         )
     config = LiquidConfig.from_pretrained(folder.model)
     # Drop the rows that only pad the embedding table: other tools would treat them as tokens.

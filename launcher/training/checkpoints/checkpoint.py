@@ -203,7 +203,7 @@ def find_checkpoint(run: RunFolder, resume: str) -> tuple[Path | None, list[str]
         passed_over.append(f"skipping the damaged checkpoint {folder.name}: {fault}")
     if passed_over:
         raise ConfigurationError(
-            f"{run.path} has no whole checkpoint ({passed_over[0]}); set another output, or delete {run.checkpoints} "
+            f"{run.path} has no complete checkpoint ({passed_over[0]}); set another output, or delete {run.checkpoints} "
             "to start over"
         )
     return None, []

@@ -68,7 +68,7 @@ class FileWriter(TorchCheckpointEngine):
 
 
 def _reason(error: Exception, path: str) -> str:
-    """Return the system's reason: torch only reports that the file is too short, so try one more write to learn it."""
+    """Return the operating system's error for a failed write, from one more write: torch only says that a file is short."""
     try:
         with open(path, "ab") as file:
             file.write(bytes(1 << 20))

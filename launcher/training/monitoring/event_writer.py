@@ -114,7 +114,7 @@ class EventWriter:
             self._failed_at = time.monotonic()
             return
         if self._failed_at is not None and self._writer is not None and not self._kept:
-            self._say(f"TensorBoard files in {self._folder} are written again")
+            self._say(f"TensorBoard files can be written to {self._folder} again")
             self._failed_at = None
 
     def _close(self) -> None:

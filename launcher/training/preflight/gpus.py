@@ -136,7 +136,7 @@ def _to_be_reset(remapped: str) -> set[str]:
 
 
 def judge_links(status: str) -> Finding:
-    """Judge `nvidia-smi nvlink --status`: yellow if a GPU has fewer links up than another one of the machine."""
+    """Judge `nvidia-smi nvlink --status`: yellow if a GPU has fewer links up than another in its machine."""
     links = {}
     for line in status.splitlines():
         if gpu := re.match(r"GPU (\d+):", line):

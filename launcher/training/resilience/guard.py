@@ -219,7 +219,7 @@ class Guard:
         return f"rows at positions {state.position - self.config.global_batch_rows} to {state.position - 1}"
 
     def _loadable(self) -> Path:
-        """Return the newest whole checkpoint, in its universal form if a different number of ranks wrote it.
+        """Return the newest complete checkpoint, in its universal form if a different number of ranks wrote it.
 
         Damaged newer ones are renamed: under their own names they would keep their steps from being saved again.
         """

@@ -38,7 +38,7 @@ def test_prepare_refuses_sources_that_it_cannot_use(capsys, tmp_path):
 def test_commands_refuse_folders_of_the_wrong_kind(capsys, tmp_path):
     nothing = str(tmp_path / "nothing")
     assert "nothing" in lfm_refuses(capsys, "verify", nothing)
-    assert "no whole checkpoint" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path / "model"))
+    assert "no complete checkpoint" in lfm_refuses(capsys, "export", nothing, "--out", str(tmp_path / "model"))
     assert "neither a model folder" in lfm_refuses(capsys, "generate", nothing, "why?")
     (tmp_path / "mine.txt").write_text("keep me")
     (tmp_path / "config.json").write_text("{}")

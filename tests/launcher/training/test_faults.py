@@ -1,4 +1,4 @@
-"""After a TERM in any part of a step, or a loss of data, a run has a whole checkpoint and resumes exactly."""
+"""After a TERM in any part of a step, or a loss of data, a run has a complete checkpoint and resumes exactly."""
 
 import json
 import os

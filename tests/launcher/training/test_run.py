@@ -310,7 +310,7 @@ def test_a_damaged_newest_checkpoint_is_skipped(copied, damage):
     with pytest.raises(ConfigurationError, match="has checkpoints up to step-00000020"):
         find_checkpoint(copied, "never")
     (before / "manifest.json").write_text("{")
-    with pytest.raises(ConfigurationError, match="has no whole checkpoint"):
+    with pytest.raises(ConfigurationError, match="has no complete checkpoint"):
         find_checkpoint(copied, "auto")  # nor may the run start anew over what is there
 
 
