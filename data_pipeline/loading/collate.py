@@ -21,7 +21,8 @@ class Pieces:
 
     starts, answer_starts, ends: int64 `[pieces + rows]`, positions in the flattened batch.
     sources: int64 `[pieces + rows]`, NO_SOURCE for padding.
-    continues: bool `[pieces + rows]`, whether a piece is the next turn of the document that the piece before it is from.
+    continues: bool `[pieces + rows]`, whether a piece is the next turn of the document that the piece before it is from;
+    None if no piece is.
     Raises DataError if the spans of a row do not fill it from its start without gaps.
     """
 
@@ -39,8 +40,10 @@ class Pieces:
         columns[START, paddings] = np.where(rows.pieces > 0, columns[END, paddings - 1], 0)
         self.starts, self.answer_starts, self.ends, self.sources = columns
         self._check(paddings)
-        self.continues = np.zeros(columns.shape[1], dtype=bool)
-        self.continues[~is_padding] = _continues(rows)
+        self.continues: np.ndarray | None = None
+        if rows.spans[:, OFFSET].any():  # most batches hold only whole documents of a single turn
+            self.continues = np.zeros(columns.shape[1], dtype=bool)
+            self.continues[~is_padding] = _continues(rows)
         columns[:SOURCE] += np.repeat(np.arange(count) * seq_len, rows.pieces + 1)
         self.lengths = self.ends - self.starts
 
@@ -62,8 +65,6 @@ def _continues(rows: PackedRows) -> np.ndarray:
     """Tell which pieces follow the piece before them in their document as well as in their row, bool `[pieces]`."""
     spans = rows.spans
     continues = np.zeros(len(spans), dtype=bool)
-    if not spans[:, OFFSET].any():  # most batches hold only whole documents of a single turn
-        return continues
     before, after = spans[:-1], spans[1:]
     lengths = before[:, END] - before[:, START]
     continues[1:] = (after[:, INPUT_ROW] == before[:, INPUT_ROW]) & (after[:, OFFSET] == before[:, OFFSET] + lengths)
@@ -113,7 +114,7 @@ def _fill_positions(positions: np.ndarray, pieces: Pieces) -> None:
     # A position is one above the one before, except at the start of a document, where it is 0. So a single in-place
     # cumulative sum over the batch suffices.
     lengths = pieces.lengths
-    if pieces.continues.any():
+    if pieces.continues is not None:
         lengths = np.add.reduceat(lengths, np.flatnonzero(~pieces.continues))
     lengths = lengths[lengths > 0]
     positions[:] = 1
