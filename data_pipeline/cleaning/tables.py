@@ -55,7 +55,7 @@ def _separated_by_tabs(lines: list[str]) -> set[int]:
 
 
 def _aligned(lines: list[str]) -> set[int]:
-    """Find neighbouring lines with short cells, of which one begins or ends in the same column."""
+    """Find neighbouring lines of short cells that share a column in which a cell begins or ends."""
     found: set[int] = set()
     above: tuple[int, set[int], set[int]] | None = None
     for number, line in enumerate(lines):

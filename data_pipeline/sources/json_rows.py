@@ -24,7 +24,8 @@ def parse_row(text: bytes, keys: Iterable[bytes]) -> dict | BadRowError:
         except ValueError:  # deep nesting, half a surrogate pair, or a fault, which Python's own parser explains
             row = loads(text)
         # A second look costs time, so only rows that might have a key twice get one.
-        is_plain = isinstance(row, dict) and text.count(b'":') == len(row)
+        # Space between a key and its colon would hide the key from the count.
+        is_plain = isinstance(row, dict) and text.count(b'":') == len(row) and b'" ' not in text and b'"\t' not in text
         if not is_plain and any(text.count(key) > 1 for key in keys):
             loads(text, object_pairs_hook=without_repetition)
     except BadRowError as error:

@@ -149,3 +149,10 @@ def test_a_column_that_is_not_used_may_be_nested_to_any_depth(tmp_path):
         (tmp_path / "a.jsonl").write_text(line[:-30])
         with pytest.raises(DataError, match="line 1: it is not valid JSON"):
             list(open_source(str(tmp_path)).frames(BadRows()))
+
+
+@pytest.mark.parametrize("again", ['"question":', '"question" :', '"question"\t:', '"question": '])
+def test_a_key_that_occurs_twice_is_found_however_it_is_spaced(tmp_path, again):
+    (tmp_path / "a.jsonl").write_text(f'{{"question":"q",{again}"p","answer":"a"}}\n')
+    with pytest.raises(DataError, match="a.jsonl, line 1: it has the key question twice"):
+        list(open_source(str(tmp_path)).frames(BadRows()))
